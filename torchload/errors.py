@@ -1,0 +1,172 @@
+"""The errors torchload raises.
+
+Every one of them derives from `TorchLoadError` and from the builtin a caller would expect::
+
+    TorchLoadError
+    ├── CheckpointNotFoundError    (FileNotFoundError)  no such file or folder, or nothing to load in it
+    ├── CheckpointFormatError      (ValueError)         not a checkpoint, or one that can't be read here
+    │   └── CorruptCheckpointError                      truncated, damaged, or hostile
+    ├── AmbiguousCheckpointError   (ValueError)         several answers fit; the message lists them
+    ├── IncompatibleCheckpointError(RuntimeError)       the checkpoint does not fit the model
+    ├── CastOverflowError          (OverflowError)      a finite value would become inf in the new dtype
+    └── DeviceError                (RuntimeError)       the device isn't there, or has too little memory
+
+Errors carry their data as attributes and survive pickling. Each message says what was found, what was
+expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = [
+    "AmbiguousCheckpointError",
+    "CastOverflowError",
+    "CheckpointFormatError",
+    "CheckpointNotFoundError",
+    "CorruptCheckpointError",
+    "DeviceError",
+    "IncompatibleCheckpointError",
+    "TorchLoadError",
+]
+
+Shape = tuple[int, ...]
+
+
+class TorchLoadError(Exception):
+    """Base of all errors that torchload raises on purpose.
+
+    Attributes:
+        message: The whole text, as `str()` gives it.
+        path: The checkpoint as the caller named it, or ``None`` where no file is involved.
+        written: Names of the model's tensors that had already been overwritten when the error was raised.
+            Empty unless data failed during an in-place transfer without ``atomic=True``.
+    """
+
+    def __init__(self, message: str, *, path: str | None = None, written: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = path
+        self.written: tuple[str, ...] = tuple(written)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Keyword-only data lives in __dict__; the default reduction would call __init__ with the message alone,
+        # which is all the constructors require.
+        return (type(self), (self.message,), self.__dict__)
+
+
+class CheckpointNotFoundError(TorchLoadError, FileNotFoundError):
+    """The path does not exist, or is a folder that holds no checkpoint."""
+
+
+class CheckpointFormatError(TorchLoadError, ValueError):
+    """The file is not a checkpoint, or a kind that torchload can't read.
+
+    Attributes:
+        found: What the file turned out to be (``"git-lfs pointer"``, ``"HTML page"``, …), or ``None``.
+    """
+
+    def __init__(
+        self, message: str, *, path: str | None = None, written: Iterable[str] = (), found: str | None = None
+    ) -> None:
+        super().__init__(message, path=path, written=written)
+        self.found = found
+
+
+class CorruptCheckpointError(CheckpointFormatError):
+    """The file contradicts itself: truncated, failed checksum, impossible offsets, or made to do harm."""
+
+
+class AmbiguousCheckpointError(TorchLoadError, ValueError):
+    """More than one part of the checkpoint fits the model equally well.
+
+    Attributes:
+        candidates: What fits, in the form that `argument` accepts.
+        argument: Name of the `smart_load` argument that picks one (``"key"``, ``"prefix"``, ``"path"``).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | None = None,
+        candidates: Iterable[str] = (),
+        argument: str = "key",
+    ) -> None:
+        super().__init__(message, path=path)
+        self.candidates: tuple[str, ...] = tuple(candidates)
+        self.argument = argument
+
+
+class IncompatibleCheckpointError(TorchLoadError, RuntimeError):
+    """The checkpoint does not fit the model. Nothing was loaded.
+
+    Attributes:
+        missing_keys: Model names that the checkpoint does not fill, in the model's order.
+        unexpected_keys: Checkpoint names that the model has no place for, in the checkpoint's order.
+        mismatched: Model name → (shape in the file, shape in the model).
+        problems: Any other obstacle, one sentence each.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | None = None,
+        missing_keys: Iterable[str] = (),
+        unexpected_keys: Iterable[str] = (),
+        mismatched: Mapping[str, tuple[Shape, Shape]] | None = None,
+        problems: Iterable[str] = (),
+    ) -> None:
+        super().__init__(message, path=path)
+        self.missing_keys: list[str] = list(missing_keys)
+        self.unexpected_keys: list[str] = list(unexpected_keys)
+        self.mismatched: dict[str, tuple[Shape, Shape]] = dict(mismatched or {})
+        self.problems: list[str] = list(problems)
+
+
+class CastOverflowError(TorchLoadError, OverflowError):
+    """A finite value of the checkpoint would become infinite in the requested dtype.
+
+    Attributes:
+        tensor: Name of the tensor in the model.
+        largest: The largest finite magnitude found in it.
+        source_dtype, target_dtype: Names of the two dtypes, such as ``"float32"`` and ``"float16"``.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | None = None,
+        written: Iterable[str] = (),
+        tensor: str = "",
+        largest: float = float("nan"),
+        source_dtype: str = "",
+        target_dtype: str = "",
+    ) -> None:
+        super().__init__(message, path=path, written=written)
+        self.tensor = tensor
+        self.largest = largest
+        self.source_dtype = source_dtype
+        self.target_dtype = target_dtype
+
+
+class DeviceError(TorchLoadError, RuntimeError):
+    """The requested device does not exist here, or has too little free memory for the model.
+
+    Attributes:
+        device: The device as requested.
+        available: The devices that are there.
+    """
+
+    def __init__(
+        self, message: str, *, path: str | None = None, device: str = "", available: Iterable[str] = ()
+    ) -> None:
+        super().__init__(message, path=path)
+        self.device = device
+        self.available: tuple[str, ...] = tuple(available)

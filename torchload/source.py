@@ -1,0 +1,154 @@
+"""Where bytes come from: a file, or memory.
+
+A `Source` is a run of bytes with random access. Reads are whole or raise; slices share the underlying file.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from torchload.errors import CorruptCheckpointError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["FileSource", "MemorySource", "Source"]
+
+
+class Source(ABC):
+    """Random access to a run of `size` bytes.
+
+    Attributes:
+        name: What to call it in messages (a path, as a rule).
+        size: Length in bytes, fixed when the source was opened.
+        fd: File descriptor that holds the bytes, or ``None`` for memory.
+        base: Position of byte 0 in that descriptor.
+    """
+
+    __slots__ = ("base", "name", "size")
+
+    name: str
+    size: int
+    base: int
+
+    @property
+    def fd(self) -> int | None:
+        return None
+
+    @abstractmethod
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (writable, one byte per item) from byte `offset`, wholly.
+
+        Raises:
+            CorruptCheckpointError: The source ends before the buffer is full.
+            OSError: The device failed.
+        """
+
+    @abstractmethod
+    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
+        """The `size` bytes from `offset`, as a source of its own over the same file."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The `size` bytes from `offset`; raises like `readinto`."""
+        self._check(offset, size)
+        buffer = bytearray(size)
+        self.readinto(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def close(self) -> None:
+        """Release the file. Closing twice is harmless."""
+
+    def _check(self, offset: int, size: int) -> None:
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise CorruptCheckpointError(
+                f"{self.name} is incomplete: {size} bytes are needed at offset {offset}, "
+                f"but the file has {self.size}. Download or copy it again.",
+                path=self.name,
+            )
+
+
+class FileSource(Source):
+    """A regular file, opened once; safe to read from several threads.
+
+    Attributes:
+        identity: Device, inode, size in bytes and modification time in ns, to notice a file that was replaced.
+    """
+
+    __slots__ = ("_descriptor", "identity")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = os.fspath(path)
+        self._descriptor = _Descriptor(self.name)
+        self.base = 0
+        status = os.fstat(self._descriptor.number)
+        self.size = status.st_size
+        self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    @property
+    def fd(self) -> int | None:
+        return self._descriptor.number if self._descriptor.number >= 0 else None
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        self._check(offset, len(buffer))
+        position = self.base + offset
+        while len(buffer):
+            count = os.preadv(self._descriptor.number, [buffer], position)
+            if count == 0:
+                raise CorruptCheckpointError(
+                    f"{self.name} became shorter while it was read: nothing at byte {position}. Nobody may write to a "
+                    "checkpoint that is being loaded.",
+                    path=self.name,
+                )
+            buffer = buffer[count:]
+            position += count
+
+    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
+        self._check(offset, size)
+        part = FileSource.__new__(FileSource)
+        part.name = name or self.name
+        part._descriptor = self._descriptor
+        part.base, part.size = self.base + offset, size
+        part.identity = self.identity
+        return part
+
+    def close(self) -> None:
+        self._descriptor.close()
+
+
+class _Descriptor:
+    """An open file descriptor, shared by a source and its slices; closed once, at the latest with the last of them."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, path: str) -> None:
+        self.number = -1  # so that a failing open leaves nothing for __del__
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+
+    def close(self) -> None:
+        number, self.number = self.number, -1
+        if number >= 0:
+            os.close(number)
+
+    __del__ = close
+
+
+class MemorySource(Source):
+    """Bytes that are in memory already: a `BytesIO`, or data embedded in a pickle."""
+
+    __slots__ = ("view",)
+
+    def __init__(self, data: Buffer, name: str = "<memory>") -> None:
+        self.view = memoryview(data).cast("B").toreadonly()
+        self.name = name
+        self.size = self.view.nbytes
+        self.base = 0
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        self._check(offset, len(buffer))
+        buffer[:] = self.view[offset : offset + len(buffer)]
+
+    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
+        self._check(offset, size)
+        return MemorySource(self.view[offset : offset + size], name or self.name)
