@@ -105,7 +105,9 @@ class TensorEntry:
     @property
     def location(self) -> tuple[tuple[int, int, Shape, Shape], ...]:
         """Identity of the data: two entries with equal dtype and location are the same bytes (tied tensors)."""
-        return tuple((id(box.extent.source), box.extent.offset + box.start, box.shape, box.strides) for box in self.boxes)
+        return tuple(
+            (id(box.extent.source), box.extent.offset + box.start, box.shape, box.strides) for box in self.boxes
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
