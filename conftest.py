@@ -1,0 +1,74 @@
+"""Runs every example of the README, the docs and the docstrings as a test.
+
+Each page and each module's docstrings run in a folder of their own that holds `model.pth`, a training checkpoint, with these
+names defined: `torch`, `nn`, `model` (a plain model of the same kind), and `Net` (its class).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from sybil import Sybil
+from sybil.document import PythonDocStringDocument
+from sybil.parsers.myst import DocTestDirectiveParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.rest import DocTestParser
+from torch import nn
+
+
+class Net(nn.Module):
+    """The model that the examples load: a backbone and a head."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU())
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.backbone(inputs))
+
+
+def set_the_stage(namespace: dict[str, Any]) -> None:
+    folder = tempfile.TemporaryDirectory()
+    namespace["_stage"] = (folder, Path.cwd())
+    os.chdir(folder.name)
+    torch.manual_seed(0)
+    trained = nn.DataParallel(Net())
+    optimizer = torch.optim.AdamW(trained.parameters())
+    trained(torch.randn(8, 8)).sum().backward()
+    optimizer.step()
+    training = {
+        "state_dict": trained.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": 37,
+        "args": argparse.Namespace(lr=1e-3),
+    }
+    torch.save(training, "model.pth")
+    namespace.update(torch=torch, nn=nn, Net=Net, model=Net().eval())
+
+
+def clear_the_stage(namespace: dict[str, Any]) -> None:
+    folder, before = namespace.pop("_stage")
+    os.chdir(before)
+    folder.cleanup()
+
+
+pages = Sybil(
+    parsers=[PythonCodeBlockParser(future_imports=["annotations"]), DocTestDirectiveParser(), SkipParser()],
+    patterns=["*.md"],
+    setup=set_the_stage,
+    teardown=clear_the_stage,
+)
+docstrings = Sybil(
+    parsers=[DocTestParser()],
+    path="torchload",
+    patterns=["*.py"],
+    document_types={".py": PythonDocStringDocument},
+    setup=set_the_stage,
+    teardown=clear_the_stage,
+)
+pytest_collect_file = (pages + docstrings).pytest()
