@@ -1,7 +1,7 @@
 """Runs every example of the README, the docs and the docstrings as a test.
 
-Each page and each module's docstrings run in a folder of their own that holds `model.pth`, a training checkpoint, with these
-names defined: `torch`, `nn`, `model` (a plain model of the same kind), and `Net` (its class).
+Each page and each module's docstrings run in a folder of their own that holds `model.pth`, a training checkpoint, with
+these names defined: `torch`, `nn`, `model` (a plain model of the same kind), and `Net` (its class).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Net(nn.Module):
 
 
 def set_the_stage(namespace: dict[str, Any]) -> None:
+    """Make the folder, the checkpoint and the names."""
     folder = tempfile.TemporaryDirectory()
     namespace["_stage"] = (folder, Path.cwd())
     os.chdir(folder.name)
@@ -52,6 +53,7 @@ def set_the_stage(namespace: dict[str, Any]) -> None:
 
 
 def clear_the_stage(namespace: dict[str, Any]) -> None:
+    """Go back, and remove the folder."""
     folder, before = namespace.pop("_stage")
     os.chdir(before)
     folder.cleanup()

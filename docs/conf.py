@@ -6,7 +6,7 @@ from importlib.metadata import version as installed_version
 
 project = "torchload"
 author = "the torchload developers"
-copyright = "2026, the torchload developers"
+copyright = "2026, the torchload developers"  # noqa: A001 - Sphinx wants this name
 release = version = installed_version("torchload")
 
 extensions = [

@@ -1,0 +1,73 @@
+"""Checked by mypy, never run: what a caller of the public API sees."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from typing_extensions import assert_type
+
+import torchload
+from torchload import LoadReport, errors, smart_load
+
+
+def one_line(model: nn.Module) -> None:
+    assert_type(smart_load(model, "model.pth"), LoadReport)
+    assert_type(smart_load(model, Path("model.pth"), "cuda:0"), LoadReport)
+    assert_type(smart_load(model, "model.pth", torch.device("cpu"), dtype=torch.float16), LoadReport)
+
+
+def every_argument(model: nn.Module) -> LoadReport:
+    return smart_load(
+        model,
+        "model.pth",
+        {"encoder": "cuda:0", "decoder": 1},
+        dtype="auto",
+        keep_fp32=["*.norm.*"],
+        strict=False,
+        key="ema",
+        prefix="backbone.",
+        rename={r"^gamma$": "weight"},
+        skip=("fc.*",),
+        verify=True,
+        atomic=True,
+        mmap=False,
+        progress=True,
+    )
+
+
+def callables(model: nn.Module) -> None:
+    def rename(name: str) -> str | None:
+        return None if name.startswith("aux.") else re.sub("gamma", "weight", name)
+
+    def progress(bytes_done: int, bytes_total: int) -> None:
+        assert bytes_done <= bytes_total
+
+    smart_load(model, "model.pth", rename=rename, progress=progress)
+
+
+def report(model: nn.Module) -> None:
+    found = smart_load(model, "model.pth", strict=False)
+    assert_type(found.missing_keys, list[str])
+    assert_type(found.unexpected_keys, list[str])
+    assert_type(str(found), str)
+
+
+def catch(model: nn.Module) -> None:
+    try:
+        smart_load(model, "model.pth")
+    except errors.IncompatibleCheckpointError as error:
+        assert_type(error.missing_keys, list[str])
+        assert_type(error.mismatched, dict[str, tuple[tuple[int, ...], tuple[int, ...]]])
+    except errors.TorchLoadError as error:
+        assert_type(error.path, str | None)
+
+
+def misuse(model: nn.Module) -> None:
+    smart_load(model, "model.pth", dtpye=torch.float16)  # type: ignore[call-arg]
+    smart_load("model.pth", model)  # type: ignore[arg-type]
+
+
+assert_type(torchload.__version__, str)

@@ -1,0 +1,71 @@
+"""What `import torchload` costs and touches: nothing but itself and small parts of the standard library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_brings_in_nothing_heavy() -> None:
+    added = run(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import torchload\n"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    ).split()
+    assert "torchload" in added
+    third_party = [name for name in added if name != "torchload" and name not in sys.stdlib_module_names]
+    assert third_party == []
+    assert not {"asyncio", "http", "multiprocessing", "tarfile", "unittest", "urllib", "xml"} & set(added)
+
+
+def test_import_loads_no_further_part_of_torch() -> None:
+    added = run(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import torchload\n"
+        "print(*sorted(name for name in set(sys.modules) - before if name.startswith('torch.')))"
+    ).split()
+    assert added == []
+
+
+def test_import_has_no_side_effects() -> None:
+    out = run(
+        "import logging, os, threading, torch\n"
+        "def state():\n"
+        "    return (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),\n"
+        "            threading.active_count(), os.getcwd(), dict(os.environ), logging.getLogger().handlers,\n"
+        "            torch.random.get_rng_state().sum().item(), torch.cuda.is_initialized())\n"
+        "before = state()\n"
+        "import torchload\n"
+        "assert state() == before\n"
+        "assert logging.getLogger('torchload').level == logging.NOTSET"
+    )
+    assert out == ""
+
+
+def test_every_module_imports_alone() -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "torchload").rglob("*.py"))
+    ]
+    assert "torchload.errors" in modules
+    # One process: each module's own imports are made anew after the package is forgotten.
+    run(
+        "import importlib, sys\n"
+        f"for name in {modules!r}:\n"
+        "    for known in [m for m in sys.modules if m.partition('.')[0] == 'torchload']:\n"
+        "        del sys.modules[known]\n"
+        "    importlib.import_module(name)"
+    )

@@ -1,0 +1,82 @@
+"""The public API is small, and all of it is pinned here: a change to it is a decision."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import torchload
+from torchload import errors
+
+
+def test_exported_names() -> None:
+    assert sorted(torchload.__all__) == [
+        "LoadReport",
+        "__version__",
+        "errors",
+        "smart_load",
+    ]
+    for name in torchload.__all__:
+        assert hasattr(torchload, name)
+
+
+def test_nothing_else_is_public() -> None:
+    # Submodules show up as attributes once something imports them; they are private by documentation.
+    others = {
+        name
+        for name, value in vars(torchload).items()
+        if not name.startswith("_") and name not in torchload.__all__ and not inspect.ismodule(value)
+    }
+    assert others <= {"annotations"}
+
+
+def test_signature_of_smart_load() -> None:
+    parameters = inspect.signature(torchload.smart_load).parameters
+    positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert positional == ["model", "path", "device"]
+    assert keywords == {
+        "dtype": None,
+        "keep_fp32": (),
+        "strict": True,
+        "key": None,
+        "prefix": None,
+        "rename": None,
+        "skip": (),
+        "verify": False,
+        "atomic": False,
+        "mmap": False,
+        "progress": False,
+    }
+
+
+@pytest.mark.parametrize("name", torchload.__all__)
+def test_public_things_are_documented(name: str) -> None:
+    value = getattr(torchload, name)
+    if callable(value):
+        assert inspect.getdoc(value)
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_errors_have_one_base(name: str) -> None:
+    error = getattr(errors, name)
+    assert issubclass(error, errors.TorchLoadError)
+    assert inspect.getdoc(error)
+
+
+@pytest.mark.parametrize("name", torchload.__all__)
+def test_public_things_say_where_they_are_from(name: str) -> None:
+    value = getattr(torchload, name)
+    if inspect.isclass(value) or inspect.isfunction(value):
+        assert value.__module__.partition(".")[0] == "torchload"
+
+
+def test_version_is_that_of_the_package() -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        installed = version("torchload")
+    except PackageNotFoundError:
+        pytest.skip("not installed")
+    assert torchload.__version__ == installed
