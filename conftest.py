@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from doctest import ELLIPSIS
 from pathlib import Path
 from typing import Any
 
 import torch
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
-from sybil.parsers.myst import DocTestDirectiveParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 from sybil.parsers.rest import DocTestParser
 from torch import nn
 
@@ -60,13 +61,13 @@ def clear_the_stage(namespace: dict[str, Any]) -> None:
 
 
 pages = Sybil(
-    parsers=[PythonCodeBlockParser(future_imports=["annotations"]), DocTestDirectiveParser(), SkipParser()],
+    parsers=[PythonCodeBlockParser(doctest_optionflags=ELLIPSIS), SkipParser()],
     patterns=["*.md"],
     setup=set_the_stage,
     teardown=clear_the_stage,
 )
 docstrings = Sybil(
-    parsers=[DocTestParser()],
+    parsers=[DocTestParser(ELLIPSIS)],
     path="torchload",
     patterns=["*.py"],
     document_types={".py": PythonDocStringDocument},
