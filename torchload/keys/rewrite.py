@@ -1,0 +1,62 @@
+"""The caller's own renaming of a checkpoint's names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torchload.errors import AmbiguousCheckpointError
+
+__all__ = ["Rename", "renamer"]
+
+Rename = Mapping[str, str] | Callable[[str], "str | None"]
+"""Regular expression → replacement (applied in order, each with `re.sub`), or a callable; ``None`` drops the name."""
+
+Value = TypeVar("Value")
+
+
+def renamer(rename: Rename, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Apply a renaming to every name.
+
+    Args:
+        rename: What to do.
+        values: Name → anything.
+
+    Returns:
+        New name → the same thing, in the same order, without what was dropped.
+
+    Raises:
+        AmbiguousCheckpointError: Two names would become one.
+
+    Example:
+        >>> renamer({r"^net\\.": "backbone."}, {"net.fc.weight": 1})
+        {'backbone.fc.weight': 1}
+    """
+    function = rename if callable(rename) else _substitution(rename)
+    renamed: dict[str, Value] = {}
+    came_from: dict[str, str] = {}
+    for name, value in values.items():
+        new = function(name)
+        if new is None:
+            continue
+        if new in renamed:
+            raise AmbiguousCheckpointError(
+                f"rename gives {came_from[new]!r} and {name!r} the same name {new!r}. Make the rule more specific.",
+                candidates=(came_from[new], name),
+                argument="rename",
+            )
+        renamed[new] = value
+        came_from[new] = name
+    return renamed
+
+
+def _substitution(table: Mapping[str, str]) -> Callable[[str], str]:
+    rules = [(re.compile(pattern), replacement) for pattern, replacement in table.items()]
+
+    def substitute(name: str) -> str:
+        for pattern, replacement in rules:
+            name = pattern.sub(replacement, name)
+        return name
+
+    return substitute

@@ -1,0 +1,130 @@
+"""The words that frameworks put into names, each with where it comes from. Adding one is one row and one test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+__all__ = [
+    "BENIGN_MISSING",
+    "BENIGN_UNEXPECTED",
+    "RENAMES",
+    "WRAPPERS",
+    "WRAPPER_STATE",
+    "Rename",
+    "Standing",
+    "container_standing",
+]
+
+# Segments that a wrapper module puts into the names of what it wraps.
+WRAPPERS: dict[str, str] = {
+    "module": "DataParallel, DistributedDataParallel, AveragedModel, DeepSpeed, timm's ModelEmaV2",
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_fpw_module": "FullyShardedDataParallel before torch 1.13, fairscale",
+    "_checkpoint_wrapped_module": "torch's activation checkpointing",
+    "_forward_module": "Lightning strategies, Fabric",
+    "_original_module": "Fabric, beside _forward_module",
+    "_module": "Opacus GradSampleModule",
+    "_model": "nerfstudio pipelines",
+}
+
+# Tensors that such a wrapper keeps beside what it wraps: not the model's, so their presence or absence is no error.
+WRAPPER_STATE: dict[str, str] = {"n_averaged": "torch.optim.swa_utils.AveragedModel"}
+
+# Last segments whose absence from a checkpoint changes nothing that was learned.
+BENIGN_MISSING: dict[str, str] = {
+    "num_batches_tracked": "BatchNorm before torch 0.4.1 had none; torch's own upgrade leaves it as it is",
+}
+
+# Last segments that old checkpoints carry and newer modules no longer have (or keep out of the state dict).
+BENIGN_UNEXPECTED: dict[str, str] = {
+    "num_batches_tracked": "BatchNorm without running statistics, FrozenBatchNorm",
+    "position_ids": "constant index buffers that transformers made non-persistent in 4.31",
+    "inv_freq": "rotary embedding constants, non-persistent since transformers 4.32",
+    "masked_bias": "constant of GPT-2's attention, dropped in transformers 4.28",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """Two spellings of the same tensors inside one module; `{p}` stands for the parameter's own name.
+
+    A spelling applies only where all of its names are there and none of the other's, so a name that merely looks alike
+    (the ``original`` of another parametrization, the ``weight_orig`` of pruning) is never taken for a weight.
+    """
+
+    what: str
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+
+    def directions(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Both ways to read the row: (names in the file, names in the model)."""
+        yield self.old, self.new
+        yield self.new, self.old
+
+
+RENAMES: tuple[Rename, ...] = (
+    Rename(
+        "weight_norm",  # torch.nn.utils.weight_norm ↔ torch.nn.utils.parametrizations.weight_norm: same g, same v
+        ("{p}_g", "{p}_v"),
+        ("parametrizations.{p}.original0", "parametrizations.{p}.original1"),
+    ),
+    Rename(
+        "spectral_norm",  # torch.nn.utils.spectral_norm ↔ torch.nn.utils.parametrizations.spectral_norm
+        ("{p}_orig", "{p}_u", "{p}_v"),
+        ("parametrizations.{p}.original", "parametrizations.{p}.0._u", "parametrizations.{p}.0._v"),
+    ),
+    Rename(
+        "LayerNorm gamma/beta",  # as TensorFlow named them; transformers renames the same way on loading
+        ("gamma", "beta"),
+        ("weight", "bias"),
+    ),
+)
+
+
+class Standing(IntEnum):
+    """How strongly a path of container names says "this is the model". Smaller is stronger."""
+
+    AVERAGE = 0
+    CONVENTIONAL = 1
+    ARBITRARY = 2
+    UNLIKELY = 3
+
+
+_CONVENTIONAL = frozenset(
+    """
+    state_dict model model_state_dict module net network network_weights model_state model_states net_dict
+    net_state_dict network_state_dict params param weight weights model_weights state model_dict state_dicts
+    generator g net_g netg params_g encoder_q online online_model online_network online_encoder q_net policy actor
+    _forward_module base_model pytorch_model model_params parameters bare_model
+    """.split()
+)
+_AVERAGED_WORDS = frozenset({"ema", "swa", "avg", "average", "averaged"})
+_AVERAGED = frozenset({"target_encoder"})  # I-JEPA, V-JEPA: the exponential average of 'encoder', used downstream
+_UNLIKELY = frozenset(
+    """
+    optimizer optimizers optimizer_state_dict optimizer_states optim opt opt_state callbacks loops lr_schedulers
+    lr_scheduler scheduler scaler amp message_hub rng_state hyper_parameters ema_optimizer
+    """.split()
+)
+_WORD = re.compile(r"[_\W]+")
+
+
+def container_standing(segment: str) -> Standing:
+    """How much a single container name or prefix segment speaks for what lies under it.
+
+    Example:
+        >>> container_standing("state_dict_ema"), container_standing("state_dict"), container_standing("teacher")
+        (<Standing.AVERAGE: 0>, <Standing.CONVENTIONAL: 1>, <Standing.ARBITRARY: 2>)
+    """
+    name = segment.lower()
+    if name in _UNLIKELY:
+        return Standing.UNLIKELY
+    if name in _CONVENTIONAL or name in WRAPPERS:
+        return Standing.CONVENTIONAL
+    if name in _AVERAGED or not _AVERAGED_WORDS.isdisjoint(_WORD.split(name)):
+        return Standing.AVERAGE
+    return Standing.ARBITRARY

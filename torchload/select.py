@@ -1,0 +1,433 @@
+"""Find the sub-tree of a checkpoint that is a model's state dict.
+
+A candidate is a container of the tree (`state_dict`, `model.ema`, …) or a dotted prefix inside one (`backbone.`), which is
+the same thing one level down. Candidates are judged by how well their names and shapes fit the model; what they are called
+decides only between candidates that fit equally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchload.errors import AmbiguousCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError
+from torchload.index import Container, OpaqueTensor, Shape, TensorEntry
+from torchload.keys.match import Alignment, Names, align, is_path, names_of, split
+from torchload.keys.rewrite import Rename, renamer
+from torchload.keys.tables import BENIGN_MISSING, BENIGN_UNEXPECTED, Standing, container_standing
+
+__all__ = ["Leaf", "Selection", "Wanted", "child_containers", "flatten", "select"]
+
+Leaf = TensorEntry | OpaqueTensor | Any
+_MOST_LEAVES = 4_000_000
+_EXTRA_STATE = "_extra_state"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A model, as far as choosing is concerned.
+
+    Attributes:
+        shapes: Every name of the model's state dict → its shape, or ``None`` where any value will do (extra state, lazy
+            parameters).
+        ties: Name → representative of the names that share its storage; names that share none are absent.
+        skipped: Names that the caller wants left alone.
+        optional: Names that may stay as they are without a word (state that only torch's own hooks fill).
+    """
+
+    shapes: Mapping[str, Shape | None]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    skipped: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class Selection:
+    """The chosen sub-tree and how its names correspond to the model's.
+
+    Attributes:
+        key: Path of the container in the file, dotted; empty for the root.
+        prefix: Dotted prefix inside that container; empty if the whole of it is meant.
+        container: The container itself.
+        leaves: Every name inside the container (after `rename`) → what it holds.
+        pairs: Model name → name in `leaves`.
+        missing: Model names that nothing fills.
+        mismatched: Model name → (shape in the file, shape in the model).
+        unexpected: Names inside modules that the model has, without a place in it.
+        outside: Names of the container that are not this model's business.
+        tolerated: Differences known to be harmless: names of either side.
+        rivals: Paths of other candidates that would have fitted as well.
+        averaged: Whether the choice was made because these are averaged weights.
+        alignment: The matcher's account.
+    """
+
+    key: str
+    prefix: str
+    container: Mapping[Any, Any]
+    leaves: dict[str, Leaf]
+    pairs: dict[str, str]
+    missing: list[str]
+    mismatched: dict[str, tuple[Shape, Shape]]
+    unexpected: list[str]
+    outside: list[str]
+    tolerated: list[str]
+    alignment: Alignment
+    standing: Standing = Standing.CONVENTIONAL
+    rivals: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Container and prefix as one dotted path."""
+        return ".".join(part for part in (self.key, self.prefix) if part)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether these are averaged (EMA, SWA) weights, by their name."""
+        return self.standing is Standing.AVERAGE
+
+    @property
+    def fills(self) -> bool:
+        """Whether the model is filled wholly, with the right shapes."""
+        return not self.missing and not self.mismatched
+
+    @property
+    def fits(self) -> bool:
+        """Whether a strict load may take it."""
+        return self.fills and not self.unexpected and not self.alignment.ambiguous
+
+
+def select(
+    root: Any,
+    wanted: Wanted,
+    *,
+    path: str,
+    key: str | None = None,
+    prefix: str | None = None,
+    rename: Rename | None = None,
+    strict: bool = True,
+) -> Selection:
+    """Choose the part of a checkpoint that belongs to a model.
+
+    Args:
+        root: The checkpoint's tree.
+        wanted: The model.
+        path: The checkpoint, for messages.
+        key: Dotted path of the container to use; ``None`` searches all of them.
+        prefix: Prefix of the names to use; ``None`` searches all of them.
+        rename: Applied to the names of each container before anything else (see `renamer`).
+        strict: Whether only a whole fit will do. Otherwise the candidate that fills most is chosen.
+
+    Returns:
+        The candidate that fits; or, if none does, the best one with what it lacks, for the planner to report.
+
+    Raises:
+        AmbiguousCheckpointError: Several candidates of equal standing fit and hold different data.
+        IncompatibleCheckpointError: `key` or `prefix` names nothing, or the file holds no tensors.
+    """
+    containers = _containers(root, key, path)
+    need = _needed(wanted) if strict else 1
+    for least in dict.fromkeys((need, 1)):
+        candidates = list(_candidates(containers, wanted, prefix, rename, least, strict))
+        fitting = [candidate for candidate in candidates if (candidate.fits if strict else True)]
+        if fitting:
+            return _best(fitting, wanted, root, path, strict)
+        if candidates and least == 1:
+            break
+    if not candidates:
+        raise _nothing(containers, wanted, prefix, path)
+    return max(candidates, key=lambda c: (len(c.pairs) - len(c.mismatched), -len(c.unexpected), -c.standing))
+
+
+# --- the containers of a tree -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A container and where it stands."""
+
+    path: str
+    container: Mapping[Any, Any]
+    leaves: dict[str, Leaf]
+    inner: frozenset[str]  # names of nested containers, which are places of their own
+
+
+def child_containers(value: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """The mappings directly inside a container or sequence, by name; sequences are mappings of their positions."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for name, inner in items:
+        as_mapping = _mapping(inner)
+        if as_mapping is not None:
+            yield str(name), as_mapping
+
+
+def _mapping(value: Any) -> Mapping[Any, Any] | None:
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    return None
+
+
+def _containers(root: Any, key: str | None, path: str) -> list[_Place]:
+    """Every container that holds tensors at any depth, outermost first, each once however often it is referred to."""
+    top = _mapping(root)
+    if top is None:
+        top = {}
+    found: list[_Place] = []
+    seen: set[int] = set()
+    todo = [("", top, root)]
+    for here, container, identity in todo:
+        if id(identity) in seen:
+            continue
+        seen.add(id(identity))
+        inner = []
+        for name, value in container.items():
+            below = _mapping(value)
+            if below is not None:
+                inner.append(str(name))
+                todo.append((f"{here}.{name}" if here else str(name), below, value))
+        leaves = flatten(container, path)
+        if leaves:
+            found.append(_Place(here, container, leaves, frozenset(inner)))
+    if key is None:
+        return found
+    chosen = [place for place in found if place.path == key]
+    if not chosen:
+        known = ", ".join(repr(place.path) for place in found if place.path) or "no containers with tensors"
+        raise IncompatibleCheckpointError(
+            f"{path} has no container {key!r} that holds tensors. It has: {known}.", path=path
+        )
+    return chosen
+
+
+def flatten(container: Mapping[Any, Any], path: str) -> dict[str, Leaf]:
+    """All tensors under a container by dotted name, in the file's order.
+
+    A name that would stand twice (``{"a.b": …, "a": {"b": …}}``) is kept once, as it stands nearest to the root.
+
+    Raises:
+        CorruptCheckpointError: The tree refers to itself so often that its expansion would not end.
+    """
+    leaves: dict[str, Leaf] = {}
+    deeper: list[tuple[str, Any, frozenset[int]]] = [("", container, frozenset())]
+    for prefix, values, above in deeper:
+        above = above | {id(values)}
+        for name, value in values.items():
+            full = f"{prefix}{name}"
+            if isinstance(value, (TensorEntry, OpaqueTensor)) or full.endswith(_EXTRA_STATE):
+                leaves.setdefault(full, value)
+            else:
+                below = _mapping(value)
+                if below and id(value) not in above and len(above) < 64:
+                    deeper.append((f"{full}.", below, above | {id(value)}))
+        if len(leaves) + len(deeper) > _MOST_LEAVES:
+            raise CorruptCheckpointError(f"{path} expands to more than {_MOST_LEAVES:,} tensors; refused.", path=path)
+    return leaves
+
+
+# --- candidates -----------------------------------------------------------------------------------------------------
+
+
+def _candidates(
+    places: Sequence[_Place],
+    wanted: Wanted,
+    prefix: str | None,
+    rename: Rename | None,
+    least: int,
+    strict: bool,
+) -> Iterator[Selection]:
+    """Every sub-tree with at least `least` tensors that shares names with the model, judged."""
+    targets = _model_views(wanted, strict)
+    for place in places:
+        if len(place.leaves) < least:
+            continue
+        leaves = renamer(rename, place.leaves) if rename is not None else place.leaves
+        nodes = _nodes(names_of(leaves), least, place.inner if rename is None else frozenset())
+        for below, names in nodes:
+            if prefix is not None and below != prefix.rstrip("."):
+                continue
+            for target in targets:
+                alignment = align(names, target, lift=("model",) if not below else ())
+                if alignment.pairs:
+                    yield _judge(place, below, leaves, names, alignment, wanted)
+                    if len(alignment.pairs) == len(wanted.shapes):
+                        break
+
+
+def _nodes(names: Names, least: int, own_places: frozenset[str]) -> Iterator[tuple[str, Names]]:
+    """A container's names and every dotted prefix among them with at least `least` names below it."""
+    todo: list[tuple[str, Names]] = [("", names)]
+    for path, below in todo:
+        yield path, below
+        for label, inner in split(below).items():
+            if len(inner) >= least and label not in (own_places if not path else ()) and not inner.keys() <= {""}:
+                todo.append((f"{path}.{label}" if path else label, inner))
+
+
+def _model_views(wanted: Wanted, strict: bool) -> list[Names]:
+    """The model's names, whole and below a prefix that all of them share (the file may lack it)."""
+    names = names_of(name for name in wanted.shapes if name not in wanted.skipped)
+    views = [names]
+    children = split(names)
+    while len(children) == 1:
+        (names,) = children.values()
+        views.append(names)
+        children = split(names)
+    if not strict:  # a part of the model may be what the file has: a base model without its head
+        views += [inner for inner in children.values() if len(inner) > 1]
+    return views
+
+
+def _judge(
+    place: _Place, prefix: str, leaves: dict[str, Leaf], names: Names, alignment: Alignment, wanted: Wanted
+) -> Selection:
+    mismatched: dict[str, tuple[Shape, Shape]] = {}
+    for name, source in alignment.pairs.items():
+        shape, found = wanted.shapes[name], getattr(leaves[source], "shape", None)
+        if shape is not None and found is not None and shape != found and not (shape == () and found == (1,)):
+            mismatched[name] = (found, shape)
+    filled = {wanted.ties.get(name, name) for name in alignment.pairs}
+    missing, tolerated = [], []
+    spare = set(alignment.spare)
+    for name in wanted.shapes:
+        if name in alignment.pairs or name in wanted.skipped or name in wanted.optional or name in spare:
+            continue
+        if wanted.ties.get(name, name) not in filled:
+            (tolerated if _last(name) in BENIGN_MISSING else missing).append(name)
+    used = set(alignment.pairs.values())
+    elsewhere = set(alignment.outside)
+    unexpected, outside = [], []
+    inside = set(names.values())
+    for name in leaves:
+        if name in used:
+            continue
+        if name not in inside or name in elsewhere:
+            outside.append(name)
+        elif _last(name) in BENIGN_UNEXPECTED:
+            tolerated.append(name)
+        else:
+            unexpected.append(name)
+    return Selection(
+        key=place.path,
+        prefix=prefix,
+        container=place.container,
+        leaves=leaves,
+        pairs=alignment.pairs,
+        missing=missing,
+        mismatched=mismatched,
+        unexpected=unexpected,
+        outside=outside,
+        tolerated=tolerated,
+        alignment=alignment,
+        standing=_standing(place.path, prefix),
+    )
+
+
+def _needed(wanted: Wanted) -> int:
+    """How many tensors a candidate must have at least to fill the model."""
+    return len(
+        {
+            wanted.ties.get(name, name)
+            for name in wanted.shapes
+            if name not in wanted.skipped and name not in wanted.optional and _last(name) not in BENIGN_MISSING
+        }
+    ) or 1
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def _standing(key: str, prefix: str) -> Standing:
+    path = ".".join(part for part in (key, prefix) if part)
+    standings = [container_standing(segment) for segment in path.split(".")] if path else []
+    worst = max(standings, default=Standing.CONVENTIONAL)
+    if worst <= Standing.CONVENTIONAL and Standing.AVERAGE in standings:
+        return Standing.AVERAGE
+    return max(worst, Standing.CONVENTIONAL)
+
+
+def _best(fitting: list[Selection], wanted: Wanted, root: Any, path: str, strict: bool) -> Selection:
+    """The strongest of several candidates that fit; those that hold the very same data count once."""
+    distinct: dict[tuple[int, ...], Selection] = {}
+    for candidate in fitting:
+        data = tuple(id(candidate.leaves[source]) for _, source in sorted(candidate.pairs.items()))
+        known = distinct.get(data)
+        if known is None or _rank(candidate, strict) < _rank(known, strict):
+            distinct[data] = candidate
+    for candidate in distinct.values():
+        candidate.standing = _by_company(candidate, distinct.values(), root)
+    ranked = sorted(distinct.values(), key=lambda candidate: _rank(candidate, strict))
+    first = ranked[0]
+    equals = [candidate for candidate in ranked if _rank(candidate, strict)[:-2] == _rank(first, strict)[:-2]]
+    if len(equals) > 1:
+        raise _ambiguous(equals, path)
+    rivals = [candidate.path or "the top level" for candidate in ranked[1:] if candidate.fits]
+    first.rivals = tuple(dict.fromkeys(rivals))
+    return first
+
+
+def _rank(candidate: Selection, strict: bool) -> tuple[Any, ...]:
+    """Sort key: what decides, then what merely orders equals (a plain fit, a short path)."""
+    filled = 0 if strict else -(len(candidate.pairs) - len(candidate.mismatched))
+    return filled, candidate.standing, len(candidate.outside) + len(candidate.tolerated), len(candidate.path)
+
+
+def _by_company(candidate: Selection, others: Any, root: Any) -> Standing:
+    """What a name means depends on what stands beside it."""
+    top = root if isinstance(root, Mapping) else {}
+    if candidate.key == "ema_state_dict" and "message_hub" in top:
+        return Standing.ARBITRARY  # mmengine's EMAHook swaps when it saves: these are the raw weights
+    if "teacher" in candidate.path.split("."):
+        # Self-distillation (DINO, iBOT, mean teacher): two copies of one network, of which the teacher is the average.
+        # A student of another architecture, or a teacher alone, says nothing of the kind.
+        for other in others:
+            if other.path.replace("student", "teacher").replace("module.", "") == candidate.path.replace("module.", ""):
+                twin = {name.removeprefix("module.") for name in other.leaves}
+                if other is not candidate and twin == {name.removeprefix("module.") for name in candidate.leaves}:
+                    return Standing.AVERAGE
+    return candidate.standing
+
+
+def _ambiguous(equals: list[Selection], path: str) -> AmbiguousCheckpointError:
+    containers = len({candidate.key for candidate in equals}) > 1
+    argument = "key" if containers else "prefix"
+    names = [candidate.key if containers else f"{candidate.prefix}." for candidate in equals]
+    listing = "\n".join(f"    {argument}={name!r}" for name in names)
+    return AmbiguousCheckpointError(
+        f"{path} holds {len(equals)} sets of weights that fit this model equally well. Nothing was loaded. "
+        f"Say which one is meant:\n{listing}",
+        path=path,
+        candidates=names,
+        argument=argument,
+    )
+
+
+def _nothing(
+    places: Sequence[_Place], wanted: Wanted, prefix: str | None, path: str
+) -> IncompatibleCheckpointError:
+    if not places:
+        return IncompatibleCheckpointError(
+            f"{path} holds no tensors. Nothing was loaded; the model is unchanged.",
+            path=path,
+            missing_keys=wanted.shapes,
+        )
+    largest = max(places, key=lambda place: len(place.leaves))
+    if prefix is not None:
+        tops = sorted({name.partition(".")[0] for place in places for name in place.leaves})
+        what = f"no names under the prefix {prefix!r} that this model has"
+        hint = f"Its names begin with: {', '.join(tops[:12])}{', …' if len(tops) > 12 else ''}."
+    else:
+        what = "not one name in common with this model"
+        theirs, ours = list(largest.leaves)[:4], list(wanted.shapes)[:4]
+        hint = f"The file has {', '.join(theirs)}, …; the model has {', '.join(ours)}, …"
+    return IncompatibleCheckpointError(
+        f"{path} has {what}. Nothing was loaded; the model is unchanged.\n  {hint}",
+        path=path,
+        missing_keys=wanted.shapes,
+        unexpected_keys=[name for name in largest.leaves if is_path(name)],
+    )

@@ -1,0 +1,227 @@
+"""The model, as a set of places for data.
+
+A `Slot` is one piece of memory of the model, under all the names that it has there. Everything that is done *to* the model
+happens here (`Slot.install`), after the plan was accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+__all__ = ["HookedModule", "Slot", "Target", "describe_model"]
+
+# Classes of torch whose `_load_from_state_dict` only tolerates what older versions saved; `keys.tables` covers that.
+_HARMLESS_OVERRIDES = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm)
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One tensor of the model.
+
+    Attributes:
+        names: Its names in the state dict, in the model's order; or, where it has none (a non-persistent buffer), the one
+            name under which it is registered.
+        tensors: The tensor objects that show this memory: one as a rule, several if they were tied by storage.
+        places: Where they are registered: (module, attribute), parallel to the names.
+        is_parameter: Whether it is an `nn.Parameter` (else a buffer).
+        persistent: Whether it is part of the state dict.
+    """
+
+    names: list[str]
+    tensors: list[torch.Tensor]
+    places: list[tuple[nn.Module, str]]
+    is_parameter: bool
+    persistent: bool = True
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor as the model has it now."""
+        return self.tensors[0]
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether its shape is not known before the first forward."""
+        return isinstance(self.tensor, nn.parameter.UninitializedTensorMixin)
+
+    def install(self, data: torch.Tensor) -> None:
+        """Let the model's tensor show other memory: same object, new data.
+
+        Args:
+            data: The new contents, of the slot's shape, in the dtype and on the device it shall have from now on.
+        """
+        for position, tensor in enumerate(self.tensors):
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                tensor.materialize(data.shape, device=data.device, dtype=data.dtype)
+            if tensor.is_meta or not _assignable(tensor, data):
+                self.tensors[position] = self._exchange(tensor, data)
+            else:
+                tensor.data = data
+            if (gradient := tensor.grad if tensor.is_leaf else None) is not None:
+                gradient.data = gradient.data.to(data.device, data.dtype)
+
+    def _exchange(self, tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+        """Give a tensor new data of another kind (meta → real), keeping the object where torch can."""
+        requires_grad = tensor.requires_grad
+        if self.is_parameter:
+            fresh: torch.Tensor = torch.Tensor._make_subclass(type(tensor), data, requires_grad)
+            fresh.__dict__.update(tensor.__dict__)
+        else:
+            fresh = data
+        try:
+            torch.utils.swap_tensors(tensor, fresh)
+        except RuntimeError:  # something holds a weak reference to it: the object itself can't be kept
+            for module, attribute in self.places:
+                for table in (module._parameters, module._buffers):
+                    if table.get(attribute) is tensor:
+                        table[attribute] = fresh
+            return fresh
+        return tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HookedModule:
+    """A module that has a say in how it is loaded: (where it is, the module)."""
+
+    prefix: str
+    module: nn.Module
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """A model, as loading sees it.
+
+    Attributes:
+        model: The model.
+        slots: All its tensors, in the model's order; non-persistent buffers among them.
+        by_name: State-dict name → slot.
+        extra_state: State-dict name → module with `set_extra_state`.
+        pre_hooks: Modules with load-state-dict pre-hooks, parents first.
+        overrides: Modules with a `_load_from_state_dict` of their own.
+        post_hooks: Modules with load-state-dict post-hooks, children first.
+    """
+
+    model: nn.Module
+    slots: list[Slot] = field(default_factory=list)
+    by_name: dict[str, Slot] = field(default_factory=dict)
+    extra_state: dict[str, nn.Module] = field(default_factory=dict)
+    pre_hooks: list[HookedModule] = field(default_factory=list)
+    overrides: list[HookedModule] = field(default_factory=list)
+    post_hooks: list[HookedModule] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """Every name of the state dict."""
+        return [*self.by_name, *self.extra_state]
+
+
+def describe_model(model: nn.Module) -> Target:
+    """Read off a model what can be loaded into it. Changes nothing.
+
+    Args:
+        model: Any module; wrapped, shared, tied, partly on the meta device.
+
+    Returns:
+        Its slots and the modules that take part in their own loading.
+    """
+    target = Target(model)
+    by_object: dict[int, Slot] = {}
+    by_address: dict[int, Slot] = {}
+    for prefix, module in _modules(model):
+        if not (module._parameters or module._buffers):
+            _note_hooks(target, prefix, module)
+            continue
+        transient = module._non_persistent_buffers_set
+        for table in (module._parameters, module._buffers):
+            for attribute, tensor in table.items():
+                if tensor is None:
+                    continue
+                slot = by_object.get(id(tensor))
+                if slot is None:
+                    slot = _slot_for(tensor, by_address, target.slots, is_parameter=table is module._parameters)
+                    by_object[id(tensor)] = slot
+                slot.places.append((module, attribute))
+                persistent = attribute not in transient
+                if persistent is not slot.persistent:
+                    if not persistent:
+                        continue  # its real names count, not that of a transient alias
+                    slot.names.clear()
+                    slot.persistent = True
+                slot.names.append(prefix + attribute)
+                if persistent:
+                    target.by_name[prefix + attribute] = slot
+        _note_hooks(target, prefix, module)
+    target.post_hooks.reverse()
+    return target
+
+
+def _slot_for(tensor: torch.Tensor, by_address: dict[int, Slot], slots: list[Slot], *, is_parameter: bool) -> Slot:
+    """The slot of a tensor object not seen before: that of its twin in memory, if there is one, or a new one."""
+    address = _address(tensor)
+    known = by_address.get(address) if address else None
+    if known is not None and _same_view(known.tensor, tensor):
+        known.tensors.append(tensor)
+        return known
+    slot = Slot([], [tensor], [], is_parameter, persistent=False)
+    slots.append(slot)
+    if address:
+        by_address[address] = slot
+    return slot
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every path that leads to it, parents first, as `state_dict` walks them."""
+    stack: list[tuple[str, nn.Module, frozenset[int]]] = [("", model, frozenset())]
+    while stack:
+        prefix, module, above = stack.pop()
+        yield prefix, module
+        if module._modules:
+            inside = above | {id(module)}
+            stack.extend(
+                (f"{prefix}{name}.", child, inside)
+                for name, child in reversed(module._modules.items())
+                if child is not None and id(child) not in inside
+            )
+
+
+def _note_hooks(target: Target, prefix: str, module: nn.Module) -> None:
+    cls = type(module)
+    if cls.set_extra_state is not nn.Module.set_extra_state:
+        target.extra_state[prefix + "_extra_state"] = module
+    if module._load_state_dict_pre_hooks and any(_name(hook) != "_lazy_load_hook" for hook in module._load_state_dict_pre_hooks.values()):
+        target.pre_hooks.append(HookedModule(prefix, module))
+    if module._load_state_dict_post_hooks:
+        target.post_hooks.append(HookedModule(prefix, module))
+    own = cls._load_from_state_dict
+    if own is not nn.Module._load_from_state_dict and not any(
+        own is base._load_from_state_dict for base in _HARMLESS_OVERRIDES
+    ):
+        target.overrides.append(HookedModule(prefix, module))
+
+
+def _name(hook: Callable[..., object]) -> str:
+    hook = getattr(hook, "hook", hook)  # torch wraps hooks that want the module
+    return getattr(hook, "__name__", "")
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where a tensor's memory begins; 0 where it has none of its own (meta, lazy, empty, wrapper subclasses)."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return 0
+    return tensor.data_ptr()
+
+
+def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.dtype, one.shape, one.stride(), one.device) == (other.dtype, other.shape, other.stride(), other.device)
+
+
+def _assignable(tensor: torch.Tensor, data: torch.Tensor) -> bool:
+    return bool(torch._has_compatible_shallow_copy_type(tensor, data))
