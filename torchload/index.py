@@ -178,6 +178,7 @@ class Checkpoint:
         sources: Every file that holds data; `close` closes them.
         checksums: Whether the format records checksums of tensor data (an extent may still lack one).
         notes: Sentences about the file that its reader should see in the report.
+        metadata: Text that the writer attached to the file (safetensors' ``__metadata__``), name → value.
     """
 
     path: str
@@ -186,6 +187,7 @@ class Checkpoint:
     sources: tuple[Source, ...]
     checksums: bool = False
     notes: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def close(self) -> None:
         """Release every file. Tensors that were mapped from them stay valid."""

@@ -1,4 +1,4 @@
-"""Where bytes come from: a file, or memory.
+"""Where bytes come from: a file, memory, or a stream that can seek.
 
 A `Source` is a run of bytes with random access. Reads are whole or raise; slices share the underlying file.
 """
@@ -6,15 +6,17 @@ A `Source` is a run of bytes with random access. Reads are whole or raise; slice
 from __future__ import annotations
 
 import os
+import stat
+import threading
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torchload.errors import CorruptCheckpointError
+from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["FileSource", "MemorySource", "Source"]
+__all__ = ["FileSource", "MemorySource", "Source", "StreamSource"]
 
 
 class Source(ABC):
@@ -79,10 +81,26 @@ class FileSource(Source):
     __slots__ = ("_descriptor", "identity")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.name = os.fspath(path)
-        self._descriptor = _Descriptor(self.name)
+        name = os.fspath(path)
+        # Without O_NONBLOCK, opening a FIFO waits for its writer; on regular files the flag does nothing.
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        self._adopt(os.open(name, flags), name)
+
+    @classmethod
+    def from_descriptor(cls, descriptor: int, name: str) -> FileSource:
+        """The file behind a descriptor, which is duplicated: neither it nor its position is touched."""
+        source = cls.__new__(cls)
+        source._adopt(os.dup(descriptor), name)
+        return source
+
+    def _adopt(self, descriptor: int, name: str) -> None:
+        self._descriptor = _Descriptor(descriptor)
+        self.name = name
         self.base = 0
-        status = os.fstat(self._descriptor.number)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise CheckpointFormatError(f"{name} is not a regular file.", path=name, found="special file")
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -122,9 +140,8 @@ class _Descriptor:
 
     __slots__ = ("number",)
 
-    def __init__(self, path: str) -> None:
-        self.number = -1  # so that a failing open leaves nothing for __del__
-        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def close(self) -> None:
         number, self.number = self.number, -1
@@ -152,3 +169,52 @@ class MemorySource(Source):
     def slice(self, offset: int, size: int, name: str | None = None) -> Source:
         self._check(offset, size)
         return MemorySource(self.view[offset : offset + size], name or self.name)
+
+
+class StreamSource(Source):
+    """Any object with ``seek`` and ``read``, such as a remote file; one read at a time, its position restored."""
+
+    __slots__ = ("_lock", "_stream")
+
+    def __init__(self, stream: Any, name: str) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self.name = name
+        self.base = 0
+        position = stream.tell()
+        try:
+            end = stream.seek(0, os.SEEK_END)
+            self.size = stream.tell() if end is None else end
+        finally:
+            stream.seek(position)
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        self._check(offset, len(buffer))
+        with self._lock:
+            position = self._stream.tell()
+            try:
+                self._stream.seek(self.base + offset)
+                self._fill(buffer)
+            finally:
+                self._stream.seek(position)
+
+    def _fill(self, buffer: memoryview) -> None:
+        while len(buffer):
+            chunk = self._stream.read(min(len(buffer), _STREAM_CHUNK_BYTES))
+            if not chunk or len(chunk) > len(buffer):
+                raise CorruptCheckpointError(
+                    f"{self.name} gave {len(chunk or b'')} bytes where {len(buffer)} were left to read.", path=self.name
+                )
+            buffer[: len(chunk)] = chunk
+            buffer = buffer[len(chunk) :]
+
+    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
+        self._check(offset, size)
+        part = StreamSource.__new__(StreamSource)
+        part._stream, part._lock = self._stream, self._lock
+        part.name = name or self.name
+        part.base, part.size = self.base + offset, size
+        return part
+
+
+_STREAM_CHUNK_BYTES = 8 * 1024 * 1024

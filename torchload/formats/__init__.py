@@ -1,0 +1,153 @@
+"""Opening: from a path to a `Checkpoint`, the tree of everything a file holds but its tensor data.
+
+What a file is, its bytes decide, never its suffix. `FORMATS` is the table of single-file formats: one row each, tried
+in order. A folder, an index of shards and a list of shards come down to single files again.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torchload.errors import CorruptCheckpointError
+from torchload.formats import folder, foreign, safetensors, sharded
+from torchload.formats.locate import path_text, source_of_file, source_of_object, status_of
+from torchload.index import Checkpoint
+from torchload.source import Source
+
+__all__ = ["FORMATS", "Format", "open_checkpoint"]
+
+HEAD_BYTES = 4096  # what recognizers see of a file
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One kind of checkpoint file.
+
+    Attributes:
+        name: What to call it.
+        recognizes: Whether a file that begins with these bytes (at most `HEAD_BYTES`) is one, sound or damaged.
+        open: Indexes it; raises `CheckpointFormatError` for what turns out to be something else after all.
+    """
+
+    name: str
+    recognizes: Callable[[bytes], bool]
+    open: Callable[[Source, str], Checkpoint]
+
+
+def _open_zip(source: Source, path: str) -> Checkpoint:
+    from torchload.formats import torch_zip
+
+    return torch_zip.open(source, path)
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("zip checkpoint", lambda head: head.startswith(b"PK\x03\x04"), _open_zip),
+    Format("safetensors", safetensors.recognizes, safetensors.open),
+)
+
+
+def open_checkpoint(path: Any) -> Checkpoint:
+    """Open whatever holds weights, without reading them and without running anything it names.
+
+    Args:
+        path: A file; a folder that holds a checkpoint; the ``*.index.json`` of a sharded one; a list of shard files;
+            or a binary file object with ``seek`` and ``read``, which is read from its beginning and left as it was.
+
+    Returns:
+        The opened checkpoint. Close it, or use it as a context manager.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there, or nothing to load in the folder.
+        CheckpointFormatError: It is something else; the message says what.
+        CorruptCheckpointError: It is truncated, damaged, or made to do harm.
+        AmbiguousCheckpointError: The folder holds several checkpoints.
+        TypeError: `path` is none of the above.
+        OSError: The file can't be read.
+
+    Example:
+        >>> import io, torch
+        >>> from torchload.formats import open_checkpoint
+        >>> file = io.BytesIO()
+        >>> torch.save({"weight": torch.zeros(2, 3)}, file)
+        >>> with open_checkpoint(file) as checkpoint:
+        ...     checkpoint.root["weight"].shape
+        (2, 3)
+    """
+    with _collector_paused():
+        if isinstance(path, (list, tuple)):
+            return sharded.open_list([_required_path(part) for part in path], _open_file)
+        text = path_text(path)
+        if text is None:
+            source = source_of_object(path)
+            return _open_source(source, source.name)
+        if stat.S_ISDIR(status_of(text).st_mode):
+            return _open_folder(text)
+        return _open_file(text)
+
+
+def _open_folder(path: str) -> Checkpoint:
+    choice = folder.choose(path, _is_checkpoint)
+    if len(choice.files) == 1:
+        checkpoint = _open_file(choice.files[0])
+    else:
+        checkpoint = sharded.open_list(list(choice.files), _open_file)
+    return folder.describe(checkpoint, path, choice)
+
+
+def _open_file(path: str) -> Checkpoint:
+    return _open_source(source_of_file(path), path)
+
+
+def _open_source(source: Source, path: str) -> Checkpoint:
+    """Open a single file; its source is closed when that fails."""
+    try:
+        head = source.read(0, min(HEAD_BYTES, source.size))
+        for kind in FORMATS:
+            if kind.recognizes(head):
+                return kind.open(source, path)
+        if sharded.recognizes(head):
+            checkpoint = sharded.open_index(source, path, _open_file)
+            source.close()
+            return checkpoint
+        raise foreign.describe(source, head, path)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Whether the file's first bytes are those of a format in the table."""
+    try:
+        source = source_of_file(path)
+    except (CorruptCheckpointError, OSError):
+        return False
+    try:
+        head = source.read(0, min(HEAD_BYTES, source.size))
+    finally:
+        source.close()
+    return any(kind.recognizes(head) for kind in FORMATS)
+
+
+def _required_path(part: object) -> str:
+    text = path_text(part)
+    if text is None:
+        raise TypeError(f"a list of shards holds paths, not {type(part).__name__}")
+    return os.fspath(text)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Indexing makes many objects and no garbage; collections in between would take most of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,106 @@
+"""JSON from a stranger: one object, read strictly and within bounds.
+
+Python's parser is lenient where a format must not be (duplicate keys, UTF-16, lone surrogates) and lets a small text
+grow into a hundred times its size in objects. `parse_object` refuses both.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torchload.errors import CorruptCheckpointError
+
+__all__ = ["parse_object"]
+
+# A parsed value takes up to about 150 bytes. Three million (some 300,000 tensors in one file; the largest published
+# models have a third of that over all their shards) keep a hostile header below a few hundred MiB.
+_MAX_VALUES = 3_000_000
+# One character beyond the basic plane makes Python store every character of a string in four bytes.
+_MAX_NON_ASCII_BYTES = 16 * 1024 * 1024
+
+
+def parse_object(data: bytes | bytearray, what: str, path: str) -> dict[str, Any]:
+    """The JSON object that `data` spells, and nothing else.
+
+    Args:
+        data: UTF-8 text, possibly hostile; the caller bounds its length.
+        what: What the text is, for messages: ``"header"``, ``"index"``.
+        path: The file it comes from, for messages.
+
+    Returns:
+        The object. Objects inside it are dicts too, with unique keys at every level.
+
+    Raises:
+        CorruptCheckpointError: Not UTF-8, not JSON, not an object, a duplicate key, nested too deep, or made to
+            exhaust memory.
+
+    Example:
+        >>> parse_object(b'{"a": [1, 2]}', "header", "model.safetensors")
+        {'a': [1, 2]}
+    """
+
+    def refuse(problem: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(f"The {what} of {path} {problem}. Download or copy the file again.", path=path)
+
+    values = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if values > _MAX_VALUES:
+        raise refuse(f"lists about {values:,} values; more than {_MAX_VALUES:,} are not read")
+    if len(data) > _MAX_NON_ASCII_BYTES and not data.isascii():
+        raise refuse(f"is {len(data):,} bytes of text beyond ASCII, which is not read")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise refuse(f"is not UTF-8 text (byte {error.start})") from None
+    hook = _unique_and_encodable if "\\u" in text else _unique
+    try:
+        parsed = json.loads(text, object_pairs_hook=hook, parse_int=_integer_parser())
+    except _RefusedKeyError as error:
+        raise refuse(str(error)) from None
+    except RecursionError:
+        raise refuse("is nested too deep") from None
+    except ValueError as error:
+        raise refuse(f"is not valid JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise refuse(f"is not a JSON object but a {type(parsed).__name__}")
+    return parsed
+
+
+class _RefusedKeyError(Exception):
+    """Ends the parse from inside a hook; the message completes a sentence about the text."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RefusedKeyError(f"holds the name {key!r} twice")
+            seen.add(key)
+    return result
+
+
+def _unique_and_encodable(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, value in pairs:
+        try:
+            key.encode()
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError:
+            raise _RefusedKeyError(f"holds a lone surrogate at {key!a}") from None
+    return _unique(pairs)
+
+
+def _integer_parser() -> Callable[[str], int] | None:
+    # Python < 3.10.7 converts a number of any length, in quadratic time; later versions may be told to.
+    limit: Callable[[], int] = getattr(sys, "get_int_max_str_digits", lambda: 0)
+    return None if limit() else _bounded_integer
+
+
+def _bounded_integer(digits: str) -> int:
+    if len(digits) > 40:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)

@@ -1,0 +1,160 @@
+"""From what the caller handed over to a `Source`: paths, file objects, and everything that is not there.
+
+A path is looked at before it is opened, so that a FIFO or a device is refused instead of waited for, and a path that
+does not exist is answered with what does.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from typing import Any
+
+from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
+from torchload.source import FileSource, MemorySource, Source, StreamSource
+
+__all__ = ["UNFINISHED_SUFFIXES", "path_text", "source_of_file", "source_of_object", "status_of"]
+
+UNFINISHED_SUFFIXES = (".part", ".partial", ".crdownload", ".incomplete", ".download", ".aria2", ".tmp")
+
+_MAX_LISTED = 10_000  # directory entries looked at for near names
+
+_SPECIAL_KINDS = (
+    (stat.S_ISFIFO, "a FIFO (named pipe)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+def path_text(path: object) -> str | None:
+    """The path as text, or ``None`` for anything that is not a path."""
+    if isinstance(path, (str, os.PathLike)):
+        return os.fsdecode(path)
+    return None
+
+
+def status_of(path: str) -> os.stat_result:
+    """`os.stat` of a regular file or a folder.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there; the message names what is.
+        CheckpointFormatError: It is a FIFO, a socket or a device.
+        OSError: It can't be looked at, such as for lack of permission.
+    """
+    try:
+        status = os.stat(path)
+    except ValueError:
+        raise CheckpointNotFoundError(f"{path!r} is not a path: it holds a NUL character.", path=path) from None
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}:
+            raise CheckpointNotFoundError(_absence(path, error), path=path) from None
+        raise
+    for is_kind, kind in _SPECIAL_KINDS:
+        if is_kind(status.st_mode):
+            raise CheckpointFormatError(
+                f"{path} is {kind}, not a file: a checkpoint is read at many places, not from front to back. "
+                "Write it to a file first.",
+                path=path,
+                found=kind.split(" ", 1)[1],
+            )
+    return status
+
+
+def source_of_file(path: str) -> Source:
+    """Open a regular file that holds something.
+
+    Raises:
+        CorruptCheckpointError: The file is empty.
+        CheckpointNotFoundError, CheckpointFormatError, OSError: As `status_of`.
+    """
+    status_of(path)
+    source = FileSource(path)
+    if source.size == 0:
+        source.close()
+        raise CorruptCheckpointError(
+            f"{path} is empty (0 bytes): the download or the save never wrote to it.", path=path, found="empty file"
+        )
+    return source
+
+
+def source_of_object(file: Any) -> Source:
+    """A binary file object as a source.
+
+    It is read from its beginning to its end, whatever its position is; the position stays as it was, and the object
+    stays open.
+
+    Args:
+        file: An `io.BytesIO`, a file opened in binary mode, or anything with ``seek``, ``tell`` and ``read``.
+
+    Raises:
+        TypeError: It is no binary, seekable file object.
+        CorruptCheckpointError: It is empty.
+    """
+    name = getattr(file, "name", None)
+    name = name if isinstance(name, str) else f"<{type(file).__name__}>"
+    if isinstance(file, io.TextIOBase):
+        raise TypeError(f"{name} is open as text; open it in binary mode: open(path, 'rb')")
+    source: Source
+    raw = getattr(file, "raw", file)
+    if isinstance(file, io.BytesIO):
+        source = MemorySource(file.getvalue(), name)  # shares the buffer until somebody writes to it
+    elif isinstance(file, (io.FileIO, io.BufferedReader, io.BufferedRandom)) and isinstance(raw, io.FileIO):
+        if file.writable():
+            file.flush()
+        source = FileSource.from_descriptor(raw.fileno(), name)
+    elif callable(getattr(file, "seek", None)) and callable(getattr(file, "read", None)):
+        source = StreamSource(file, name)
+    else:
+        raise TypeError(
+            f"a checkpoint is a path, a list of paths, or a binary file object with seek and read, "
+            f"not {type(file).__name__}"
+        )
+    if source.size == 0:
+        source.close()
+        raise CorruptCheckpointError(f"{name} is empty (0 bytes).", path=name, found="empty file")
+    return source
+
+
+def _absence(path: str, error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return f"{path} is a symbolic link that leads back to itself."
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{path[:80]}... is not a path: the name is too long."
+    if path.startswith(("http://", "https://", "s3://", "gs://", "hf://")):
+        return f"{path} is a URL; download it first and give the path of the file."
+    if os.path.islink(path):
+        return f"{path} is a symbolic link to {os.readlink(path)}, which does not exist. Download the file again."
+    if not path:
+        return "The path is empty; it must name a file or a folder."
+    hint = _hint(path)
+    return f"{path} does not exist. {hint}".rstrip()
+
+
+def _hint(path: str) -> str:
+    if path.startswith("~"):
+        return f"'~' is not expanded; did you mean {os.path.expanduser(path)}?"
+    folder, name = os.path.split(path.rstrip("/" + os.sep))
+    if not os.path.isdir(folder or os.curdir):
+        existing = folder
+        while existing and not os.path.isdir(existing) and existing != os.path.dirname(existing):
+            existing = os.path.dirname(existing)
+        return f"The folder {folder} does not exist either; {existing or os.curdir} does."
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            names = [entry.name for entry, _ in zip(entries, range(_MAX_LISTED))]
+    except OSError:
+        return ""
+    unfinished = [found for found in names if found.startswith(name) and found.endswith(UNFINISHED_SUFFIXES)]
+    if unfinished:
+        return f"{unfinished[0]} is there: its download has not finished."
+    import difflib
+
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if near:
+        return f"Did you mean {' or '.join(near)}?"
+    if not os.path.isabs(path):
+        return f"The path is relative to {os.getcwd()}."
+    return ""
