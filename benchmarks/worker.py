@@ -1,0 +1,157 @@
+"""One sample, in a process of its own: ``python -m benchmarks.worker REQUEST DESCRIPTOR``.
+
+The request is JSON. What happens is written to the descriptor, a line each: ``start`` just before the load, ``end``
+when the weights are there, then the result as JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import itertools
+import json
+import mmap
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.arms import ARMS, Job
+from benchmarks.cases import Case
+from benchmarks.ceilings import CEILINGS
+from benchmarks.files import checksum
+from benchmarks.machine import drop_from_cache, read_into_cache
+from benchmarks.models import build_meta, materialize, named_tensors
+
+__all__ = ["run"]
+
+
+def run(request: dict[str, Any], mark: Callable[[str], object]) -> dict[str, Any]:
+    """Set up, load, use the model once, and say what it cost and what arrived.
+
+    Args:
+        request: ``case`` (the fields of a `Case`), ``arm`` or ``ceiling`` (a name), ``path``, ``device``.
+        mark: Called with ``"start"`` and ``"end"``.
+
+    Returns:
+        Seconds: ``import``, then from one common start ``load`` (the call returned), ``touch`` (one byte of every page
+        of every tensor was read, which is when a mapped file becomes memory) and ``forward`` (a first forward pass
+        is done). ``checksum`` of the model, ``anonymous_before`` in bytes, and on a GPU the peak of its memory.
+    """
+    case, device = Case(**request["case"]), torch.device(request["device"])
+    arm = ARMS.get(request.get("arm", ""))
+    started = time.perf_counter()
+    for module in arm.modules if arm else ():
+        importlib.import_module(module)
+    result: dict[str, Any] = {"import": time.perf_counter() - started}
+
+    model = build_meta(case.model, case.amount, getattr(torch, case.model_dtype))
+    if case.into == "existing":
+        materialize(model, device)
+    example = model.example(device, getattr(torch, case.model_dtype))
+    job = Job(model, request["path"], device, case)
+    work = partial(arm.run, job) if arm else CEILINGS[request["ceiling"]].prepare(job)
+
+    result["resident_before"] = _set_cache(case, request["path"])
+    gc.collect()
+    _prepare_memory(device)
+    result["anonymous_before"] = anonymous_bytes()
+    mark("start")
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    result["load"] = time.perf_counter() - started
+    if arm:
+        touch(model)
+        result["touch"] = time.perf_counter() - started
+    mark("end")
+    result["gpu_peak"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    if arm:
+        started = time.perf_counter() - result["touch"]  # the clock goes on where it stopped
+        with torch.inference_mode():
+            model(example)
+        _wait(device)
+        result["forward"] = time.perf_counter() - started
+        result["checksum"] = checksum(named_tensors(model))
+        result["model_bytes"] = sum(tensor.nbytes for _, tensor in named_tensors(model))
+    result["peak_resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result
+
+
+def touch(model: nn.Module) -> int:
+    """Read one byte of every page of every tensor on the CPU; returns their sum."""
+    total = 0
+    for _, tensor in named_tensors(model):
+        if tensor.device.type == "cpu":
+            total += _touch_tensor(tensor.detach())
+    return total
+
+
+def _touch_tensor(tensor: Tensor) -> int:
+    nbytes, address = tensor.nbytes, tensor.data_ptr()
+    if nbytes > 64 * mmap.PAGESIZE and tensor.is_contiguous():
+        return int(tensor.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum())
+    # For small tensors three torch calls would cost more than the pages.
+    positions = itertools.chain(range(0, nbytes, mmap.PAGESIZE), (nbytes - 1,) if nbytes else ())
+    return sum(ctypes.c_ubyte.from_address(address + position).value for position in positions)
+
+
+def anonymous_bytes(process: int | str = "self") -> int:
+    """Private memory of a process that is present (RssAnon) or swapped out, in bytes; page cache doesn't count."""
+    with open(f"/proc/{process}/status", "rb") as file:
+        fields = [line.split() for line in file if line.startswith((b"RssAnon", b"VmSwap"))]
+    return sum(int(kilobytes) for _, kilobytes, _ in fields) * 1024
+
+
+def _set_cache(case: Case, path: str) -> float:
+    if case.cold:
+        fraction = drop_from_cache(path)
+        if fraction > 0.001:
+            raise RuntimeError(f"{fraction:.1%} of the file stays in the page cache: this is no cold sample")
+        return fraction
+    fraction = read_into_cache(path)
+    if fraction < 0.999:
+        raise RuntimeError(f"only {fraction:.1%} of the file is in the page cache: this is no warm sample")
+    return fraction
+
+
+def _prepare_memory(device: torch.device) -> None:
+    # Memory that the setup left in malloc's lists would otherwise hide what the load allocates.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    if device.type == "cuda":
+        torch.cuda.init()
+        torch.ones(1, device=device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    """Run the request on the command line; errors are results too."""
+    channel = os.fdopen(int(sys.argv[2]), "w", buffering=1)
+    try:
+        result = run(json.loads(sys.argv[1]), lambda word: channel.write(word + "\n"))
+    except BaseException as error:  # noqa: BLE001 - whatever a contestant raises is its result
+        text = str(error).strip()
+        result = {"error": f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"}
+    channel.write(json.dumps(result) + "\n")
+    channel.flush()
+    os._exit(0)  # no time for destructors of contestants
+
+
+if __name__ == "__main__":
+    main()
