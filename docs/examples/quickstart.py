@@ -6,6 +6,7 @@ Takes a few seconds on a CPU: python docs/examples/quickstart.py
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import tempfile
 from pathlib import Path
@@ -72,36 +73,44 @@ def compare(name: str, loaded: nn.Module, trained: nn.Module, points: torch.Tens
     print(f"\n  {name}: largest difference of the outputs {difference:.2g}, accuracy {accuracy:.1%}\n")
 
 
+def show(title: str) -> None:
+    print(f"# {title}\n")
+
+
 def main() -> None:
     torch.manual_seed(0)
-    options = argparse.Namespace(epochs=15, batch_size=64, learning_rate=3e-3)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "checkpoint.pth"
-        trained, average = train(path, options)
-        points, arms = spirals(1000)
+    path = Path("checkpoint.pth")
+    trained, average = train(path, argparse.Namespace(epochs=15, batch_size=64, learning_rate=3e-3))
+    points, arms = spirals(1000)
 
-        print("# What torch.load says to this file in its safe mode:\n")
-        try:
-            torch.load(path, weights_only=True)
-        except pickle.UnpicklingError as error:
-            lines = str(error).splitlines()
-            print("  " + next((line.strip() for line in lines if "Unsupported" in line), lines[0]))
+    show("What torch.load says to this file in its safe mode")
+    try:
+        torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        lines = str(error).splitlines()
+        print("  " + next((line.strip() for line in lines if "Unsupported" in line), lines[0]) + "\n")
 
-        print('\n# smart_load(model, "checkpoint.pth"): the averaged weights, in float32\n')
-        model = build_model().eval()
-        print(smart_load(model, path))
-        compare("against the average", model, average, points, arms)
+    show('smart_load(model, "checkpoint.pth"): the averaged weights, in float32')
+    model = build_model().eval()
+    print(smart_load(model, path))
+    compare("against the average", model, average, points, arms)
 
-        print('# smart_load(model, "checkpoint.pth", key="model"): the last step of training\n')
-        model = build_model().eval()
-        print(smart_load(model, path, key="model"))
-        compare("against the trained model", model, trained, points, arms)
+    show('smart_load(model, "checkpoint.pth", key="model"): the last step of training')
+    model = build_model().eval()
+    print(smart_load(model, path, key="model"))
+    compare("against the trained model", model, trained, points, arms)
 
-        print('# smart_load(model, "checkpoint.pth", dtype=torch.float16): half precision, cast on the way\n')
-        model = build_model().eval()
-        print(smart_load(model, path, dtype=torch.float16))
-        compare("against the average", model, average, points, arms)
+    show('smart_load(model, "checkpoint.pth", dtype=torch.float16): half precision, cast on the way')
+    model = build_model().eval()
+    print(smart_load(model, path, dtype=torch.float16))
+    compare("against the average", model, average, points, arms)
 
 
 if __name__ == "__main__":
-    main()
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            main()
+        finally:
+            os.chdir(before)

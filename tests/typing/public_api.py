@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import assert_type
 
-import torchload
-from torchload import LoadReport, errors, smart_load
+from torchload import LoadReport, best_device, errors, smart_load
 
 
 def one_line(model: nn.Module) -> None:
@@ -70,4 +69,4 @@ def misuse(model: nn.Module) -> None:
     smart_load("model.pth", model)  # type: ignore[arg-type]
 
 
-assert_type(torchload.__version__, str)
+assert_type(best_device(), torch.device)

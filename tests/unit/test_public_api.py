@@ -13,7 +13,7 @@ from torchload import errors
 def test_exported_names() -> None:
     assert sorted(torchload.__all__) == [
         "LoadReport",
-        "__version__",
+        "best_device",
         "errors",
         "smart_load",
     ]
@@ -70,13 +70,3 @@ def test_public_things_say_where_they_are_from(name: str) -> None:
     value = getattr(torchload, name)
     if inspect.isclass(value) or inspect.isfunction(value):
         assert value.__module__.partition(".")[0] == "torchload"
-
-
-def test_version_is_that_of_the_package() -> None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        installed = version("torchload")
-    except PackageNotFoundError:
-        pytest.skip("not installed")
-    assert torchload.__version__ == installed
