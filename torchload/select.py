@@ -1,23 +1,24 @@
 """Find the sub-tree of a checkpoint that is a model's state dict.
 
-A candidate is a container of the tree (`state_dict`, `model.ema`, …) or a dotted prefix inside one (`backbone.`), which is
-the same thing one level down. Candidates are judged by how well their names and shapes fit the model; what they are called
-decides only between candidates that fit equally.
+A candidate is a container of the tree (`state_dict`, `model.ema`, …) or a dotted prefix inside one (`backbone.`),
+which is the same thing one level down. Candidates are judged by how well their names and shapes fit the model; what
+they are called decides only between candidates that fit equally.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torchload.errors import AmbiguousCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError
-from torchload.index import Container, OpaqueTensor, Shape, TensorEntry
+from torchload.index import OpaqueTensor, Shape, TensorEntry
 from torchload.keys.match import Alignment, Names, align, is_path, names_of, split
 from torchload.keys.rewrite import Rename, renamer
 from torchload.keys.tables import BENIGN_MISSING, BENIGN_UNEXPECTED, Standing, container_standing
 
-__all__ = ["Leaf", "Selection", "Wanted", "child_containers", "flatten", "select"]
+__all__ = ["Leaf", "Selection", "Wanted", "flatten", "select"]
 
 Leaf = TensorEntry | OpaqueTensor | Any
 _MOST_LEAVES = 4_000_000
@@ -34,12 +35,18 @@ class Wanted:
         ties: Name → representative of the names that share its storage; names that share none are absent.
         skipped: Names that the caller wants left alone.
         optional: Names that may stay as they are without a word (state that only torch's own hooks fill).
+        skip_pattern: What `skipped` was derived from, for the checkpoint's names.
     """
 
     shapes: Mapping[str, Shape | None]
     ties: Mapping[str, str] = field(default_factory=dict)
     skipped: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
+    skip_pattern: re.Pattern[str] | None = None
+
+    def skips(self, name: str) -> bool:
+        """Whether the caller wants a name, of either side, left alone."""
+        return self.skip_pattern is not None and self.skip_pattern.match(name) is not None
 
 
 @dataclass(slots=True)
@@ -58,8 +65,11 @@ class Selection:
         outside: Names of the container that are not this model's business.
         tolerated: Differences known to be harmless: names of either side.
         rivals: Paths of other candidates that would have fitted as well.
-        averaged: Whether the choice was made because these are averaged weights.
+        crossed: Whether names were taken out of a container inside this one, which is a candidate of its own.
+        skipped: Model names that the caller wanted left alone.
+        added: Prefix that all of the model's names have and the file's lack.
         alignment: The matcher's account.
+        standing: How strongly the path speaks for these weights.
     """
 
     key: str
@@ -74,6 +84,9 @@ class Selection:
     tolerated: list[str]
     alignment: Alignment
     standing: Standing = Standing.CONVENTIONAL
+    crossed: bool = False
+    skipped: frozenset[str] = frozenset()
+    added: str = ""
     rivals: tuple[str, ...] = ()
 
     @property
@@ -125,21 +138,22 @@ def select(
         AmbiguousCheckpointError: Several candidates of equal standing fit and hold different data.
         IncompatibleCheckpointError: `key` or `prefix` names nothing, or the file holds no tensors.
     """
-    containers = _containers(root, key, path)
-    need = _needed(wanted) if strict else 1
-    for least in dict.fromkeys((need, 1)):
-        candidates = list(_candidates(containers, wanted, prefix, rename, least, strict))
-        fitting = [candidate for candidate in candidates if (candidate.fits if strict else True)]
-        if fitting:
-            return _best(fitting, wanted, root, path, strict)
-        if candidates and least == 1:
-            break
-    if not candidates:
-        raise _nothing(containers, wanted, prefix, path)
-    return max(candidates, key=lambda c: (len(c.pairs) - len(c.mismatched), -len(c.unexpected), -c.standing))
+    places = _places(root, key, path)
+    if strict:
+        candidates = _candidates(places, wanted, prefix, rename, _needed(wanted), strict)
+        if fitting := [candidate for candidate in candidates if candidate.fits]:
+            return _best(fitting, root, path, strict)
+    partial = list(_candidates(places, wanted, prefix, rename, 1, strict))
+    if not partial:
+        raise _nothing(places, wanted, prefix, path)
+    if not strict:
+        return _best(partial, root, path, strict)
+    return max(
+        partial, key=lambda c: (len(c.pairs) - len(c.mismatched), not c.crossed, -len(c.unexpected), -c.standing)
+    )
 
 
-# --- the containers of a tree -------------------------------------------------------------------------------------
+# --- the containers of a tree ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +166,6 @@ class _Place:
     inner: frozenset[str]  # names of nested containers, which are places of their own
 
 
-def child_containers(value: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """The mappings directly inside a container or sequence, by name; sequences are mappings of their positions."""
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for name, inner in items:
-        as_mapping = _mapping(inner)
-        if as_mapping is not None:
-            yield str(name), as_mapping
-
-
 def _mapping(value: Any) -> Mapping[Any, Any] | None:
     if isinstance(value, Mapping):
         return value
@@ -169,7 +174,7 @@ def _mapping(value: Any) -> Mapping[Any, Any] | None:
     return None
 
 
-def _containers(root: Any, key: str | None, path: str) -> list[_Place]:
+def _places(root: Any, key: str | None, path: str) -> list[_Place]:
     """Every container that holds tensors at any depth, outermost first, each once however often it is referred to."""
     top = _mapping(root)
     if top is None:
@@ -226,7 +231,7 @@ def flatten(container: Mapping[Any, Any], path: str) -> dict[str, Leaf]:
     return leaves
 
 
-# --- candidates -----------------------------------------------------------------------------------------------------
+# --- candidates ---
 
 
 def _candidates(
@@ -247,12 +252,17 @@ def _candidates(
         for below, names in nodes:
             if prefix is not None and below != prefix.rstrip("."):
                 continue
-            for target in targets:
-                alignment = align(names, target, lift=("model",) if not below else ())
+            for added, target in targets:
+                alignment = align(names, target)
                 if alignment.pairs:
-                    yield _judge(place, below, leaves, names, alignment, wanted)
+                    yield _judge(place, below, leaves, names, alignment, wanted, added)
                     if len(alignment.pairs) == len(wanted.shapes):
                         break
+        if prefix is None and "model" in place.inner:  # OpenNMT: 'model' and 'generator' together are the model
+            names = names_of(leaves)
+            alignment = align(names, targets[0][1], lift=("model",))
+            if ("file", "model") in alignment.dropped:
+                yield _judge(place, "", leaves, names, alignment, wanted, "")
 
 
 def _nodes(names: Names, least: int, own_places: frozenset[str]) -> Iterator[tuple[str, Names]]:
@@ -265,22 +275,32 @@ def _nodes(names: Names, least: int, own_places: frozenset[str]) -> Iterator[tup
                 todo.append((f"{path}.{label}" if path else label, inner))
 
 
-def _model_views(wanted: Wanted, strict: bool) -> list[Names]:
+def _model_views(wanted: Wanted, strict: bool) -> list[tuple[str, Names]]:
     """The model's names, whole and below a prefix that all of them share (the file may lack it)."""
     names = names_of(name for name in wanted.shapes if name not in wanted.skipped)
-    views = [names]
+    views = [("", names)]
+    path = ""
     children = split(names)
     while len(children) == 1:
-        (names,) = children.values()
-        views.append(names)
+        ((label, names),) = children.items()
+        if "" in names:
+            break
+        path = f"{path}.{label}" if path else label
+        views.append((path, names))
         children = split(names)
     if not strict:  # a part of the model may be what the file has: a base model without its head
-        views += [inner for inner in children.values() if len(inner) > 1]
+        views += [(f"{path}.{label}" if path else label, inner) for label, inner in children.items() if len(inner) > 1]
     return views
 
 
 def _judge(
-    place: _Place, prefix: str, leaves: dict[str, Leaf], names: Names, alignment: Alignment, wanted: Wanted
+    place: _Place,
+    prefix: str,
+    leaves: dict[str, Leaf],
+    names: Names,
+    alignment: Alignment,
+    wanted: Wanted,
+    added: str,
 ) -> Selection:
     mismatched: dict[str, tuple[Shape, Shape]] = {}
     for name, source in alignment.pairs.items():
@@ -288,7 +308,8 @@ def _judge(
         if shape is not None and found is not None and shape != found and not (shape == () and found == (1,)):
             mismatched[name] = (found, shape)
     filled = {wanted.ties.get(name, name) for name in alignment.pairs}
-    missing, tolerated = [], []
+    missing: list[str] = []
+    tolerated: list[str] = []
     spare = set(alignment.spare)
     for name in wanted.shapes:
         if name in alignment.pairs or name in wanted.skipped or name in wanted.optional or name in spare:
@@ -297,12 +318,18 @@ def _judge(
             (tolerated if _last(name) in BENIGN_MISSING else missing).append(name)
     used = set(alignment.pairs.values())
     elsewhere = set(alignment.outside)
-    unexpected, outside = [], []
+    unexpected: list[str] = []
+    outside: list[str] = []
     inside = set(names.values())
     for name in leaves:
         if name in used:
             continue
-        if name not in inside or name in elsewhere:
+        if (
+            name not in inside
+            or name in elsewhere
+            or wanted.skips(alignment.leftover.get(name, name))
+            or wanted.skips(name)
+        ):
             outside.append(name)
         elif _last(name) in BENIGN_UNEXPECTED:
             tolerated.append(name)
@@ -321,25 +348,31 @@ def _judge(
         tolerated=tolerated,
         alignment=alignment,
         standing=_standing(place.path, prefix),
+        crossed=not prefix and any(side == "file" and label in place.inner for side, label in alignment.dropped),
+        skipped=wanted.skipped,
+        added=added,
     )
 
 
 def _needed(wanted: Wanted) -> int:
     """How many tensors a candidate must have at least to fill the model."""
-    return len(
-        {
-            wanted.ties.get(name, name)
-            for name in wanted.shapes
-            if name not in wanted.skipped and name not in wanted.optional and _last(name) not in BENIGN_MISSING
-        }
-    ) or 1
+    return (
+        len(
+            {
+                wanted.ties.get(name, name)
+                for name in wanted.shapes
+                if name not in wanted.skipped and name not in wanted.optional and _last(name) not in BENIGN_MISSING
+            }
+        )
+        or 1
+    )
 
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-# --- the choice -------------------------------------------------------------------------------------------------------
+# --- the choice ---
 
 
 def _standing(key: str, prefix: str) -> Standing:
@@ -351,11 +384,11 @@ def _standing(key: str, prefix: str) -> Standing:
     return max(worst, Standing.CONVENTIONAL)
 
 
-def _best(fitting: list[Selection], wanted: Wanted, root: Any, path: str, strict: bool) -> Selection:
+def _best(fitting: list[Selection], root: Any, path: str, strict: bool) -> Selection:
     """The strongest of several candidates that fit; those that hold the very same data count once."""
-    distinct: dict[tuple[int, ...], Selection] = {}
+    distinct: dict[tuple[object, ...], Selection] = {}
     for candidate in fitting:
-        data = tuple(id(candidate.leaves[source]) for _, source in sorted(candidate.pairs.items()))
+        data = _data(candidate) if len(fitting) > 1 else ()
         known = distinct.get(data)
         if known is None or _rank(candidate, strict) < _rank(known, strict):
             distinct[data] = candidate
@@ -363,7 +396,7 @@ def _best(fitting: list[Selection], wanted: Wanted, root: Any, path: str, strict
         candidate.standing = _by_company(candidate, distinct.values(), root)
     ranked = sorted(distinct.values(), key=lambda candidate: _rank(candidate, strict))
     first = ranked[0]
-    equals = [candidate for candidate in ranked if _rank(candidate, strict)[:-2] == _rank(first, strict)[:-2]]
+    equals = [candidate for candidate in ranked if _rank(candidate, strict)[:2] == _rank(first, strict)[:2]]
     if len(equals) > 1:
         raise _ambiguous(equals, path)
     rivals = [candidate.path or "the top level" for candidate in ranked[1:] if candidate.fits]
@@ -371,10 +404,17 @@ def _best(fitting: list[Selection], wanted: Wanted, root: Any, path: str, strict
     return first
 
 
+def _data(candidate: Selection) -> tuple[object, ...]:
+    """Identity of the data that a candidate would load, whatever it is called."""
+    leaves = [candidate.leaves[source] for _, source in sorted(candidate.pairs.items())]
+    return tuple(leaf.location if isinstance(leaf, TensorEntry) else id(leaf) for leaf in leaves)
+
+
 def _rank(candidate: Selection, strict: bool) -> tuple[Any, ...]:
     """Sort key: what decides, then what merely orders equals (a plain fit, a short path)."""
     filled = 0 if strict else -(len(candidate.pairs) - len(candidate.mismatched))
-    return filled, candidate.standing, len(candidate.outside) + len(candidate.tolerated), len(candidate.path)
+    left = len(candidate.outside) + len(candidate.tolerated)
+    return filled, candidate.standing, candidate.crossed, left, len(candidate.path)
 
 
 def _by_company(candidate: Selection, others: Any, root: Any) -> Standing:
@@ -407,9 +447,7 @@ def _ambiguous(equals: list[Selection], path: str) -> AmbiguousCheckpointError:
     )
 
 
-def _nothing(
-    places: Sequence[_Place], wanted: Wanted, prefix: str | None, path: str
-) -> IncompatibleCheckpointError:
+def _nothing(places: Sequence[_Place], wanted: Wanted, prefix: str | None, path: str) -> IncompatibleCheckpointError:
     if not places:
         return IncompatibleCheckpointError(
             f"{path} holds no tensors. Nothing was loaded; the model is unchanged.",

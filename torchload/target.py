@@ -1,18 +1,20 @@
 """The model, as a set of places for data.
 
-A `Slot` is one piece of memory of the model, under all the names that it has there. Everything that is done *to* the model
-happens here (`Slot.install`), after the plan was accepted.
+A `Slot` is one piece of memory of the model, under all the names that it has there. Everything that is done *to* the
+model happens here (`Slot.install`), after the plan was accepted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["HookedModule", "Slot", "Target", "describe_model"]
+__all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders"]
 
 # Classes of torch whose `_load_from_state_dict` only tolerates what older versions saved; `keys.tables` covers that.
 _HARMLESS_OVERRIDES = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm)
@@ -23,8 +25,8 @@ class Slot:
     """One tensor of the model.
 
     Attributes:
-        names: Its names in the state dict, in the model's order; or, where it has none (a non-persistent buffer), the one
-            name under which it is registered.
+        names: Its names in the state dict, in the model's order; or, where it has none (a non-persistent buffer), the
+            one name under which it is registered.
         tensors: The tensor objects that show this memory: one as a rule, several if they were tied by storage.
         places: Where they are registered: (module, attribute), parallel to the names.
         is_parameter: Whether it is an `nn.Parameter` (else a buffer).
@@ -50,7 +52,7 @@ class Slot:
     @property
     def is_lazy(self) -> bool:
         """Whether its shape is not known before the first forward."""
-        return isinstance(self.tensor, nn.parameter.UninitializedTensorMixin)
+        return is_lazy(self.tensor)
 
     def install(self, data: torch.Tensor) -> None:
         """Let the model's tensor show other memory: same object, new data.
@@ -59,8 +61,9 @@ class Slot:
             data: The new contents, of the slot's shape, in the dtype and on the device it shall have from now on.
         """
         for position, tensor in enumerate(self.tensors):
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-                tensor.materialize(data.shape, device=data.device, dtype=data.dtype)
+            if is_lazy(tensor):
+                materialize: Any = tensor
+                materialize.materialize(data.shape, device=data.device, dtype=data.dtype)
             if tensor.is_meta or not _assignable(tensor, data):
                 self.tensors[position] = self._exchange(tensor, data)
             else:
@@ -80,7 +83,8 @@ class Slot:
             torch.utils.swap_tensors(tensor, fresh)
         except RuntimeError:  # something holds a weak reference to it: the object itself can't be kept
             for module, attribute in self.places:
-                for table in (module._parameters, module._buffers):
+                tables: Any = (module._parameters, module._buffers)
+                for table in tables:
                     if table.get(attribute) is tensor:
                         table[attribute] = fresh
             return fresh
@@ -196,7 +200,9 @@ def _note_hooks(target: Target, prefix: str, module: nn.Module) -> None:
     cls = type(module)
     if cls.set_extra_state is not nn.Module.set_extra_state:
         target.extra_state[prefix + "_extra_state"] = module
-    if module._load_state_dict_pre_hooks and any(_name(hook) != "_lazy_load_hook" for hook in module._load_state_dict_pre_hooks.values()):
+    if module._load_state_dict_pre_hooks and any(
+        _name(hook) != "_lazy_load_hook" for hook in module._load_state_dict_pre_hooks.values()
+    ):
         target.pre_hooks.append(HookedModule(prefix, module))
     if module._load_state_dict_post_hooks:
         target.post_hooks.append(HookedModule(prefix, module))
@@ -225,3 +231,12 @@ def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _assignable(tensor: torch.Tensor, data: torch.Tensor) -> bool:
     return bool(torch._has_compatible_shallow_copy_type(tensor, data))
+
+
+def own_loaders(target: Target) -> list[tuple[HookedModule, list[Slot]]]:
+    """The outermost modules that bring their own `_load_from_state_dict`, each with the slots below it."""
+    outermost: list[HookedModule] = []
+    for hooked in target.overrides:
+        if not any(hooked.prefix.startswith(other.prefix) for other in outermost):
+            outermost.append(hooked)
+    return [(hooked, [slot for slot in target.slots if slot.name.startswith(hooked.prefix)]) for hooked in outermost]

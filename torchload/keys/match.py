@@ -1,9 +1,9 @@
 """Reconcile two sets of names: a checkpoint's and a model's.
 
-Names are paths in a tree of modules. A wrapper (DataParallel, torch.compile, FSDP, …) puts one node between a module and
-its children, so the two trees are walked side by side, and a wrapper's node is stepped over on either side only where that
-is what makes the children agree. Nothing is ever cut out of a name as text: a module that is really called ``module`` is a
-node like any other.
+Names are paths in a tree of modules. A wrapper (DataParallel, torch.compile, FSDP, …) puts one node between a module
+and its children, so the two trees are walked side by side, and a wrapper's node is stepped over on either side only
+where that is what makes the children agree. Nothing is ever cut out of a name as text: a module that is really called
+``module`` is a node like any other.
 
 The walk compares whole sub-trees first, so equal ones cost one comparison of sets; every name is split at most once per
 segment. The cost is linear in the total length of the names.
@@ -31,12 +31,13 @@ class Alignment:
 
     Attributes:
         pairs: Model name → checkpoint name.
-        outside: Checkpoint names that are not the model's business: top-level siblings that it does not have at all, and
-            what wrappers keep for themselves.
+        outside: Checkpoint names that are not the model's business: top-level siblings that it does not have at all,
+            and what wrappers keep for themselves.
         spare: Model names that a wrapper keeps for itself and the checkpoint lacks.
         ambiguous: Model name → checkpoint names that claim it equally well.
         dropped: Wrapper segments that were stepped over, and on which side (``"file"``, ``"model"``), with how often.
         renamed: Checkpoint name → the rule that gave it its model name.
+        leftover: Checkpoint name without a counterpart in a module that the model has → what the model would call it.
     """
 
     pairs: dict[str, str] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Alignment:
     ambiguous: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[tuple[str, str], int] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
+    leftover: dict[str, str] = field(default_factory=dict)
 
 
 def names_of(names: Iterable[str]) -> Names:
@@ -132,6 +134,9 @@ def _pair_children(
         _lift(result, extra, lacking, work, liftable, "file")
         _lift(result, lacking, extra, work, liftable, "model")
         _rename(result, extra, lacking)
+    if extra and theirs:
+        here = _root_of(theirs)
+        result.leftover.update((name, here + rest) for rest, name in _joined(extra).items())
     return extra
 
 
@@ -201,7 +206,7 @@ def _lift(
     liftable: Iterable[str],
     side: str,
 ) -> None:
-    """Pair children of a wrapper that has siblings with the nodes they are wanted as, where just one wrapper offers them."""
+    """Pair children of a wrapper that has siblings with the nodes they are wanted as, if just one offers them."""
     offers: dict[str, list[tuple[str, Names]]] = {}
     for label in [label for label in holders if label in liftable]:
         chain = _Chain.below(holders[label])
@@ -248,5 +253,13 @@ def _rename(result: Alignment, extra: dict[str, Names], lacking: dict[str, Names
         extra[label] = {rest: name for rest, name in names.items() if name in remaining}
 
 
+def _root_of(children: Mapping[str, Names]) -> str:
+    """The path of a node, with its dot, from the names below it."""
+    rest, name = next(iter(_joined(dict([next(iter(children.items()))])).items()))
+    return name[: len(name) - len(rest)]
+
+
 def _joined(children: Mapping[str, Names]) -> Names:
-    return {f"{label}.{rest}" if rest else label: name for label, names in children.items() for rest, name in names.items()}
+    return {
+        f"{label}.{rest}" if rest else label: name for label, names in children.items() for rest, name in names.items()
+    }

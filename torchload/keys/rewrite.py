@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 def renamer(rename: Rename, values: Mapping[str, Value]) -> dict[str, Value]:
-    """Apply a renaming to every name.
+    r"""Apply a renaming to every name.
 
     Args:
         rename: What to do.
@@ -30,7 +30,7 @@ def renamer(rename: Rename, values: Mapping[str, Value]) -> dict[str, Value]:
         AmbiguousCheckpointError: Two names would become one.
 
     Example:
-        >>> renamer({r"^net\\.": "backbone."}, {"net.fc.weight": 1})
+        >>> renamer({r"^net\.": "backbone."}, {"net.fc.weight": 1})
         {'backbone.fc.weight': 1}
     """
     function = rename if callable(rename) else _substitution(rename)

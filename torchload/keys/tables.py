@@ -44,6 +44,10 @@ BENIGN_UNEXPECTED: dict[str, str] = {
     "num_batches_tracked": "BatchNorm without running statistics, FrozenBatchNorm",
     "position_ids": "constant index buffers that transformers made non-persistent in 4.31",
     "inv_freq": "rotary embedding constants, non-persistent since transformers 4.32",
+    "attn_mask": "the causal mask of CLIP's text tower, non-persistent in open_clip",
+    "input_resolution": "OpenAI's CLIP archives carry their configuration as scalars",
+    "context_length": "OpenAI's CLIP archives",
+    "vocab_size": "OpenAI's CLIP archives",
     "masked_bias": "constant of GPT-2's attention, dropped in transformers 4.28",
 }
 
@@ -94,22 +98,24 @@ class Standing(IntEnum):
     UNLIKELY = 3
 
 
-_CONVENTIONAL = frozenset(
-    """
-    state_dict model model_state_dict module net network network_weights model_state model_states net_dict
-    net_state_dict network_state_dict params param weight weights model_weights state model_dict state_dicts
-    generator g net_g netg params_g encoder_q online online_model online_network online_encoder q_net policy actor
-    _forward_module base_model pytorch_model model_params parameters bare_model
-    """.split()
-)
+# fmt: off
+_CONVENTIONAL = frozenset({
+    "state_dict", "model", "model_state_dict", "module", "net", "network", "network_weights", "model_state",
+    "model_states", "net_dict", "net_state_dict", "network_state_dict", "params", "param", "weight", "weights",
+    "model_weights", "state", "model_dict", "state_dicts", "generator", "g", "net_g", "netg", "params_g",
+    "encoder_q", "online", "online_model", "online_network", "online_encoder", "q_net", "policy", "actor",
+    "_forward_module", "base_model", "pytorch_model", "model_params", "parameters", "bare_model",
+})
+# fmt: on
 _AVERAGED_WORDS = frozenset({"ema", "swa", "avg", "average", "averaged"})
 _AVERAGED = frozenset({"target_encoder"})  # I-JEPA, V-JEPA: the exponential average of 'encoder', used downstream
-_UNLIKELY = frozenset(
-    """
-    optimizer optimizers optimizer_state_dict optimizer_states optim opt opt_state callbacks loops lr_schedulers
-    lr_scheduler scheduler scaler amp message_hub rng_state hyper_parameters ema_optimizer
-    """.split()
-)
+# fmt: off
+_UNLIKELY = frozenset({
+    "optimizer", "optimizers", "optimizer_state_dict", "optimizer_states", "optim", "opt", "opt_state", "callbacks",
+    "loops", "lr_schedulers", "lr_scheduler", "scheduler", "scaler", "amp", "message_hub", "rng_state",
+    "hyper_parameters", "ema_optimizer",
+})
+# fmt: on
 _WORD = re.compile(r"[_\W]+")
 
 

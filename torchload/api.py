@@ -1,0 +1,382 @@
+"""The public functions. Each is a walk through the five stages: open, select, match, plan, transfer."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchload import hooks
+from torchload.errors import IncompatibleCheckpointError, TorchLoadError
+from torchload.explain import group_names, plural, short_dtype
+from torchload.formats import open_checkpoint
+from torchload.index import Checkpoint, Record, TensorEntry
+from torchload.keys.rewrite import Rename
+from torchload.placement import DeviceSpec, Placement
+from torchload.plan import Assignment, DtypeSpec, LoadPlan, Options, copies_into, glob_matcher, make_plan
+from torchload.progress import progress_reporter
+from torchload.report import LoadReport
+from torchload.select import Selection, Wanted, select
+from torchload.target import Target, describe_model
+from torchload.transfer import allocate, map_entry, run, same_data, verify_extents
+
+__all__ = ["smart_load"]
+
+_log = logging.getLogger("torchload")
+
+
+def smart_load(
+    model: nn.Module,
+    path: Any,
+    device: DeviceSpec = None,
+    *,
+    dtype: DtypeSpec = None,
+    keep_fp32: Iterable[str] = (),
+    strict: bool = True,
+    key: str | None = None,
+    prefix: str | None = None,
+    rename: Rename | None = None,
+    skip: Iterable[str] = (),
+    verify: bool = False,
+    atomic: bool = False,
+    mmap: bool = False,
+    progress: bool | Callable[[int, int], None] = False,
+) -> LoadReport:
+    """Load a checkpoint's weights into a model, in place.
+
+    The checkpoint may come from any number of GPUs, carry the prefixes of any wrapper, lie in any container beside
+    anything else, and name classes that don't exist here; nothing that it names is imported or called. Everything that
+    can be checked is checked before the first byte moves: if the load is refused, the model is bit for bit as it was.
+
+    Args:
+        model: The model to fill: plain, wrapped, on any device, wholly or partly on the meta device. Its parameters
+            stay the same objects, so optimizers, hooks and ties survive.
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
+            object.
+        device: ``None`` keeps each tensor on its parameter's device (meta goes to the CPU); a device, string or index
+            moves the model; ``"auto"`` takes the device with the most free memory; a mapping ``{module-prefix:
+            device}`` places parts. Where the checkpoint was saved never matters.
+        dtype: ``None`` keeps each parameter's dtype and casts the checkpoint to it; a floating dtype casts floating
+            parameters and buffers; ``"auto"`` takes the checkpoint's. Integer and bool tensors never change.
+        keep_fp32: Globs of names that stay float32, such as ``["*.norm*"]``.
+        strict: Whether every tensor of the model must be filled and every checkpoint tensor in the model's own modules
+            used. ``False`` loads what fits and warns of what keeps its initial values.
+        key: Which container of the file to use, such as ``"ema"`` or ``"state.model"``. Found by itself as a rule.
+        prefix: Which sub-tree of names to use, such as ``"backbone."``. Found by itself as a rule.
+        rename: A mapping of regular expression → replacement, or a callable that returns the new name (``None`` drops
+            it).
+        skip: Globs of names to leave alone on either side, such as a head that is replaced: ``["fc.*"]``.
+        verify: Also check the checksums that the file records for its data, before anything is written, and compare
+            what landed with the file.
+        atomic: Stage everything in fresh memory, then swap: a failing disk leaves the model as it was.
+        mmap: Parameters on the CPU become private views of the file: no copy, memory shared between processes.
+        progress: ``True`` draws a bar where `tqdm` is installed; a callable receives ``(bytes_done, bytes_total)``.
+
+    Returns:
+        What was done; print it.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there.
+        CheckpointFormatError: The file is no checkpoint; the message says what it is.
+        CorruptCheckpointError: It is truncated, damaged, or made to do harm.
+        AmbiguousCheckpointError: Several parts of it fit equally well; the message lists them.
+        IncompatibleCheckpointError: It does not fit the model; the message says all that stands against it.
+        CastOverflowError: A finite value would become infinite in the new dtype.
+        DeviceError: The device isn't there, or has too little memory.
+
+    Example:
+        >>> import torch
+        >>> from torchload import smart_load
+        >>> model = torch.nn.DataParallel(torch.nn.Linear(3, 2))
+        >>> torch.save({"epoch": 5, "state_dict": model.state_dict()}, "checkpoint.pth")
+        >>> plain = torch.nn.Linear(3, 2)
+        >>> report = smart_load(plain, "checkpoint.pth", "cpu")
+        >>> report.tensors, report.key, report.beside["epoch"]
+        (2, 'state_dict', 5)
+        >>> torch.equal(plain.weight, model.module.weight)
+        True
+    """
+    started = time.perf_counter()
+    _check_arguments(model, dtype, skip, keep_fp32)
+    placement = Placement(device)
+    with _collector_paused(), open_checkpoint(path) as checkpoint:
+        options = Options(placement, dtype, tuple(keep_fp32), strict, atomic, checkpoint.path)
+        target = describe_model(model)
+        skipped = glob_matcher(skip)
+        selection = _select(target, checkpoint, skipped, strict, key=key, prefix=prefix, rename=rename)
+        plan = make_plan(target, selection, options)
+        if verify:
+            verify_extents(_extents(plan))
+        _compare_ties(plan, checkpoint.path)
+        with progress_reporter(progress, checkpoint.path) as report_progress:
+            nbytes = _carry_out(plan, target, selection, report_progress, mmap=mmap)
+        if verify:
+            _compare_landed(plan, checkpoint.path)
+        hooks.run_post_hooks(target, selection.missing, selection.unexpected)
+        report = _report(target, checkpoint, selection, plan, nbytes, time.perf_counter() - started)
+    _tell(report, strict)
+    return report
+
+
+def _check_arguments(model: nn.Module, dtype: Any, skip: Any, keep_fp32: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the first argument is the model, an nn.Module, not {type(model).__name__}")
+    if dtype not in (None, "auto") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be None, 'auto' or a floating-point torch.dtype, not {dtype!r}")
+    for name, globs in (("skip", skip), ("keep_fp32", keep_fp32)):
+        if isinstance(globs, str):
+            raise TypeError(f"{name} is a list of globs: {name}=[{globs!r}]")
+
+
+def _select(target: Target, checkpoint: Checkpoint, skipped: Any, strict: bool, **choice: Any) -> Selection:
+    """Choose and match; modules with hooks may accept names that no rule knows, so they get a second look."""
+    shapes = {name: None if slot.is_lazy else tuple(slot.tensor.shape) for name, slot in target.by_name.items()}
+    shapes.update(dict.fromkeys(target.extra_state))
+    ties = {name: slot.name for slot in target.slots if len(slot.names) > 1 for name in slot.names}
+    left_alone = frozenset(name for name in shapes if skipped.match(name)) if skipped else frozenset()
+    wanted = Wanted(shapes, ties, left_alone, skip_pattern=skipped)
+    hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
+    try:
+        selection = select(checkpoint.root, wanted, path=checkpoint.path, strict=strict, **choice)
+    except IncompatibleCheckpointError:
+        if not hooked:
+            raise
+        selection = None
+    if hooked:
+        if selection is None or not selection.fits:
+            theirs = frozenset(name for name in shapes if name.startswith(hooked))
+            wanted = Wanted(shapes, ties, left_alone, theirs, skipped)
+            selection = select(checkpoint.root, wanted, path=checkpoint.path, strict=strict, **choice)
+            selection.missing = [name for name in shapes if name not in selection.pairs and name not in left_alone]
+        selection = hooks.run_pre_hooks(target, selection, map_entry)
+    assert selection is not None
+    return selection
+
+
+# --- carrying out ---
+
+
+def _carry_out(
+    plan: LoadPlan,
+    target: Target,
+    selection: Selection,
+    progress: Callable[[int, int], None] | None,
+    *,
+    mmap: bool,
+) -> int:
+    """Move the bytes. Fresh memory is shown to the model only when everything has arrived."""
+    undo = hooks.Undo()
+    try:
+        hooks.set_extra_states(target, selection, map_entry, undo)
+        for loader in plan.own_loaders:
+            hooks.run_own_loader(*loader, selection, map_entry, undo)
+        mapped = {id(item): map_entry(item.entry) for item in plan.assignments if mmap and _can_map(item)}
+        fresh = {**_fresh_memory([item for item in plan.assignments if id(item) not in mapped])}
+        copies = [
+            copy
+            for item in plan.assignments
+            if id(item) not in mapped
+            for copy in copies_into(item, fresh.get(id(item), item.slot.tensor))
+        ]
+        nbytes = run(copies, progress=progress)
+    except BaseException as error:
+        undo.roll_back()
+        if isinstance(error, TorchLoadError):
+            written = {item.name for item in plan.assignments if not item.fresh}
+            error.written = tuple(name for name in error.written if name in written)
+        raise
+    with torch.no_grad():
+        for item in plan.assignments:
+            data = mapped.get(id(item), fresh.get(id(item)))
+            if data is not None:
+                item.slot.install(data)
+        for conversion in plan.conversions:
+            conversion.slot.install(conversion.slot.tensor.detach().to(conversion.device, conversion.dtype))
+    return nbytes + sum(item.entry.nbytes for item in plan.assignments if id(item) in mapped)
+
+
+def _fresh_memory(assignments: list[Assignment]) -> dict[int, torch.Tensor]:
+    """New memory for every assignment that needs it, allocated together per device."""
+    by_device: dict[torch.device, list[Assignment]] = {}
+    for item in assignments:
+        if item.fresh:
+            by_device.setdefault(item.device, []).append(item)
+    memory: dict[int, torch.Tensor] = {}
+    for device, items in by_device.items():
+        tensors = allocate([(_shape(item), item.dtype) for item in items], device)
+        for item, tensor in zip(items, tensors):
+            memory[id(item)] = _laid_out_like(item, tensor)
+    return memory
+
+
+def _shape(item: Assignment) -> tuple[int, ...]:
+    return item.entry.shape if item.slot.is_lazy else tuple(item.slot.tensor.shape)
+
+
+def _laid_out_like(item: Assignment, memory: torch.Tensor) -> torch.Tensor:
+    """Keep the memory format (channels_last and the like) of the tensor that is replaced."""
+    model = item.slot.tensor
+    if item.slot.is_lazy or model.is_contiguous():
+        return memory
+    return memory.as_strided(model.shape, torch.empty_like(model, device="meta").stride())
+
+
+def _can_map(item: Assignment) -> bool:
+    return item.device.type == "cpu" and item.entry.dtype is item.dtype and item.entry.shape == _shape(item)
+
+
+# --- checks that need the data ---
+
+
+def _extents(plan: LoadPlan) -> list[Any]:
+    extents = {id(box.extent): box.extent for item in plan.assignments for box in item.entry.boxes}
+    return list(extents.values())
+
+
+def _compare_ties(plan: LoadPlan, path: str) -> None:
+    """Refuse a file that has different values for names that the model ties together."""
+    problems = []
+    for name, sources in plan.conflicts:
+        first = sources[0][1]
+        if not all(same_data(first, entry) for _, entry in sources[1:]):
+            names = " and ".join(source for source, _ in sources)
+            problems.append(f"{names} differ in the file, but the model ties them ({name})")
+    if problems:
+        raise IncompatibleCheckpointError(
+            f"{path} does not fit this model. Nothing was loaded; the model is unchanged.\n  "
+            + "\n  ".join(problems)
+            + "\n  Untie the parameters first, or drop one copy: smart_load(..., rename=function that gives None)",
+            path=path,
+            problems=problems,
+        )
+
+
+def _compare_landed(plan: LoadPlan, path: str) -> None:
+    """Read back what was loaded and compare it with the file, tensor by tensor."""
+    for item in plan.assignments:
+        want = map_entry(item.entry).reshape(_shape(item)).to(item.dtype)
+        have = item.slot.tensor.detach().to("cpu")
+        if not torch.equal(
+            want.view(torch.uint8) if want.dim() else want, have.view(torch.uint8) if want.dim() else have
+        ):
+            raise TorchLoadError(
+                f"{item.name} arrived with other values than {path} holds; the memory or bus is at fault."
+            )
+
+
+# --- the account ---
+
+
+def _report(
+    target: Target, checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, nbytes: int, seconds: float
+) -> LoadReport:
+    filled = [slot for slot in target.slots if slot.persistent]
+    devices = dict.fromkeys(str(slot.tensor.device) for slot in filled)
+    loaded = len(plan.assignments) + sum(len(slots) for _, slots in plan.own_loaders)
+    return LoadReport(
+        path=checkpoint.path,
+        model=type(target.model).__name__,
+        device=", ".join(devices) or "no device",
+        format=checkpoint.format,
+        key=selection.key,
+        prefix=selection.prefix,
+        rivals=selection.rivals,
+        averaged=selection.averaged,
+        beside=_beside(checkpoint.root, selection),
+        rewrites=tuple(_rewrites(selection)),
+        tensors=loaded,
+        total=len(filled),
+        nbytes=nbytes,
+        casts={(short_dtype(a), short_dtype(b)): count for (a, b), count in plan.casts.items()},
+        ties=tuple(tuple(slot.names) for slot in filled if len(slot.names) > 1),
+        missing_keys=selection.missing,
+        unexpected_keys=selection.unexpected,
+        mismatched=selection.mismatched,
+        skipped=tuple(name for name in target.names if name in selection.skipped),
+        outside=tuple(selection.outside),
+        tolerated=tuple(selection.tolerated),
+        seconds=seconds,
+        training=target.model.training,
+        notes=tuple(_notes(checkpoint, selection, plan)),
+    )
+
+
+def _beside(root: Any, selection: Selection) -> dict[str, object]:
+    """The other entries of the file's top level, as small values or the names of their types."""
+    if not isinstance(root, Mapping):
+        return {}
+    top = selection.key.split(".")[0]
+    beside: dict[str, object] = {}
+    for name, value in root.items():
+        if isinstance(value, TensorEntry) or str(name) == top:
+            continue
+        small = value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 200)
+        beside[str(name)] = value if small else value.name if isinstance(value, Record) else type(value).__name__
+    return beside
+
+
+def _rewrites(selection: Selection) -> Iterator[str]:
+    """How names were reconciled, in words."""
+    total = len(selection.pairs)
+    for side, label in selection.alignment.dropped:
+        segment = f".{label}."
+        if side == "file":
+            count = sum(segment in f".{source}" for source in selection.pairs.values())
+            yield f"removed {label + '.'!r} from {'every name' if count >= total else plural(count, 'name')}"
+        else:
+            count = sum(segment in f".{name}" for name in selection.pairs)
+            yield f"added {label + '.'!r} to {'every name' if count >= total else plural(count, 'name')}"
+    if selection.added:
+        yield f"added {selection.added + '.'!r} to every name"
+    for rule in dict.fromkeys(selection.alignment.renamed.values()):
+        count = sum(kind == rule for kind in selection.alignment.renamed.values())
+        yield f"renamed {plural(count, 'tensor')} ({rule})"
+
+
+def _notes(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan) -> Iterator[str]:
+    yield from checkpoint.notes
+    rivals = ", ".join(repr(rival) for rival in selection.rivals)
+    if selection.averaged and rivals:
+        yield f"took the averaged weights; {rivals} would fit too (key= chooses)"
+    elif rivals:
+        yield f"{rivals} would fit too (key= or prefix= chooses)"
+    yield from plan.notes
+
+
+def _tell(report: LoadReport, strict: bool) -> None:
+    _log.info("%s", report)
+    kept = [*report.missing_keys, *report.mismatched]
+    if not strict and (kept or report.unexpected_keys):
+        parts = []
+        if kept:
+            names = group_names(kept)
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            parts.append(
+                f"{plural(len(kept), 'tensor')} of the model kept initial values: {', '.join(names[:8])}{more}"
+            )
+        if report.unexpected_keys:
+            names = group_names(report.unexpected_keys)
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            parts.append(
+                f"{plural(len(report.unexpected_keys), 'tensor')} of the file went unused: {', '.join(names[:8])}{more}"
+            )
+        warnings.warn(f"{report.path} was loaded in part (strict=False). {'; '.join(parts)}", stacklevel=3)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Planning makes many objects and no garbage; collections in between would take most of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,152 @@
+"""The words of an error: what does not fit, grouped so that it can be read, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from torchload.errors import IncompatibleCheckpointError
+from torchload.index import Shape
+from torchload.select import Selection
+from torchload.target import Target
+
+__all__ = ["group_names", "incompatible", "plural", "short_dtype"]
+
+_MOST_LINES = 8
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """The dtype without torch's name before it.
+
+    Example:
+        >>> short_dtype(torch.float16)
+        'float16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    Example:
+        >>> plural(1, "tensor"), plural(1200, "tensor")
+        ('1 tensor', '1,200 tensors')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def group_names(names: Iterable[str]) -> list[str]:
+    """Join the tensors of one module, so that many names stay readable.
+
+    Example:
+        >>> group_names(["fc.weight", "fc.bias", "conv.weight"])
+        ['fc.{weight, bias}', 'conv.weight']
+    """
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        modules.setdefault(module, []).append(leaf)
+    lines = []
+    for module, leaves in modules.items():
+        dot = f"{module}." if module else ""
+        lines.append(f"{dot}{leaves[0]}" if len(leaves) == 1 else f"{dot}{{{', '.join(leaves)}}}")
+    return lines
+
+
+def incompatible(
+    target: Target, selection: Selection, problems: Sequence[str], path: str
+) -> IncompatibleCheckpointError:
+    """The error that says everything that keeps a checkpoint from fitting a model."""
+    model = type(target.model).__name__
+    where = f" (looked at {selection.path!r})" if selection.path else ""
+    lines = [f"{path} does not fit this {model}{where}. Nothing was loaded; the model is unchanged."]
+    if selection.mismatched:
+        lines.append(f"  {plural(len(selection.mismatched), 'tensor')} {_have(selection.mismatched)} another shape")
+        lines += _shapes(selection.mismatched)
+    if selection.missing:
+        lines.append(
+            f"  {plural(len(selection.missing), 'tensor')} of the model {_is(selection.missing)} not in the file"
+        )
+        lines += _listing(selection.missing, _near(selection.missing, selection.unexpected))
+    if selection.unexpected:
+        count = plural(len(selection.unexpected), "tensor")
+        lines.append(f"  {count} of the file {_have(selection.unexpected)} no place in the model")
+        lines += _listing(selection.unexpected)
+    lines += [f"  {problem}" for problem in problems]
+    fitting = len(selection.pairs) - len(selection.mismatched)
+    lines.append(f"  {fitting:,} of {plural(len(target.names), 'tensor')} fit.")
+    lines += _advice(selection, problems)
+    return IncompatibleCheckpointError(
+        "\n".join(lines),
+        path=path,
+        missing_keys=selection.missing,
+        unexpected_keys=selection.unexpected,
+        mismatched=selection.mismatched,
+        problems=problems,
+    )
+
+
+def _advice(selection: Selection, problems: Sequence[str]) -> list[str]:
+    lacking = [*selection.mismatched, *selection.missing]
+    if problems or not (lacking or selection.unexpected):
+        return []
+    tops = list(dict.fromkeys(_parent(name) for name in lacking))
+    if lacking and len(tops) <= 4 and len(lacking) * 2 <= len(selection.pairs):
+        globs = ", ".join(f'"{top}.*"' if top else f'"{name}"' for top, name in zip(tops, lacking))
+        return [f"  For a part that is meant to be new: smart_load(..., skip=[{globs}])"]
+    if not lacking:
+        tops = list(dict.fromkeys(_parent(name) or name for name in selection.unexpected))[:3]
+        globs = ", ".join(f'"{top}.*"' for top in tops)
+        return [f"  To leave these out: smart_load(..., skip=[{globs}])"]
+    return ["  If the names only differ in spelling: smart_load(..., rename={r'^old\\.': 'new.'})"]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _near(missing: Sequence[str], unexpected: Sequence[str]) -> dict[str, str]:
+    """Missing name → a leftover of the file that looks like it."""
+    if len(missing) * len(unexpected) > 20_000:
+        return {}
+    near = {}
+    for name in missing[: 4 * _MOST_LINES]:
+        if close := difflib.get_close_matches(name, unexpected, n=1, cutoff=0.75):
+            near[name] = close[0]
+    return near
+
+
+def _listing(names: Sequence[str], near: dict[str, str] | None = None) -> list[str]:
+    near = near or {}
+    plain = group_names(name for name in names if name not in near)
+    hinted = [f"{name}    did you mean {near[name]}, which the file has?" for name in names if name in near]
+    return _cut([f"    {line}" for line in [*hinted, *plain]])
+
+
+def _shapes(mismatched: dict[str, tuple[Shape, Shape]]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for name in mismatched:
+        groups.setdefault(_parent(name), []).append(name)
+    lines = []
+    for names in groups.values():
+        (label,) = group_names(names)
+        ours = ", ".join(str(mismatched[name][0]) for name in names)
+        theirs = ", ".join(str(mismatched[name][1]) for name in names)
+        lines.append(f"    {label}    file {ours}    model {theirs}")
+    return _cut(lines)
+
+
+def _cut(lines: list[str]) -> list[str]:
+    if len(lines) <= _MOST_LINES:
+        return lines
+    return [*lines[: _MOST_LINES - 1], f"    … and {len(lines) - _MOST_LINES + 1:,} more lines like these"]
+
+
+def _have(things: Sequence[str] | dict[str, tuple[Shape, Shape]]) -> str:
+    return "has" if len(things) == 1 else "have"
+
+
+def _is(things: Sequence[str]) -> str:
+    return "is" if len(things) == 1 else "are"

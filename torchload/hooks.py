@@ -1,0 +1,269 @@
+"""Modules that have a say in how they are loaded: torch's own hooks, honoured.
+
+Pre-hooks rewrite the state dict before anything is copied; they run at planning, over tensors that are mapped from the
+file. Modules with a `_load_from_state_dict` of their own, and modules with extra state, change themselves: they run
+just before the transfer, and what they changed can be taken back.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.modules.module import _IncompatibleKeys
+
+from torchload.errors import IncompatibleCheckpointError
+from torchload.index import Box, Container, Extent, OpaqueTensor, Record, TensorEntry, contiguous_strides
+from torchload.select import Selection
+from torchload.source import MemorySource
+from torchload.target import HookedModule, Slot, Target
+from torchload.transfer.memory import memory_at
+
+__all__ = ["Undo", "plain", "run_own_loader", "run_post_hooks", "run_pre_hooks", "set_extra_states"]
+
+ReadTensor = Callable[[TensorEntry], torch.Tensor]
+
+
+@dataclass(slots=True)
+class Undo:
+    """How to take back what was changed, newest first."""
+
+    steps: list[Callable[[], object]] = field(default_factory=list)
+
+    def roll_back(self) -> None:
+        """Take everything back."""
+        while self.steps:
+            self.steps.pop()()
+
+
+def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Selection:
+    """Let load-state-dict pre-hooks rewrite the part of the state dict that is theirs.
+
+    Args:
+        target: The model.
+        selection: What was chosen for it.
+        read: Gives a tensor over the file's bytes, without reading them.
+
+    Returns:
+        The selection as the hooks left it. Tensors that they passed on stay where they are in the file; those that they
+        computed are held in memory.
+    """
+    state: dict[str, Any] = {}
+    entries: dict[int, str] = {}
+    for name, source in _offered(target.pre_hooks, selection).items():
+        value = selection.leaves[source]
+        if isinstance(value, TensorEntry):
+            value = read(value)
+            entries[id(value)] = source
+        state[name] = value
+    before = dict(state)
+    complaints: list[str] = []
+    for hooked in target.pre_hooks:
+        part = {name: state.pop(name) for name in list(state) if name.startswith(hooked.prefix)}
+        metadata = _local_metadata(selection, hooked.prefix)
+        for hook in list(hooked.module._load_state_dict_pre_hooks.values()):
+            hook(part, hooked.prefix, metadata, True, [], [], complaints)
+        state.update(part)
+    if complaints:
+        raise IncompatibleCheckpointError(
+            "A load-state-dict pre-hook of the model refused the checkpoint. Nothing was loaded; the model is "
+            "unchanged.\n  " + "\n  ".join(complaints),
+            problems=complaints,
+        )
+    if state.keys() == before.keys() and all(state[name] is before[name] for name in state):
+        return selection
+    return _revised(target, selection, before, state, entries)
+
+
+def _offered(hooked: list[HookedModule], selection: Selection) -> dict[str, str]:
+    """Model name → checkpoint name of everything below hooked modules, leftovers under the name they would have."""
+    prefixes = tuple(item.prefix for item in hooked)
+    offered = {name: source for name, source in selection.pairs.items() if name.startswith(prefixes)}
+    unused = {*selection.unexpected, *selection.outside}
+    for source, name in selection.alignment.leftover.items():
+        if source in unused and name.startswith(prefixes):
+            offered.setdefault(name, source)
+    return offered
+
+
+def _revised(
+    target: Target,
+    selection: Selection,
+    before: Mapping[str, Any],
+    state: Mapping[str, Any],
+    entries: Mapping[int, str],
+) -> Selection:
+    leaves = dict(selection.leaves)
+    pairs = {name: source for name, source in selection.pairs.items() if name not in before}
+    used: set[str] = set()
+    known = set(target.names)
+    unexpected = []
+    for name, value in state.items():
+        source = entries.get(id(value))
+        if source is None:
+            source = name if name not in leaves else f"{name} (from a hook)"
+            leaves[source] = _in_memory(value) if isinstance(value, torch.Tensor) else value
+        if name in known:
+            pairs[name] = source
+            used.add(source)
+        else:
+            unexpected.append(source)
+    consumed = {source for source in entries.values() if source not in used}
+    filled = {id(target.by_name[name]) for name in pairs if name in target.by_name}
+    mismatched = {}
+    for name, source in pairs.items():
+        slot, entry = target.by_name.get(name), leaves[source]
+        if slot is not None and isinstance(entry, TensorEntry) and not slot.is_lazy:
+            ours = tuple(slot.tensor.shape)
+            if entry.shape != ours and not (ours == () and entry.shape == (1,)):
+                mismatched[name] = (entry.shape, ours)
+    return replace(
+        selection,
+        leaves=leaves,
+        pairs=pairs,
+        missing=[
+            name
+            for name in dict.fromkeys([*selection.missing, *before])
+            if name in target.by_name and name not in pairs and id(target.by_name[name]) not in filled
+        ],
+        mismatched=mismatched,
+        unexpected=[name for name in selection.unexpected if name not in consumed and name not in used]
+        + [name for name in unexpected if name not in selection.unexpected and name not in selection.outside],
+    )
+
+
+class _TensorSource(MemorySource):
+    """The bytes of a tensor that a hook computed, which it keeps alive."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        super().__init__(memory_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b"", "<computed by a hook>")
+
+
+def _in_memory(tensor: torch.Tensor) -> TensorEntry:
+    """An entry over a tensor that was computed: its bytes are its source."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    shape = tuple(tensor.shape)
+    extent = Extent(_TensorSource(tensor), 0, tensor.nbytes)
+    return TensorEntry(tensor.dtype, shape, (Box(extent, 0, shape, contiguous_strides(shape), (0,) * len(shape)),))
+
+
+def _local_metadata(selection: Selection, prefix: str) -> dict[str, Any]:
+    """What the checkpoint's `_metadata` says of the module at `prefix` of the model."""
+    return dict(_metadata_below(selection, prefix).get("", {}))
+
+
+def _source_path(selection: Selection, prefix: str) -> str | None:
+    """What the checkpoint calls the module that the model has at `prefix`, judged by a tensor below it."""
+    for name, source in selection.pairs.items():
+        if name.startswith(prefix) and source.endswith(rest := name[len(prefix) :]):
+            return source[: len(source) - len(rest)].rstrip(".")
+    return None
+
+
+def run_own_loader(
+    hooked: HookedModule, slots: Sequence[Slot], selection: Selection, read: ReadTensor, undo: Undo
+) -> None:
+    """Load one such module, and all below it, through torch's own machinery.
+
+    Raises:
+        IncompatibleCheckpointError: The module refused what the checkpoint has for it; `undo` restores it.
+    """
+    state = Container(
+        {
+            name[len(hooked.prefix) :]: plain(selection.leaves[source], read)
+            for name, source in _offered([hooked], selection).items()
+        }
+    )
+    state_dict: Any = OrderedDict(state)
+    state_dict._metadata = _metadata_below(selection, hooked.prefix)
+    undo.steps.append(_restorer(slots))
+    try:
+        hooked.module.load_state_dict(state_dict, strict=True)
+    except Exception as error:
+        where = f" at {hooked.prefix.rstrip('.')!r}" if hooked.prefix else ""
+        raise IncompatibleCheckpointError(
+            f"{type(hooked.module).__name__}{where} loads itself, and refused this checkpoint: {error}\n"
+            "Nothing was loaded; the model is unchanged.",
+            problems=[str(error)],
+        ) from error
+
+
+def _restorer(slots: Sequence[Slot]) -> Callable[[], None]:
+    saved = [(tensor, tensor.detach().clone()) for slot in slots for tensor in slot.tensors if not tensor.is_meta]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for tensor, values in saved:
+                tensor.detach().copy_(values)
+
+    return restore
+
+
+def set_extra_states(target: Target, selection: Selection, read: ReadTensor, undo: Undo) -> None:
+    """Give modules their extra state.
+
+    Raises:
+        IncompatibleCheckpointError: The file's value holds objects that torchload does not build, or the module refused
+            it; `undo` restores what was set before.
+    """
+    for name, module in target.extra_state.items():
+        source = selection.pairs.get(name)
+        if source is None:
+            continue
+        try:
+            value = plain(selection.leaves[source], read)
+            before = module.get_extra_state()
+            undo.steps.append(partial(module.set_extra_state, before))
+            module.set_extra_state(value)
+        except Exception as error:
+            raise IncompatibleCheckpointError(
+                f"The extra state {name!r} can't be restored: {error}. Nothing was loaded; the model is unchanged. "
+                f'To load the rest: smart_load(..., skip=["{name}"])',
+                problems=[str(error)],
+            ) from error
+
+
+def run_post_hooks(target: Target, missing: list[str], unexpected: list[str]) -> None:
+    """Call load-state-dict post-hooks, children first, with what torch would tell them."""
+    for hooked in target.post_hooks:
+        for hook in list(hooked.module._load_state_dict_post_hooks.values()):
+            hook(hooked.module, _IncompatibleKeys(missing, unexpected))
+
+
+def plain(value: Any, read: ReadTensor) -> Any:
+    """A value of the tree as ordinary Python: dicts, lists, tensors.
+
+    Raises:
+        ValueError: It holds an object that would have to be built by running code.
+    """
+    if isinstance(value, TensorEntry):
+        return read(value)
+    if isinstance(value, Mapping):
+        return {key: plain(inner, read) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(inner, read) for inner in value)
+    if isinstance(value, (Record, OpaqueTensor)):
+        what = value.name if isinstance(value, Record) else value.reason
+        raise ValueError(f"it holds {what}, which torchload does not build because that would run code")
+    return value
+
+
+def _metadata_below(selection: Selection, prefix: str) -> dict[str, Any]:
+    """The checkpoint's `_metadata` of a module of the model and of all below it, relative to it."""
+    metadata = getattr(selection.container, "metadata", None) or {}
+    root = _source_path(selection, prefix)
+    if root is None:
+        return {}
+    below = f"{root}." if root else ""
+    return {
+        path[len(below) :] if path != root else "": dict(values)
+        for path, values in metadata.items()
+        if path == root or path.startswith(below)
+    }
