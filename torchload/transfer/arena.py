@@ -1,0 +1,110 @@
+"""Fresh memory for tensors, fast to touch for the first time.
+
+The first write to ordinary fresh memory takes a page fault per 4 KiB, which costs more than the copy itself.
+Huge pages take one per 2 MiB. Large tensors get a mapping each, so that each is freed on its own; small ones share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+from torchload.index import Shape
+from torchload.transfer.memory import address_of
+
+__all__ = ["allocate"]
+
+HUGE_PAGE_BYTES = 2 << 20
+LARGE_BYTES = 2 * HUGE_PAGE_BYTES
+"""From this size on a tensor has a mapping of its own."""
+ARENA_BYTES = 32 << 20
+"""Small tensors are packed into mappings of this size at most."""
+ALIGNMENT_BYTES = 64
+
+Request = tuple[Shape, torch.dtype]
+
+
+def allocate(requests: Sequence[Request], device: torch.device) -> list[torch.Tensor]:
+    """Uninitialised contiguous tensors, one for each request.
+
+    On the CPU each tensor has a storage of exactly its own size, like any other tensor's, except that it can't be
+    resized (as with `torch.from_numpy`). A large tensor's memory is freed with it, a small one's together with its
+    neighbours in the list.
+
+    Args:
+        requests: (shape, dtype) pairs.
+        device: Where.
+
+    Returns:
+        The tensors, in the order of the requests; they don't require grad.
+
+    Raises:
+        RuntimeError: Out of memory, as from `torch.empty`.
+
+    Example:
+        >>> [weight, bias] = allocate([((2, 3), torch.float32), ((2,), torch.float32)], torch.device("cpu"))
+        >>> weight.shape, bias.untyped_storage().nbytes()
+        (torch.Size([2, 3]), 8)
+    """
+    # Ordinary tensors even under `inference_mode`: they become a model's parameters and outlive it.
+    with torch.inference_mode(False):
+        if device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
+            return [_empty(request, device) for request in requests]
+        tensors: list[torch.Tensor | None] = [None] * len(requests)
+        for members, size_bytes in _layout(requests):
+            buffer = _map(size_bytes) if size_bytes >= HUGE_PAGE_BYTES else None
+            for index, offset_bytes in members:
+                request = requests[index]
+                tensors[index] = _empty(request, device) if buffer is None else _carve(buffer, offset_bytes, request)
+        return [
+            _empty(request, device) if tensor is None else tensor
+            for tensor, request in zip(tensors, requests, strict=True)
+        ]
+
+
+def _layout(requests: Sequence[Request]) -> list[tuple[list[tuple[int, int]], int]]:
+    """Mappings to make: the (request index, offset in bytes) pairs inside each, and its size in bytes."""
+    mappings: list[tuple[list[tuple[int, int]], int]] = []
+    members: list[tuple[int, int]] = []
+    used_bytes = 0
+    for index, (shape, dtype) in enumerate(requests):
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes >= LARGE_BYTES:
+            mappings.append(([(index, 0)], nbytes))
+            continue
+        if used_bytes + nbytes > ARENA_BYTES:
+            mappings.append((members, used_bytes))
+            members, used_bytes = [], 0
+        if nbytes:
+            members.append((index, used_bytes))
+            used_bytes += -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    mappings.append((members, used_bytes))
+    return mappings
+
+
+def _map(nbytes: int) -> memoryview | None:
+    """Private anonymous memory that begins on a huge page, or None where the system refuses."""
+    try:
+        mapping = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError):
+        return None
+    start = -address_of(mapping) % HUGE_PAGE_BYTES
+    # Only whole huge pages: one that reached beyond the tensor would be memory that nobody asked for.
+    with contextlib.suppress(OSError, AttributeError):
+        mapping.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
+    return memoryview(mapping)[start : start + nbytes]
+
+
+def _carve(buffer: memoryview, offset_bytes: int, request: Request) -> torch.Tensor:
+    shape, dtype = request
+    # `resize_` gives the shape in place: a `view` would leave a tensor that has a base.
+    return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=offset_bytes).resize_(shape)
+
+
+def _empty(request: Request, device: torch.device) -> torch.Tensor:
+    shape, dtype = request
+    return torch.empty(shape, dtype=dtype, device=device)

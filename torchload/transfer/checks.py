@@ -1,0 +1,177 @@
+"""Questions about data in files that are answered without keeping it: checksums, and whether two tensors are equal."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from torchload.errors import CorruptCheckpointError
+from torchload.index import Extent, TensorEntry
+from torchload.transfer.arena import allocate
+from torchload.transfer.crew import Crew
+from torchload.transfer.engine import Progress, check_unchanged, default_threads
+from torchload.transfer.mapped import read_entries
+from torchload.transfer.memory import memory_at
+
+__all__ = ["combine_crc32", "same_data", "verify_extents"]
+
+_JOB_BYTES = 16 << 20
+_CHUNK_BYTES = 1 << 20
+"""What is read at once: small enough for the cache, large enough for the call not to show."""
+_POLYNOMIAL = 0xEDB88320
+
+
+def verify_extents(
+    extents: Iterable[Extent],
+    *,
+    names: Mapping[Extent, str] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Compare data with the checksums that its file records.
+
+    Args:
+        extents: What to check; those without a recorded checksum are passed over.
+        names: What to call an extent in messages, such as the name of a tensor in it.
+        threads: How many threads may work, by default as many as are worth it.
+        progress: Receives (bytes done, bytes in all) now and then, in the calling thread.
+
+    Returns:
+        Number of bytes checked.
+
+    Raises:
+        CorruptCheckpointError: Data differs from its checksum, or a file ended early or changed. All damaged extents
+            are named.
+        OSError: A device failed.
+    """
+    checked = [extent for extent in dict.fromkeys(extents) if extent.crc32 is not None]
+    parts: dict[Extent, dict[int, int]] = {extent: {} for extent in checked}
+    jobs = [
+        _Part(extent, skip, min(_JOB_BYTES, extent.nbytes - skip), results)
+        for extent, results in parts.items()
+        for skip in range(0, extent.nbytes, _JOB_BYTES)
+    ]
+    total_bytes = sum(job.nbytes for job in jobs)
+    check_unchanged(dict.fromkeys(extent.source for extent in checked))
+    on_progress = None if progress is None else lambda done_bytes: progress(done_bytes, total_bytes)
+    crew = Crew(jobs, _Summer, threads or default_threads(total_bytes, computes=False), on_progress)
+    crew.run()
+    found: dict[Extent, int] = dict.fromkeys(checked, 0)
+    for extent, skip, nbytes, results in jobs:
+        found[extent] = combine_crc32(found[extent], results[skip], nbytes)
+    _report_damage([(extent, crc) for extent, crc in found.items() if crc != extent.crc32], names or {})
+    return total_bytes
+
+
+class _Part(NamedTuple):
+    """A stretch of an extent, and where to leave its checksum (by its position in the extent)."""
+
+    extent: Extent
+    skip: int
+    nbytes: int
+    results: dict[int, int]
+
+
+class _Summer:
+    """Computes checksums of parts; one for each thread."""
+
+    def __init__(self) -> None:
+        [scratch] = allocate([((_CHUNK_BYTES,), torch.uint8)], torch.device("cpu"))
+        self._scratch = scratch  # owns the memory
+        self._memory = memory_at(scratch.data_ptr(), _CHUNK_BYTES)
+
+    def __call__(self, part: _Part) -> int:
+        crc = 0
+        for skip in range(0, part.nbytes, _CHUNK_BYTES):
+            chunk = self._memory[: min(_CHUNK_BYTES, part.nbytes - skip)]
+            part.extent.source.readinto(part.extent.offset + part.skip + skip, chunk)
+            crc = zlib.crc32(chunk, crc)
+        part.results[part.skip] = crc
+        return part.nbytes
+
+
+def _report_damage(damaged: list[tuple[Extent, int]], names: Mapping[Extent, str]) -> None:
+    if not damaged:
+        return
+    shown = "\n".join(
+        f"  {names.get(extent, f'{extent.nbytes} bytes at offset {extent.offset}')}: "
+        f"CRC-32 {crc:08x}, recorded {extent.crc32:08x}"
+        for extent, crc in damaged[:10]
+    )
+    more = f"\n  and {len(damaged) - 10} more" if len(damaged) > 10 else ""
+    path = damaged[0][0].source.name
+    raise CorruptCheckpointError(
+        f"{path} is damaged: the data of {len(damaged)} of its records fails its checksum. Nothing was loaded. "
+        f"Download or copy it again.\n{shown}{more}",
+        path=path,
+    )
+
+
+def combine_crc32(first: int, second: int, second_nbytes: int) -> int:
+    """The CRC-32 of two runs of bytes, one after the other, from that of each.
+
+    Example:
+        >>> combine_crc32(zlib.crc32(b"check"), zlib.crc32(b"point"), 5) == zlib.crc32(b"checkpoint")
+        True
+    """
+    # Appending n bytes multiplies the polynomial of the first by x^(8n), modulo the CRC's own.
+    return _multiply(_power_of_x(8 * second_nbytes), first) ^ second
+
+
+@lru_cache(maxsize=64)
+def _power_of_x(exponent: int) -> int:
+    power, square = 1 << 31, 1 << 30  # x^0 and x^1: the highest bit is the lowest coefficient
+    while exponent:
+        if exponent & 1:
+            power = _multiply(square, power)
+        square = _multiply(square, square)
+        exponent >>= 1
+    return power
+
+
+def _multiply(left: int, right: int) -> int:
+    """Product of two polynomials over GF(2), modulo the CRC's."""
+    product = 0
+    bit = 1 << 31
+    while bit:
+        if left & bit:
+            product ^= right
+        right = (right >> 1) ^ (_POLYNOMIAL if right & 1 else 0)
+        bit >>= 1
+    return product
+
+
+def same_data(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two entries are the same tensor bit for bit: dtype, shape, and every byte.
+
+    Raises:
+        CorruptCheckpointError: A source ended too early, or changed.
+        OSError: A device failed.
+    """
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    if first.numel == 0 or first.location == second.location:
+        return True
+    starts = _plain_start(first), _plain_start(second)
+    if None in starts or first.boxes[0].extent.big_endian != second.boxes[0].extent.big_endian:
+        one, other = (tensor.reshape(-1).view(torch.uint8) for tensor in read_entries([first, second]))
+        return torch.equal(one, other)
+    buffers = [memoryview(bytearray(min(_CHUNK_BYTES, first.nbytes))) for _ in starts]
+    for skip in range(0, first.nbytes, _CHUNK_BYTES):
+        chunks = [buffer[: first.nbytes - skip] for buffer in buffers]
+        for entry, start, chunk in zip((first, second), starts, chunks, strict=True):
+            entry.boxes[0].extent.source.readinto((start or 0) + skip, chunk)
+        if chunks[0] != chunks[1]:
+            return False
+    return True
+
+
+def _plain_start(entry: TensorEntry) -> int | None:
+    """Where an entry begins in its source if its bytes are there in one run, else None."""
+    if len(entry.boxes) != 1 or not entry.boxes[0].is_contiguous:
+        return None
+    return entry.boxes[0].extent.offset + entry.boxes[0].start

@@ -1,0 +1,163 @@
+"""A few threads working through a list of jobs, the calling thread among them.
+
+Whichever fails first, or is interrupted, stops the others; they are joined before the error goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+import torch
+
+__all__ = ["Crew", "available_cores", "can_limit_intra_op"]
+
+JobT = TypeVar("JobT")
+
+Worker = Callable[[JobT], int]
+"""Does one job; returns how many bytes it moved."""
+
+
+class Crew(Generic[JobT]):
+    """Works through jobs, in order, with several threads.
+
+    Attributes:
+        started: The jobs that were begun; after a failure, all whose effects may be seen.
+        done_bytes: What the workers have moved so far.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[JobT],
+        new_worker: Callable[[], Worker[JobT]],
+        threads: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Ready to run.
+
+        Args:
+            jobs: What is to be done.
+            new_worker: Makes what does it; called once in each thread, so that each has its own scratch memory.
+            threads: How many threads at most, including the calling one.
+            on_progress: Receives `done_bytes` now and then, always in the calling thread.
+        """
+        self.started: list[JobT] = []
+        self._queue = deque(jobs)
+        self._new_worker = new_worker
+        self._helpers = [
+            threading.Thread(target=self._help, args=(slot,), name=f"torchload-{slot}", daemon=True)
+            for slot in range(1, min(threads, len(self._queue)))
+        ]
+        self._done = [0] * (len(self._helpers) + 1)
+        self._errors: list[BaseException] = []
+        self._on_progress = on_progress
+
+    @property
+    def done_bytes(self) -> int:
+        return sum(self._done)
+
+    def run(self) -> None:
+        """Do all jobs.
+
+        Raises:
+            BaseException: What the first worker that failed raised, or `on_progress`, or a KeyboardInterrupt.
+        """
+        running: list[threading.Thread] = []
+        try:
+            for helper in self._helpers:
+                with contextlib.suppress(RuntimeError):  # no more threads to be had: work with those there are
+                    helper.start()
+                    running.append(helper)
+            self._work(0)
+        except BaseException as error:  # noqa: BLE001 - raised again once all have stopped
+            self._fail(error)
+        while running:
+            try:
+                running[-1].join()
+                running.pop()
+            except BaseException as error:  # noqa: BLE001 - interrupted while waiting
+                self._fail(error)
+        try:
+            if self._errors:
+                raise self._errors[0]
+            if self._on_progress is not None:
+                self._on_progress(self.done_bytes)
+        finally:
+            self._errors.clear()  # their tracebacks hold the workers' frames
+
+    def _help(self, slot: int) -> None:
+        try:
+            self._work(slot)
+        except BaseException as error:  # noqa: BLE001 - raised again once all have stopped
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._errors.append(error)
+        self._queue.clear()
+
+    def _work(self, slot: int) -> None:
+        # Inference mode, since it is the one mode in which both ordinary and inference tensors can be written to.
+        with torch.inference_mode(), _one_intra_op_thread() if self._helpers else contextlib.nullcontext():
+            worker = self._new_worker()
+            while not self._errors:
+                try:
+                    job = self._queue.popleft()
+                except IndexError:
+                    return
+                self.started.append(job)
+                self._done[slot] += worker(job)
+                if slot == 0 and self._on_progress is not None:
+                    self._on_progress(self.done_bytes)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def can_limit_intra_op() -> bool:
+    """Whether threads can be kept from starting intra-op threads of their own."""
+    return _omp_set_num_threads() is not None
+
+
+@contextlib.contextmanager
+def _one_intra_op_thread() -> Iterator[None]:
+    """Run this thread's operators in this thread alone.
+
+    `torch.set_num_threads` would also set what every later thread of the process starts with. OpenMP's own function
+    sets the calling thread's number only.
+    """
+    set_threads = _omp_set_num_threads()
+    if set_threads is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _omp_set_num_threads() -> Any:
+    """OpenMP's ``omp_set_num_threads``, if it is the one that torch obeys."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        set_threads = ctypes.CDLL(None).omp_set_num_threads
+        set_threads.argtypes = (ctypes.c_int,)
+        set_threads.restype = None
+        before = torch.get_num_threads()
+        set_threads(before + 1)
+        obeyed = torch.get_num_threads() == before + 1
+        set_threads(before)
+        if obeyed:
+            return set_threads
+    return None

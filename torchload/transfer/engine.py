@@ -1,0 +1,137 @@
+"""Carry out copies: every byte is read once, and goes straight to where it ends up or through a bounded scratch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from torchload.copies import Copy
+from torchload.errors import CastOverflowError, CorruptCheckpointError
+from torchload.source import Source
+from torchload.transfer.crew import Crew, Worker, available_cores, can_limit_intra_op
+from torchload.transfer.host import HostWorker, decode
+from torchload.transfer.memory import memory_at
+from torchload.transfer.overflow import OverflowFoundError, largest_finite, overflow_error
+from torchload.transfer.pieces import Job, Piece, cut, schedule
+from torchload.transfer.reader import BufferedReader, Reader
+
+__all__ = ["Progress", "check_unchanged", "default_threads", "run"]
+
+MAX_THREADS = 8
+"""More don't help: a few cores saturate memory. Scratch memory grows with them."""
+BYTES_PER_THREAD = 8 << 20
+"""A thread is worth starting for this much work."""
+
+Progress = Callable[[int, int], None]
+
+
+def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progress | None = None) -> int:
+    """Carry out checked copies.
+
+    Whatever mode the caller is in (`inference_mode`, `no_grad`, `autocast`, a default device or dtype), targets are
+    written in place; autograd sees that they changed.
+
+    Args:
+        copies: What goes where. Sources, shapes and offsets are taken to be valid.
+        threads: How many threads may work, the calling one included; by default as many as are worth it.
+        progress: Receives (bytes done, bytes in all) now and then, in the calling thread.
+
+    Returns:
+        Number of bytes read.
+
+    Raises:
+        CastOverflowError: A finite value became infinite in a target's dtype.
+        CorruptCheckpointError: A source ended too early, or changed while it was read.
+        OSError: A device failed.
+
+        Any error, a KeyboardInterrupt included, has an attribute ``written``: the names of the copies whose targets
+        may hold new data in whole or in part, in the order of `copies`.
+    """
+    with torch.inference_mode():
+        jobs = schedule(copies)
+    if not jobs:
+        return 0
+    total_bytes = sum(job.nbytes for job in jobs)
+    sources = {id(job.source): job.source for job in jobs}.values()
+    reader: Reader = BufferedReader()
+
+    def report(done_bytes: int) -> None:
+        if progress is not None:
+            progress(done_bytes, total_bytes)
+
+    def new_worker() -> Worker[Job]:
+        return HostWorker(reader)
+
+    if threads is None:
+        threads = default_threads(total_bytes, computes=not all(job.is_direct for job in jobs))
+    crew = Crew(jobs, new_worker, threads, report if progress is not None else None)
+    try:
+        check_unchanged(sources)
+        crew.run()
+        check_unchanged(sources)
+    except BaseException as error:
+        touched = {id(piece.copy) for job in crew.started for piece in job.pieces}
+        written = [copy for copy in copies if id(copy) in touched]
+        _note_writes(written)
+        if isinstance(error, OverflowFoundError):
+            raise _explain(error.copy, reader, written) from None
+        error.written = tuple(copy.name for copy in written)  # type: ignore[attr-defined]
+        raise
+    _note_writes(copies)
+    return crew.done_bytes
+
+
+def default_threads(total_bytes: int, *, computes: bool) -> int:
+    """How many threads are worth starting for so much data.
+
+    Args:
+        total_bytes: Bytes to read.
+        computes: Whether tensor operators run on them.
+    """
+    threads = min(available_cores(), MAX_THREADS, 1 + total_bytes // BYTES_PER_THREAD)
+    if threads > 1 and computes and not can_limit_intra_op():
+        return 1  # torch's own threads share the work of each operator
+    return threads
+
+
+def check_unchanged(sources: Iterable[Source]) -> None:
+    """Raise if a file isn't what it was when its checkpoint was opened."""
+    for source in sources:
+        identity = getattr(source, "identity", None)
+        if identity is None or source.fd is None:
+            continue
+        status = os.fstat(source.fd)
+        if (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != identity:
+            raise CorruptCheckpointError(
+                f"{source.name} was changed since it was opened ({identity[2]} bytes then, {status.st_size} now). "
+                "Nobody may write to a checkpoint that is being loaded; load it again.",
+                path=source.name,
+            )
+
+
+def _note_writes(copies: Iterable[Copy]) -> None:
+    """Tell autograd about writes to memory that it hasn't seen."""
+    targets = [copy.target for copy in copies]
+    try:
+        torch.autograd.graph.increment_version(targets)
+    except TypeError:  # torch < 2.5 takes one at a time
+        for target in targets:
+            if not target.is_inference():
+                torch.autograd.graph.increment_version(target)
+
+
+def _explain(copy: Copy, reader: Reader, written: Iterable[Copy]) -> CastOverflowError:
+    """The error for a copy that overflowed, with the largest value of the whole tensor."""
+    largest = 0.0
+    pieces: list[Piece] = []
+    with torch.inference_mode():
+        cut(copy, pieces)
+        for piece in pieces:
+            data = torch.empty(piece.nbytes, dtype=torch.uint8, device="cpu")
+            reader.readinto(copy.box.extent.source, piece.offset, memory_at(data.data_ptr(), piece.nbytes))
+            largest = max(largest, largest_finite(decode(piece, data)))
+    error = overflow_error(copy, largest)
+    error.written = tuple(item.name for item in written)
+    return error

@@ -1,0 +1,157 @@
+"""Jobs on the host: read straight into place, or through scratch memory that stays in the cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from torchload.transfer.arena import allocate
+from torchload.transfer.memory import memory_at, move
+from torchload.transfer.overflow import OverflowFoundError, overflows
+from torchload.transfer.pieces import CAST, RAW, STAGED_BYTES, Job, Piece, needs_swap
+
+if TYPE_CHECKING:
+    from torchload.transfer.reader import Reader
+
+__all__ = ["HostWorker", "decode"]
+
+_PACKED_BYTES = 1 << 20
+"""Small casts are packed together up to this size, on either side."""
+_PACKABLE_BYTES = 64 << 10
+_ALIGNMENT_BYTES = 64
+
+_CPU = torch.device("cpu")
+
+
+class HostWorker:
+    """Does jobs whose bytes pass through this machine's memory, whatever the device they end up on.
+
+    Holds scratch memory: one worker for each thread.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._scratch: torch.Tensor | None = None
+        self._packer: _Packer | None = None
+
+    def __call__(self, job: Job) -> int:
+        """Read a job's bytes and put its pieces into place.
+
+        Returns:
+            Number of bytes read.
+
+        Raises:
+            OverflowFoundError: A cast turned a finite value infinite.
+        """
+        if job.is_direct:
+            piece = job.pieces[0]
+            memory = memory_at(piece.target.data_ptr() + piece.skip_bytes, piece.nbytes)
+            self._reader.readinto(job.source, job.offset, memory)
+            return job.nbytes
+        # Keep what is aligned in the file aligned in scratch, so that it can be seen in its own dtype.
+        shift = job.offset % _ALIGNMENT_BYTES
+        data = self._scratch_of(shift + job.nbytes)[shift : shift + job.nbytes]
+        self._reader.readinto(job.source, job.offset, memory_at(data.data_ptr(), job.nbytes))
+        self._place(job, data)
+        return job.nbytes
+
+    def _place(self, job: Job, data: torch.Tensor) -> None:
+        on_cpu = job.device.type == "cpu"
+        base = data.data_ptr() - job.offset
+        packer = None
+        for piece in job.pieces:
+            if piece.kind == RAW and on_cpu:
+                move(piece.target.data_ptr() + piece.skip_bytes, base + piece.offset, piece.nbytes)
+            elif piece.kind == CAST and piece.nbytes <= _PACKABLE_BYTES:
+                if packer is None:
+                    packer = self._packer = self._packer or _Packer()
+                packer.add(piece, base + piece.offset)
+            else:
+                _put(piece, decode(piece, data[piece.offset - job.offset :][: piece.nbytes]))
+        if packer is not None:
+            packer.flush()
+
+    def _scratch_of(self, nbytes: int) -> torch.Tensor:
+        if self._scratch is None or self._scratch.numel() < nbytes:
+            self._scratch = None  # before the next is made
+            [self._scratch] = allocate([((max(nbytes, STAGED_BYTES + _ALIGNMENT_BYTES),), torch.uint8)], _CPU)
+        return self._scratch
+
+
+class _Packer:
+    """Casts many small tensors at once: their bytes are moved together, cast in one go, and moved out."""
+
+    def __init__(self) -> None:
+        request = ((_PACKED_BYTES,), torch.uint8)
+        self._sources, self._results = allocate([request, request], _CPU)
+        self._source_address, self._result_address = self._sources.data_ptr(), self._results.data_ptr()
+        self._pieces: list[Piece] = []
+        self._dtypes: tuple[torch.dtype, torch.dtype] | None = None
+        self._count = 0
+
+    def add(self, piece: Piece, address: int) -> None:
+        """Take over a piece's bytes, which lie at `address`."""
+        dtypes = (piece.copy.dtype, piece.target.dtype)
+        count = piece.shape[0]
+        widest = max(dtypes[0].itemsize, dtypes[1].itemsize)
+        if dtypes != self._dtypes or (self._count + count) * widest > _PACKED_BYTES:
+            self.flush()
+            self._dtypes = dtypes
+        move(self._source_address + self._count * dtypes[0].itemsize, address, piece.nbytes)
+        self._pieces.append(piece)
+        self._count += count
+
+    def flush(self) -> None:
+        """Cast what was taken over and move it out."""
+        if self._dtypes is None or not self._pieces:
+            return
+        source_dtype, result_dtype = self._dtypes
+        source = self._sources[: self._count * source_dtype.itemsize].view(source_dtype)
+        result = self._results[: self._count * result_dtype.itemsize].view(result_dtype)
+        result.copy_(source)
+        suspicious = overflows(source, result)
+        address, first = self._result_address, 0
+        for piece in self._pieces:
+            count = piece.shape[0]
+            if suspicious and overflows(source[first : first + count], result[first : first + count]):
+                raise OverflowFoundError(piece.copy)
+            nbytes = count * result_dtype.itemsize
+            move(piece.target.data_ptr(), address, nbytes)
+            address, first = address + nbytes, first + count
+        self._pieces.clear()
+        self._dtypes, self._count = None, 0
+
+
+def decode(piece: Piece, data: torch.Tensor) -> torch.Tensor:
+    """A piece's bytes as a tensor of its dtype and shape: a view of them where possible.
+
+    Args:
+        piece: What they are. Of a `RAW` piece all elements come in one dimension, in the order of memory.
+        data: The piece's bytes, uint8.
+    """
+    dtype = piece.copy.dtype
+    if data.data_ptr() % dtype.itemsize or data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    if needs_swap(piece.copy.box.extent, dtype):
+        width = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
+        data = data.view(-1, width).flip(1).view(-1)
+    values = data.view(dtype)
+    return values if piece.kind == RAW else values.as_strided(piece.shape, piece.strides, values.storage_offset())
+
+
+def _put(piece: Piece, values: torch.Tensor) -> None:
+    """Write decoded values into a piece's target, cast on the way."""
+    target = piece.target
+    if piece.kind == RAW:
+        first = piece.skip_bytes // target.element_size()
+        target.as_strided((target.numel(),), (1,))[first : first + values.numel()].copy_(values)
+    elif target.is_cpu:
+        target.copy_(values)
+        if overflows(values, target):
+            raise OverflowFoundError(piece.copy)
+    else:
+        result = values.to(target.dtype)
+        if overflows(values, result):
+            raise OverflowFoundError(piece.copy)
+        target.copy_(result)

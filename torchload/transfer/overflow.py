@@ -1,0 +1,104 @@
+"""Notice when a finite value becomes infinite (or NaN, where a dtype has no infinity) in a narrower dtype.
+
+The check runs on each chunk while it is in the cache. A sum of the result, then the range of the source, tell almost
+every chunk harmless; only where both fail to is each element looked at. So the verdict is that of the cast itself.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from torchload.copies import Copy
+from torchload.errors import CastOverflowError
+
+__all__ = ["OverflowFoundError", "largest_finite", "overflow_error", "overflows"]
+
+_SUMMABLE = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes whose sum is cheaper than the range of what they were cast from."""
+
+
+class OverflowFoundError(Exception):
+    """A copy overflowed; raised by a worker, and explained once all of them have stopped.
+
+    Attributes:
+        copy: Which.
+    """
+
+    def __init__(self, copy: Copy) -> None:
+        super().__init__(copy.name)
+        self.copy = copy
+
+
+def overflows(source: torch.Tensor, result: torch.Tensor) -> bool:
+    """Whether a finite element of `source` isn't finite in `result`, which was cast from it.
+
+    Infinities and NaNs in the source are legal.
+
+    Example:
+        >>> source = torch.tensor([65519.0, float("inf")])
+        >>> overflows(source, source.half())
+        False
+        >>> overflows(source + 1, (source + 1).half())
+        True
+    """
+    limit = _limit(source.dtype, result.dtype)
+    if limit is None or not source.numel():
+        return False
+    source, result = _real(source), _real(result)
+    # A sum is infinite or NaN if any element is.
+    if result.dtype in _SUMMABLE and math.isfinite(result.sum().item()):
+        return False
+    if source.dtype not in (torch.uint16, torch.uint32, torch.uint64):
+        low, high = torch.aminmax(_computable(source))
+        if -limit <= low.item() and high.item() <= limit:  # never true with a NaN
+            return False
+    return bool((torch.isfinite(_computable(source)) & ~torch.isfinite(_computable(result))).any())
+
+
+def largest_finite(source: torch.Tensor) -> float:
+    """The largest finite magnitude among the elements (of real or imaginary parts), or 0."""
+    values = _real(source).to(torch.float64).abs()
+    values = values[torch.isfinite(values)]
+    return float(values.max()) if values.numel() else 0.0
+
+
+def overflow_error(copy: Copy, largest: float) -> CastOverflowError:
+    """The error for a tensor whose largest finite magnitude doesn't fit its target's dtype."""
+    source_dtype, target_dtype = (str(dtype).removeprefix("torch.") for dtype in (copy.dtype, copy.target.dtype))
+    wider = "float32" if source_dtype == "float64" and target_dtype != "float32" else source_dtype
+    return CastOverflowError(
+        f"{copy.name} does not fit {target_dtype}: its largest value, {largest:.6g} in {source_dtype}, would become "
+        f"infinite (the limit is {torch.finfo(copy.target.dtype).max:.6g}). Load it in a wider dtype (bfloat16 or "
+        f"{wider}), or keep just this tensor in float32: keep_fp32=[{copy.name!r}].",
+        tensor=copy.name,
+        largest=largest,
+        source_dtype=source_dtype,
+        target_dtype=target_dtype,
+    )
+
+
+@lru_cache(maxsize=256)
+def _limit(source: torch.dtype, result: torch.dtype) -> float | None:
+    """The largest finite value of `result`, or None if no finite value of `source` exceeds it."""
+    if not (result.is_floating_point or result.is_complex) or source == torch.bool:
+        return None
+    limit = float(torch.finfo(result).max)
+    exact = source.is_floating_point or source.is_complex
+    largest = float(torch.finfo(source).max if exact else torch.iinfo(source).max)
+    return limit if largest > limit else None
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _computable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a dtype that has operators: float8 and small unsigned integers have next to none."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        return tensor.float()
+    if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return tensor.double()
+    return tensor

@@ -1,0 +1,206 @@
+"""From copies to jobs: what is cut up because it is large, and what is read together because it is small.
+
+A `Piece` is a part of a copy that is moved in one go; a `Job` is one read and the pieces that it feeds. Large plain
+tensors are cut into jobs whose read goes straight to where the data ends up. All else goes through scratch memory of
+bounded size: neighbours in the file share a read, and a strided box is cut along its widest strides until the bytes
+that a piece spans fit.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from torchload.copies import Copy
+from torchload.index import Extent, Shape, box_end_bytes
+from torchload.source import Source
+
+__all__ = ["CAST", "RAW", "STAGED_BYTES", "VIEW", "Job", "Piece", "cut", "needs_swap", "schedule"]
+
+RAW = 0
+"""The bytes in the file are those in memory."""
+CAST = 1
+"""Elements lie in the same order on both sides, but differ in dtype."""
+VIEW = 2
+"""Anything else: other strides, other byte order, another device."""
+
+DIRECT_BYTES = 8 << 20
+"""Read straight into place at most this much at once."""
+STAGED_BYTES = 4 << 20
+"""Read into scratch memory at most this much at once: it should stay in the cache."""
+SWAPPED_BYTES = 1 << 20
+"""The same for bytes that must be swapped, which takes a second scratch."""
+SMALL_BYTES = 256 << 10
+"""Below this size a plain tensor shares a read with its neighbours."""
+GAP_BYTES = 64 << 10
+"""Reading over a gap of this size costs as much as another read."""
+
+
+class Piece(NamedTuple):
+    """Part of a copy.
+
+    Attributes:
+        copy: The whole.
+        kind: `RAW`, `CAST` or `VIEW`.
+        offset: Position of the piece's first byte in the source.
+        nbytes: Bytes from its first element to the end of its last.
+        target: Where it goes: for `RAW` the whole copy's target, else a view of just the piece.
+        skip_bytes: For `RAW`, position in the target's memory.
+        shape, strides: How the elements of a `CAST` or `VIEW` lie in those bytes, in elements.
+    """
+
+    copy: Copy
+    kind: int
+    offset: int
+    nbytes: int
+    target: torch.Tensor
+    skip_bytes: int
+    shape: Shape
+    strides: Shape
+
+
+class Job(NamedTuple):
+    """One read, and the pieces that lie in it."""
+
+    device: torch.device
+    source: Source
+    offset: int
+    nbytes: int
+    pieces: list[Piece]
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the read can go to memory on the CPU without scratch."""
+        return len(self.pieces) == 1 and self.pieces[0].kind == RAW and self.device.type == "cpu"
+
+
+def needs_swap(extent: Extent, dtype: torch.dtype) -> bool:
+    """Whether elements lie in the other byte order than this machine's."""
+    return extent.big_endian != (sys.byteorder == "big") and dtype.itemsize > 1
+
+
+def schedule(copies: Iterable[Copy]) -> list[Job]:
+    """The jobs that carry out the copies, in the order of the files."""
+    groups: dict[tuple[torch.device, Source], list[Piece]] = {}
+    for copy in copies:
+        key = (copy.target.device, copy.box.extent.source)
+        pieces = groups.get(key)
+        if pieces is None:
+            pieces = groups[key] = []
+        cut(copy, pieces)
+    jobs: list[Job] = []
+    for (device, source), pieces in groups.items():
+        pieces.sort(key=_offset)
+        jobs.extend(_batch(device, source, pieces))
+    return jobs
+
+
+def cut(copy: Copy, pieces: list[Piece]) -> None:
+    """Append the pieces of one copy to a list."""
+    box, dtype, target = copy.box, copy.dtype, copy.target
+    shape: Shape = box.shape
+    itemsize = dtype.itemsize
+    nbytes = math.prod(shape) * itemsize
+    if not nbytes:
+        return
+    offset = box.extent.offset + box.start
+    on_cpu = target.is_cpu
+    kind, flat = _classify(copy)
+    limit = DIRECT_BYTES if kind == RAW and on_cpu else STAGED_BYTES
+    if kind == RAW:
+        pieces.extend(
+            Piece(copy, RAW, offset + skip, min(limit, nbytes - skip), target, skip, shape, box.strides)
+            for skip in range(0, nbytes, limit)
+        )
+        return
+    strides = box.strides
+    if flat:
+        target, shape, strides = target.reshape(-1), (nbytes // itemsize,), (1,)
+        if nbytes <= limit:  # most tensors: spare them the cutting
+            pieces.append(Piece(copy, kind, offset, nbytes, target, 0, shape, strides))
+            return
+    if needs_swap(box.extent, dtype):
+        limit = SWAPPED_BYTES
+    for part, start, part_shape in _split(target, shape, strides, limit // itemsize):
+        span = box_end_bytes(0, part_shape, strides, itemsize)
+        pieces.append(Piece(copy, kind, offset + start * itemsize, span, part, 0, part_shape, strides))
+
+
+def _classify(copy: Copy) -> tuple[int, bool]:
+    """The kind of a copy's pieces, and whether both sides can be seen as one dimension."""
+    box, target = copy.box, copy.target
+    strides = target.stride()
+    if target.is_contiguous():
+        same_order = flat = box.strides == strides or box.is_contiguous
+    else:
+        # Such as channels-last on both sides.
+        same_order, flat = box.strides == strides and _covers_memory(box.shape, strides), False
+    if not same_order or target.is_neg() or target.is_conj() or needs_swap(box.extent, copy.dtype):
+        return VIEW, False
+    if target.dtype == copy.dtype:
+        return RAW, flat
+    return (CAST, True) if flat and target.is_cpu else (VIEW, flat)
+
+
+def _covers_memory(shape: Shape, strides: Shape) -> bool:
+    """Whether a strided tensor is a permutation of a contiguous one."""
+    step = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size != 1:
+            if stride != step:
+                return False
+            step *= size
+    return True
+
+
+def _split(target: torch.Tensor, shape: Shape, strides: Shape, limit: int) -> Iterator[tuple[torch.Tensor, int, Shape]]:
+    """Cut a strided region until each part spans at most `limit` elements of its source.
+
+    Yields:
+        The part of the target, its first element's distance from the region's, and its shape.
+    """
+    dimension = max(range(len(shape)), key=lambda index: strides[index] if shape[index] > 1 else -1, default=-1)
+    inner = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if inner <= limit or dimension < 0 or shape[dimension] == 1:
+        # Dimensions of stride 0 need no more bytes however large they are.
+        yield target, 0, shape
+        return
+    size, stride = shape[dimension], strides[dimension]
+    inner -= (size - 1) * stride
+    wide = (stride - inner) * target.element_size() > GAP_BYTES  # more gap than data: fetch one by one
+    step = 1 if wide or inner > limit else 1 + (limit - inner) // stride
+    for first in range(0, size, step):
+        count = min(step, size - first)
+        part_shape = (*shape[:dimension], count, *shape[dimension + 1 :])
+        part = target.narrow(dimension, first, count)
+        for piece, start, piece_shape in _split(part, part_shape, strides, limit):
+            yield piece, first * stride + start, piece_shape
+
+
+def _batch(device: torch.device, source: Source, pieces: Sequence[Piece]) -> Iterator[Job]:
+    """Let neighbours share a read."""
+    members: list[Piece] = []
+    start = end = 0
+    for piece in pieces:
+        offset = piece.offset
+        piece_end = offset + piece.nbytes
+        if piece.kind == RAW and piece.nbytes >= SMALL_BYTES:
+            yield Job(device, source, offset, piece.nbytes, [piece])
+            continue
+        if members and (offset - end > GAP_BYTES or max(end, piece_end) - start > STAGED_BYTES):
+            yield Job(device, source, start, end - start, members)
+            members = []
+        if not members:
+            start = end = offset
+        members.append(piece)
+        end = max(end, piece_end)
+    if members:
+        yield Job(device, source, start, end - start, members)
+
+
+def _offset(piece: Piece) -> int:
+    return piece.offset
