@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import assert_type
 
+import torchload
 from torchload import LoadReport, best_device, errors, smart_load
 
 
@@ -70,3 +71,4 @@ def misuse(model: nn.Module) -> None:
 
 
 assert_type(best_device(), torch.device)
+assert_type(torchload.__version__, str)

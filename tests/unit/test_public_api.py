@@ -13,6 +13,7 @@ from torchload import errors
 def test_exported_names() -> None:
     assert sorted(torchload.__all__) == [
         "LoadReport",
+        "__version__",
         "best_device",
         "errors",
         "smart_load",
