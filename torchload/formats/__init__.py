@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torchload.errors import CorruptCheckpointError
+from torchload.errors import TorchLoadError
 from torchload.formats import folder, foreign, safetensors, sharded
 from torchload.formats.locate import path_text, source_of_file, source_of_object, status_of
 from torchload.index import Checkpoint
@@ -81,7 +81,7 @@ def open_checkpoint(path: Any) -> Checkpoint:
     """
     with _collector_paused():
         if isinstance(path, (list, tuple)):
-            return sharded.open_list([_required_path(part) for part in path], _open_file)
+            return sharded.open_list([_required_path(part) for part in path], _open_shard)
         text = path_text(path)
         if text is None:
             source = source_of_object(path)
@@ -96,7 +96,7 @@ def _open_folder(path: str) -> Checkpoint:
     if len(choice.files) == 1:
         checkpoint = _open_file(choice.files[0])
     else:
-        checkpoint = sharded.open_list(list(choice.files), _open_file)
+        checkpoint = sharded.open_list(list(choice.files), _open_shard)
     return folder.describe(checkpoint, path, choice)
 
 
@@ -104,15 +104,20 @@ def _open_file(path: str) -> Checkpoint:
     return _open_source(source_of_file(path), path)
 
 
-def _open_source(source: Source, path: str) -> Checkpoint:
-    """Open a single file; its source is closed when that fails."""
+def _open_shard(path: str) -> Checkpoint:
+    """Open one file of a set, which can't be an index of another set."""
+    return _open_source(source_of_file(path), path, index_allowed=False)
+
+
+def _open_source(source: Source, path: str, *, index_allowed: bool = True) -> Checkpoint:
+    """Open a single file, or the set it is the index of; its source is closed when that fails."""
     try:
         head = source.read(0, min(HEAD_BYTES, source.size))
         for kind in FORMATS:
             if kind.recognizes(head):
                 return kind.open(source, path)
-        if sharded.recognizes(head):
-            checkpoint = sharded.open_index(source, path, _open_file)
+        if index_allowed and sharded.recognizes(head):
+            checkpoint = sharded.open_index(source, path, _open_shard)
             source.close()
             return checkpoint
         raise foreign.describe(source, head, path)
@@ -125,7 +130,7 @@ def _is_checkpoint(path: str) -> bool:
     """Whether the file's first bytes are those of a format in the table."""
     try:
         source = source_of_file(path)
-    except (CorruptCheckpointError, OSError):
+    except (TorchLoadError, OSError):
         return False
     try:
         head = source.read(0, min(HEAD_BYTES, source.size))

@@ -166,8 +166,15 @@ def _entries(path: str) -> tuple[set[str], set[str]]:
     folders: set[str] = set()
     with os.scandir(path) as entries:
         for entry, _ in zip(entries, range(_MAX_ENTRIES)):
-            (folders if entry.is_dir() else files).add(entry.name)
+            (folders if _is_folder(entry) else files).add(entry.name)
     return files, folders
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself, or to where nobody may look
+        return False
 
 
 def _conventional(path: str, files: set[str]) -> Choice | None:

@@ -36,6 +36,7 @@ class Foreign:
         advice: What to do, as a sentence.
         detail: What more can be said about this one, from its first bytes, to follow its name; may be empty.
         confirms: Whether it is one, from the rest of the file, where its first bytes don't tell.
+        verdict: How the sentence that names it ends.
     """
 
     found: str
@@ -43,6 +44,7 @@ class Foreign:
     advice: str
     detail: Callable[[bytes], str] | None = None
     confirms: Callable[[Source], bool] | None = None
+    verdict: str = "not a checkpoint"
 
 
 def describe(source: Source, head: bytes, path: str) -> CheckpointFormatError:
@@ -58,7 +60,7 @@ def describe(source: Source, head: bytes, path: str) -> CheckpointFormatError:
             detail = kind.detail(head) if kind.detail else ""
             article, _, bare = kind.found.partition(" ")
             found = bare if article in {"a", "an"} else kind.found
-            message = f"{path} is {kind.found}{detail}, not a checkpoint. {kind.advice}"
+            message = f"{path} is {kind.found}{detail}, {kind.verdict}. {kind.advice}"
             return CheckpointFormatError(message + _unfinished(path), path=path, found=found)
     return CheckpointFormatError(
         f"{path} ({source.size:,} bytes) is not a checkpoint in any format known here; it begins with the bytes "
@@ -288,6 +290,7 @@ KINDS: tuple[Foreign, ...] = (
         "a torch file of the legacy format (torch < 1.6)",
         _is_legacy_torch,
         "Save it again in the present format: torch.save(torch.load(path, weights_only=True), new_path).",
+        verdict="which is not read yet",
     ),
     Foreign("a pickle", _is_pickle, "Expected is a file of torch.save, which is a zip file, or safetensors."),
     Foreign("a msgpack file (Flax)", _is_msgpack_map, _OTHER_FRAMEWORK),

@@ -7,7 +7,9 @@ The format records no checksums.
 
 from __future__ import annotations
 
+import math
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ _DTYPES: dict[str, tuple[int, str | None]] = {
 }
 
 _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
+_INT = frozenset({int})
 _MAX_DIMENSIONS = 64
 _MAX_ELEMENTS = 2**63 - 1  # sizes and strides are signed 64-bit integers in torch
 
@@ -138,55 +141,84 @@ def _take_metadata(header: dict[str, Any], path: str) -> dict[str, str]:
     return metadata
 
 
-class _Describer:
-    """Turns one header entry after the other into (begin, end, entry); equal layouts share their shape tuples."""
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What all tensors of one dtype code and shape have in common.
 
-    __slots__ = ("data_offset", "dtypes", "path", "source")
+    Attributes:
+        dtype: In torch, or ``None`` where it has none that fits.
+        shape: In elements of that dtype.
+        strides, origin: As a contiguous `Box` of the whole tensor has them.
+        nbytes: Size of the data.
+    """
+
+    dtype: torch.dtype | None
+    shape: Shape
+    strides: Shape
+    origin: Shape
+    nbytes: int
+
+
+class _Describer:
+    """Turns one header entry after the other into (begin, end, entry)."""
+
+    __slots__ = ("data_offset", "layouts", "path", "source")
 
     def __init__(self, source: Source, data_offset: int, path: str) -> None:
         self.source = source
         self.data_offset = data_offset
         self.path = path
-        self.dtypes = {
-            code: (bits, getattr(torch, name, None) if name else None) for code, (bits, name) in _DTYPES.items()
-        }
+        self.layouts: dict[tuple[str, Shape], _Layout] = {}
 
     def __call__(self, name: str, fields: Any) -> tuple[int, int, TensorEntry | OpaqueTensor]:
         try:
-            code, dimensions, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-            bits, dtype = self.dtypes[code]
+            code, sizes, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+            layout = self.layouts.get((code, tuple(sizes)))
         except (KeyError, TypeError, ValueError):
             raise self._bad_entry(name, fields) from None
+        # A cached layout says nothing about the types of these sizes: True and 1.0 are equal to 1.
+        if layout is None or not _INT.issuperset(map(type, sizes)):
+            layout = self._layout(name, fields)
         if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
             raise self._refuse(name, f"its data_offsets {_short(fields['data_offsets'])} are not two ordered positions")
-        shape, count = self._shape(name, dimensions)
-        if count * bits != (end - begin) * 8:
+        if end - begin != layout.nbytes:
             raise self._refuse(
-                name, f"{code} of shape {_short(list(shape))} takes {count * bits / 8:,.10g} bytes, not {end - begin:,}"
+                name, f"{code} of shape {_short(sizes)} takes {layout.nbytes:,} bytes, not {end - begin:,}"
             )
-        if bits == 4 and dtype is not None and shape and shape[-1] % 2 == 0:
-            shape = (*shape[:-1], shape[-1] // 2)
-        elif bits < 8 or dtype is None:
+        if layout.dtype is None:
             reason = f"a tensor of dtype {code}, which torch {torch.__version__} can't represent"
-            return begin, end, OpaqueTensor(reason, shape)
+            return begin, end, OpaqueTensor(reason, layout.shape)
         if begin == end:
-            return begin, end, TensorEntry(dtype, shape, ())
-        extent = Extent(self.source, self.data_offset + begin, end - begin)
-        box = Box(extent, 0, shape, contiguous_strides(shape), (0,) * len(shape))
-        return begin, end, TensorEntry(dtype, shape, (box,))
+            return begin, end, TensorEntry(layout.dtype, layout.shape, ())
+        extent = Extent(self.source, self.data_offset + begin, layout.nbytes)
+        box = Box(extent, 0, layout.shape, layout.strides, layout.origin)
+        return begin, end, TensorEntry(layout.dtype, layout.shape, (box,))
 
-    def _shape(self, name: str, dimensions: Any) -> tuple[Shape, int]:
-        if type(dimensions) is not list or len(dimensions) > _MAX_DIMENSIONS:
-            raise self._refuse(name, f"its shape {_short(dimensions)} is not a list of at most {_MAX_DIMENSIONS} sizes")
-        count = extent = 1
-        for size in dimensions:
-            if type(size) is not int or size < 0:
-                raise self._refuse(name, f"its shape {_short(dimensions)} holds something other than sizes")
-            count *= size
-            extent *= size or 1
-        if extent > _MAX_ELEMENTS:  # also where a 0 elsewhere makes it empty: the strides would overflow
-            raise self._refuse(name, f"its shape {_short(dimensions)} is larger than any tensor can be")
-        return tuple(dimensions), count
+    def _layout(self, name: str, fields: dict[str, Any]) -> _Layout:
+        """Checks a dtype code and a shape, once for all tensors that share them."""
+        code, sizes = fields["dtype"], fields["shape"]
+        if code not in _DTYPES:
+            raise self._bad_entry(name, fields)
+        if type(sizes) is not list or len(sizes) > _MAX_DIMENSIONS:
+            raise self._refuse(name, f"its shape {_short(sizes)} is not a list of at most {_MAX_DIMENSIONS} sizes")
+        if not all(type(size) is int and size >= 0 for size in sizes):
+            raise self._refuse(name, f"its shape {_short(sizes)} holds something other than sizes")
+        if math.prod(size or 1 for size in sizes) > _MAX_ELEMENTS:  # the strides overflow even if a 0 makes it empty
+            raise self._refuse(name, f"its shape {_short(sizes)} is larger than any tensor can be")
+        bits, torch_name = _DTYPES[code]
+        shape: Shape = tuple(sizes)
+        nbytes, rest = divmod(math.prod(shape) * bits, 8)
+        if rest:
+            raise self._refuse(name, f"{code} of shape {_short(sizes)} does not fill whole bytes")
+        dtype = getattr(torch, torch_name, None) if torch_name else None
+        if bits < 8:
+            if dtype is not None and shape and shape[-1] % 2 == 0:
+                shape = (*shape[:-1], shape[-1] // 2)
+            else:
+                dtype = None
+        layout = _Layout(dtype, shape, contiguous_strides(shape), (0,) * len(shape), nbytes)
+        self.layouts[code, tuple(sizes)] = layout
+        return layout
 
     def _bad_entry(self, name: str, fields: Any) -> CorruptCheckpointError:
         if not isinstance(fields, dict):
@@ -195,6 +227,9 @@ class _Describer:
             return self._refuse(name, f"{' and '.join(missing)} missing")
         if type(fields["dtype"]) is not str or fields["dtype"] not in _DTYPES:
             return self._refuse(name, f"unknown dtype {_short(fields['dtype'])}; known are {', '.join(_DTYPES)}")
+        sizes = fields["shape"]
+        if type(sizes) is not list or not all(type(size) is int for size in sizes):
+            return self._refuse(name, f"its shape {_short(sizes)} holds something other than sizes")
         return self._refuse(name, f"its data_offsets {_short(fields['data_offsets'])} are not two positions")
 
     def _refuse(self, name: str, problem: str) -> CorruptCheckpointError:
