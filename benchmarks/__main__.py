@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.arms import ARMS, Arm
+from benchmarks.arms import ALWAYS, ARMS, Arm
 from benchmarks.cases import Case, list_cases
 from benchmarks.charts import write_charts
 from benchmarks.machine import describe, peer_version
 from benchmarks.measure import Settings, measure_case
 from benchmarks.report import table, write_docs
-
-ALWAYS = ("torchload", "torch")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.cases import Case
 
-__all__ = ["ARMS", "Arm", "Job", "applicable"]
+__all__ = ["ALWAYS", "ARMS", "Arm", "Job", "applicable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,9 @@ class Arm:
         into: The kinds of model it can fill: ``"existing"``, ``"meta"``.
         devices: ``"cpu"``, ``"cuda"``.
         variant: The only file layout it reads, where that is its own.
-        mapped: Whether the weights stay views of the file: nothing is copied, and nothing is read before it is used.
+        mapped: Whether the weights on the CPU may stay views of the file: nothing is copied, nothing is read before it
+            is used, and what changes the file changes the model.
+        big_only: Whether it is of interest where bytes are the cost, and nowhere else.
     """
 
     name: str
@@ -59,9 +61,12 @@ class Arm:
     devices: tuple[str, ...]
     variant: str | None
     mapped: bool
+    big_only: bool
 
 
 ARMS: dict[str, Arm] = {}
+
+ALWAYS = ("torchload", "torch")  # measured whatever peers are asked for
 
 BOTH = ("pth", "safetensors")
 
@@ -75,11 +80,12 @@ def arm(
     devices: tuple[str, ...] = ("cpu", "cuda"),
     variant: str | None = None,
     mapped: bool = False,
+    big_only: bool = False,
 ) -> Callable[[Callable[[Job], None]], Callable[[Job], None]]:
     """Enter a function into the table."""
 
     def enter(run: Callable[[Job], None]) -> Callable[[Job], None]:
-        ARMS[name] = Arm(name, run, distribution, modules, formats, into, devices, variant, mapped)
+        ARMS[name] = Arm(name, run, distribution, modules, formats, into, devices, variant, mapped, big_only)
         return run
 
     return enter
@@ -87,7 +93,8 @@ def arm(
 
 def applicable(candidate: Arm, case: Case, device: str) -> bool:
     """Whether the arm can do the case at all."""
-    # A file of a peer's own layout stands beside one format only, or it would be measured twice.
+    if (case.torch_only and candidate.distribution not in ALWAYS) or (candidate.big_only and not case.ceilings):
+        return False
     return case.file_format in candidate.formats and case.into in candidate.into and device in candidate.devices
 
 
@@ -108,7 +115,7 @@ def torchload_mapped(job: Job) -> None:
     smart_load(job.model, job.path, job.device, mmap=True)
 
 
-@arm("torchload verify", "torchload", "torchload")
+@arm("torchload verify", "torchload", "torchload", big_only=True)
 def torchload_verify(job: Job) -> None:
     from torchload import smart_load
 
@@ -201,14 +208,14 @@ ACCELERATE = ("accelerate", "torch.distributed.checkpoint.state_dict")
 def accelerate_in_model(job: Job) -> None:
     from accelerate import load_checkpoint_in_model
 
-    load_checkpoint_in_model(job.model, job.path, device_map={"": job.device} if job.case.into == "meta" else None)
+    load_checkpoint_in_model(job.model, job.path, device_map={"": str(job.device)} if job.case.into == "meta" else None)
 
 
 @arm("accelerate load_checkpoint_and_dispatch", "accelerate", *ACCELERATE, into=("meta",))
 def accelerate_dispatch(job: Job) -> None:
     from accelerate import load_checkpoint_and_dispatch
 
-    load_checkpoint_and_dispatch(job.model, job.path, device_map={"": job.device})
+    load_checkpoint_and_dispatch(job.model, job.path, device_map={"": str(job.device)})
 
 
 @arm("timm load_checkpoint", "timm", "timm.models", into=("existing",), devices=("cpu",))
@@ -330,6 +337,7 @@ def instanttensor_assign(job: Job) -> None:
     formats=("safetensors",),
     into=("meta",),
     variant="flashpack",
+    mapped=True,
 )
 def flashpack_assign(job: Job) -> None:
     from flashpack import assign_from_file

@@ -23,6 +23,7 @@ class Case:
         file_dtype, model_dtype: Names of torch dtypes; a cast on the way where they differ.
         cold: Whether the file is dropped from the page cache before every sample.
         ceilings: Whether memory and device ceilings say anything here (not where the cost is per tensor).
+        torch_only: Whether torchload and torch run alone: what the case shows is one against the other.
         series: ``"tensors"`` or ``"bytes"``: the chart of cost against size that this case is a point of.
     """
 
@@ -35,6 +36,7 @@ class Case:
     model_dtype: str = "float32"
     cold: bool = False
     ceilings: bool = False
+    torch_only: bool = False
     series: str | None = None
 
 
@@ -66,11 +68,15 @@ def list_cases(size_bytes: int, *, cold: bool = False, quick: bool = False, full
     for source, target in (("float32", "bfloat16"), ("float16", "float32"), ("float64", "float32")):
         name = f"cast/{source}-{target}/pth"
         amount = size_bytes * _BYTES["float32"] // max(_BYTES[source], _BYTES["float32"])
-        cases.append(Case(name, "transformer", amount, file_dtype=source, model_dtype=target, ceilings=True))
+        cases.append(
+            Case(name, "transformer", amount, file_dtype=source, model_dtype=target, ceilings=True, torch_only=True)
+        )
     counts = [500, 2_000, 8_000, 32_000, *([200_000] if full else [])]
-    cases += [Case(f"tensors/{count}/pth", "layers", count, series="tensors") for count in counts]
+    cases += [Case(f"tensors/{count}/pth", "layers", count, torch_only=True, series="tensors") for count in counts]
     sizes = [size for size in (2 * MIB, 16 * MIB, 128 * MIB, 1024 * MIB) if size <= size_bytes]
-    cases += [Case(f"bytes/{size // MIB}MiB/pth", "transformer", size, series="bytes") for size in sizes]
+    cases += [
+        Case(f"bytes/{size // MIB}MiB/pth", "transformer", size, torch_only=True, series="bytes") for size in sizes
+    ]
     return cases
 
 

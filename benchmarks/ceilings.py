@@ -33,7 +33,7 @@ class Ceiling:
         name: As in the tables.
         prepare: Sets up, and returns the work.
         applies: Whether it limits a case on a device (``"cpu"``, ``"cuda"``).
-        main: Whether it is the one that ratios are taken to; the first that applies.
+        main: Whether ratios are taken to it; where several are, to the fastest of them.
     """
 
     name: str
@@ -92,11 +92,11 @@ def _read_direct(job: Job) -> Work:
     """The device past the page cache: O_DIRECT, eight reads of 8 MiB in flight, into memory that is reused."""
     nbytes = os.stat(job.path).st_size
     descriptor = os.open(job.path, os.O_RDONLY | os.O_DIRECT)
+    buffers = [_anonymous(CHUNK_BYTES, filled=True) for _ in range(8)]  # whole pages, as O_DIRECT wants them
 
     def read_every_eighth(first: int) -> None:
-        buffer = mmap.mmap(-1, CHUNK_BYTES)  # O_DIRECT wants whole pages
         for position in range(first * CHUNK_BYTES, nbytes, 8 * CHUNK_BYTES):
-            os.preadv(descriptor, [buffer], position)
+            os.preadv(descriptor, [buffers[first]], position)
 
     return partial(_run_all, [partial(read_every_eighth, first) for first in range(8)])
 
@@ -182,7 +182,7 @@ def _table() -> dict[str, Ceiling]:
 
     rows = [
         Ceiling("device, O_DIRECT, 8 × 8 MiB in flight", _read_direct, lambda case, _: case.cold, main=True),
-        Ceiling("device, buffered, 1 thread", _read_buffered, lambda case, _: case.cold),
+        Ceiling("device, buffered, 1 thread", _read_buffered, lambda case, _: case.cold, main=True),
         Ceiling("pinned copy to the GPU", _copy_to_gpu, lambda _, device: device == "cuda", main=True),
     ]
     many = min(max(usable_cores(), 2), 8)

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import OURS, Row, rows_of
+from benchmarks.report import OURS, Row, main_ceiling, rows_of
 
 __all__ = ["write_charts"]
 
@@ -94,7 +94,7 @@ def _panel(measured: dict[str, Any], top: float) -> tuple[list[str], float]:
                 f'<text x="{LABELS + length + 6:.1f}" y="{y + 12:.0f}">{value}</text>'
             )
         y += BAR + GAP
-    main = next((entry["name"] for entry in measured["entries"] if entry.get("main")), None)
+    main = main_ceiling(measured)
     ceiling = next((row for row in rows if row.name == main and row.seconds), None)
     if ceiling is not None and ceiling.seconds:
         x = LABELS + min(amount / ceiling.seconds / largest, 1.0) * span

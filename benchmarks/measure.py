@@ -68,7 +68,9 @@ def measure_case(case: Case, arms: list[Arm], settings: Settings, say: Callable[
             continue
         own = file if arm.variant is None else prepare(case, settings.folder, arm.variant)
         requests[arm.name] = _request(case, own, settings, arm=arm.name)
-        entries.append({"name": arm.name, "kind": "arm", "mapped": arm.mapped, "samples": []})
+        entries.append(
+            {"name": arm.name, "kind": "arm", "mapped": arm.mapped and settings.device == "cpu", "samples": []}
+        )
 
     if settings.memory:
         for entry in entries:
