@@ -1,7 +1,8 @@
 """Opening: from a path to a `Checkpoint`, the tree of everything a file holds but its tensor data.
 
 What a file is, its bytes decide, never its suffix. `FORMATS` is the table of single-file formats: one row each, tried
-in order. A folder, an index of shards and a list of shards come down to single files again.
+in order. A folder, an index of shards and a list of shards come down to single files again. What one ordinary file does
+not need is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchload.errors import TorchLoadError
-from torchload.formats import folder, foreign, safetensors, sharded
+from torchload.formats import safetensors
 from torchload.formats.locate import path_text, source_of_file, source_of_object, status_of
 from torchload.index import Checkpoint
 from torchload.source import Source
@@ -81,6 +82,8 @@ def open_checkpoint(path: Any) -> Checkpoint:
     """
     with _collector_paused():
         if isinstance(path, (list, tuple)):
+            from torchload.formats import sharded
+
             return sharded.open_list([_required_path(part) for part in path], _open_shard)
         text = path_text(path)
         if text is None:
@@ -92,6 +95,8 @@ def open_checkpoint(path: Any) -> Checkpoint:
 
 
 def _open_folder(path: str) -> Checkpoint:
+    from torchload.formats import folder, sharded
+
     choice = folder.choose(path, _is_checkpoint)
     if len(choice.files) == 1:
         checkpoint = _open_file(choice.files[0])
@@ -116,10 +121,15 @@ def _open_source(source: Source, path: str, *, index_allowed: bool = True) -> Ch
         for kind in FORMATS:
             if kind.recognizes(head):
                 return kind.open(source, path)
-        if index_allowed and sharded.recognizes(head):
-            checkpoint = sharded.open_index(source, path, _open_shard)
-            source.close()
-            return checkpoint
+        if index_allowed and head.lstrip()[:1] == b"{":
+            from torchload.formats import sharded
+
+            if sharded.recognizes(head):
+                checkpoint = sharded.open_index(source, path, _open_shard)
+                source.close()
+                return checkpoint
+        from torchload.formats import foreign
+
         raise foreign.describe(source, head, path)
     except BaseException:
         source.close()

@@ -88,7 +88,7 @@ def open(source: Source, path: str) -> Checkpoint:  # noqa: A001 - every format 
     metadata = _take_metadata(header, path)
     root = Container()
     placed: list[tuple[int, int, str]] = []
-    describe = _Describer(source, data_offset, path)
+    describe = _Describer(Extent(source, data_offset, source.size - data_offset), path)
     for name, fields in header.items():
         begin, end, entry = describe(name, fields)
         placed.append((begin, end, name))
@@ -162,11 +162,10 @@ class _Layout:
 class _Describer:
     """Turns one header entry after the other into (begin, end, entry)."""
 
-    __slots__ = ("data_offset", "layouts", "path", "source")
+    __slots__ = ("buffer", "layouts", "path")
 
-    def __init__(self, source: Source, data_offset: int, path: str) -> None:
-        self.source = source
-        self.data_offset = data_offset
+    def __init__(self, buffer: Extent, path: str) -> None:
+        self.buffer = buffer
         self.path = path
         self.layouts: dict[tuple[str, Shape], _Layout] = {}
 
@@ -190,8 +189,7 @@ class _Describer:
             return begin, end, OpaqueTensor(reason, layout.shape)
         if begin == end:
             return begin, end, TensorEntry(layout.dtype, layout.shape, ())
-        extent = Extent(self.source, self.data_offset + begin, layout.nbytes)
-        box = Box(extent, 0, layout.shape, layout.strides, layout.origin)
+        box = Box(self.buffer, begin, layout.shape, layout.strides, layout.origin)
         return begin, end, TensorEntry(layout.dtype, layout.shape, (box,))
 
     def _layout(self, name: str, fields: dict[str, Any]) -> _Layout:
