@@ -28,6 +28,7 @@ __all__ = [
     "TensorEntry",
     "box_end_bytes",
     "contiguous_strides",
+    "record_fields",
 ]
 
 Shape = tuple[int, ...]
@@ -232,6 +233,39 @@ def box_end_bytes(start: int, shape: Shape, strides: Shape, itemsize: int) -> in
     if 0 in shape:
         return start
     return start + (sum((size - 1) * stride for size, stride in zip(shape, strides)) + 1) * itemsize
+
+
+def record_fields(record: Record) -> dict[str, Any]:
+    """The attributes that a recorded object would have, as far as its pickle tells.
+
+    Args:
+        record: An object with a ``__dict__`` or ``__slots__``, or a `torch.fx` graph module, which is rebuilt from its
+            attributes.
+
+    Returns:
+        Attribute name → value; empty where the state is something else.
+
+    Example:
+        >>> record_fields(Record("argparse.Namespace", state={"lr": 0.1}))
+        {'lr': 0.1}
+    """
+    state = record.state
+    if state is None and record.args and record.name in _REBUILT_FROM_ATTRIBUTES:
+        state = record.args[0]
+    if isinstance(state, dict):
+        return state
+    if isinstance(state, tuple) and len(state) == 2 and all(isinstance(part, (dict, type(None))) for part in state):
+        return {**(state[0] or {}), **(state[1] or {})}
+    return {}
+
+
+_REBUILT_FROM_ATTRIBUTES = frozenset(
+    (
+        "torch.fx.graph_module.reduce_graph_module",
+        "torch.fx.graph_module.reduce_deploy_graph_module",
+        "torch.fx.graph_module.reduce_package_graph_module",
+    )
+)
 
 
 def _dense(shape: Shape, strides: Shape) -> bool:

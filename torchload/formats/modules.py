@@ -1,0 +1,73 @@
+"""Whole pickled modules: the state dict that a recorded `nn.Module` would have.
+
+`torch.save(model)` pickles every module as an object whose ``__dict__`` holds ``_parameters``, ``_buffers`` and
+``_modules``. Those three, and the names of the buffers that are not persistent, are all that a state dict is made of; the
+class need not exist.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torchload.index import Container, OpaqueTensor, Record, TensorEntry, record_fields
+
+if TYPE_CHECKING:
+    from torchload.formats.walk import Walk
+
+__all__ = ["flatten_module", "module_fields"]
+
+MAX_MODULE_DEPTH = 200
+MAX_NAME_LENGTH = 4096  # characters of a dotted name
+
+
+def module_fields(record: Record) -> dict[str, Any] | None:
+    """The attributes of a record that is a module, else ``None``."""
+    fields = record_fields(record)
+    if "_modules" in fields and "_parameters" in fields:
+        if isinstance(fields["_modules"], dict) and isinstance(fields["_parameters"], dict):
+            return fields
+    return None
+
+
+def flatten_module(walk: Walk, module: Record, container: Container) -> None:
+    """Fill `container` with the state dict of `module`, in torch's order.
+
+    Parameters come before buffers and both before the children's; absent ones (``None``) and buffers that are not
+    persistent are left out. A tensor that several names share is the same entry under each of them.
+    """
+    metadata: dict[str, Any] = {}
+    # (module, prefix, how deep, modules around it); the last first, so that children keep their order.
+    pending: list[tuple[Record, str, tuple[int, ...]]] = [(module, "", ())]
+    while pending:
+        record, prefix, around = pending.pop()
+        if id(record) in around or len(around) > MAX_MODULE_DEPTH or len(prefix) > MAX_NAME_LENGTH:
+            walk.fail("is a module that contains itself, or is nested too deeply")
+        fields = module_fields(record)
+        if fields is None:
+            continue
+        if type(fields.get("_version")) is int:
+            metadata[prefix[:-1]] = {"version": fields["_version"]}
+        _own_tensors(walk, fields, prefix, container)
+        inside = (*around, id(record))
+        children = [
+            (child, f"{prefix}{name}.", inside)
+            for name, child in walk.allow(fields["_modules"]).items()
+            if isinstance(child, Record) and type(name) is str
+        ]
+        pending.extend(reversed(children))
+    container.metadata = metadata or None
+
+
+def _own_tensors(walk: Walk, fields: dict[str, Any], prefix: str, container: Container) -> None:
+    buffers = fields.get("_buffers")
+    transient = fields.get("_non_persistent_buffers_set")
+    transient = walk.value(transient) if transient is not None else ()
+    for tensors in (fields["_parameters"], buffers if isinstance(buffers, dict) else {}):
+        is_buffer = tensors is buffers
+        for name, tensor in walk.allow(tensors).items():
+            if tensor is None or type(name) is not str or (is_buffer and name in transient):
+                continue
+            walk.key = prefix + name
+            entry = walk.value(tensor)
+            if type(entry) in (TensorEntry, OpaqueTensor):
+                container[prefix + name] = entry

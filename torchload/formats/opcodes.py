@@ -1,0 +1,282 @@
+"""Reading a pickle stream's opcodes before anything runs them: validity, bounds, and where it ends.
+
+`check_stream` walks the opcodes once and refuses what no pickler writes or what would make the C unpickler allocate
+out of proportion. It also rewrites the few opcodes whose effect could not be bounded from outside:
+
+==============  =====================  ========================================================================
+opcode          becomes                why
+==============  =====================  ========================================================================
+EMPTY_DICT      persistent id `None`   a C dict hashes any key it gets, and hashing a tuple nested through the memo
+DICT            id ``(items, True)``   takes exponential time, or overflows the C stack; the reader's own mapping
+                                       looks at a key first
+EMPTY_SET       persistent id `False`  the same for sets
+FROZENSET       id ``(items, False)``
+BINBYTES, …     persistent id `int`    long payloads stay in the file: a pickled array costs no memory
+FRAME           nothing                frame lengths no longer hold
+==============  =====================  ========================================================================
+
+A stream that contains the replacements itself only gets what they stand for: an empty dict, a run of its own bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn
+
+from torchload.errors import CorruptCheckpointError
+
+if TYPE_CHECKING:
+    from mmap import mmap
+
+__all__ = ["BASE_ALLOWANCE_BYTES", "Blob", "PickleStream", "check_stream"]
+
+# What the objects of a pickle may take in memory, beyond as many bytes as the whole file has.
+BASE_ALLOWANCE_BYTES = 192 << 20
+BLOB_BYTES = 4096  # payloads from this length on are left where they are
+MAX_LINE_BYTES = 4096  # of a textual number; names and strings may be longer
+
+# Memo indices below 2²¹ pass inside the run; larger ones are compared with the length of the stream.
+_WITHOUT_ARGUMENT = b"(012NRbaesutl]oQ)\x81\x85\x86\x87\x88\x89\x90\x92\x93\x94"
+_RUN = re.compile(
+    rb"(?:[Kqh].|[" + re.escape(_WITHOUT_ARGUMENT) + rb"]|[Jj]....|r..[\x00-\x1f]\x00|M..|G........){1,1024}",
+    re.DOTALL,
+)
+
+# Opcode → width of the little-endian length that precedes its payload.
+_LENGTH_WIDTHS = {
+    ord("X"): 4,  # BINUNICODE
+    0x8C: 1,  # SHORT_BINUNICODE
+    0x8D: 8,  # BINUNICODE8
+    ord("U"): 1,  # SHORT_BINSTRING
+    ord("T"): 4,  # BINSTRING
+    ord("C"): 1,  # SHORT_BINBYTES
+    ord("B"): 4,  # BINBYTES
+    0x8E: 8,  # BINBYTES8
+    0x96: 8,  # BYTEARRAY8
+    0x8A: 1,  # LONG1
+    0x8B: 4,  # LONG4
+}
+_BLOBS = frozenset((ord("B"), 0x8E, 0x96, ord("T")))
+_TEXT_LINES = {ord("V"): 1, ord("S"): 1, ord("P"): 1, ord("c"): 2, ord("i"): 2}
+_TEXT_NUMBERS = frozenset(b"ILFg")
+_REPLACEMENTS = {ord("}"): b"NQ", ord("d"): b"t\x88\x86Q", 0x8F: b"\x89Q", 0x91: b"t\x89\x86Q"}
+_REFUSED = {
+    0x82: "the extension registry (EXT1)",
+    0x83: "the extension registry (EXT2)",
+    0x84: "the extension registry (EXT4)",
+    0x97: "out-of-band buffers (NEXT_BUFFER)",
+    0x98: "out-of-band buffers (READONLY_BUFFER)",
+}
+
+# Upper bounds of what one opcode makes CPython allocate, in bytes, where that is much more than its own length: MARK
+# stands for the tuple, list or object that it begins. Counting a byte's value over the whole stream also counts the
+# same byte inside strings: still an upper bound.
+_OPCODE_COSTS = {
+    b"]": 80,
+    b"(": 72,
+    b"R": 80,
+    b"\x81": 80,
+    b"\x92": 80,
+    b"\x85": 56,
+    b"\x86": 64,
+    b"\x87": 72,
+    b"\x94": 16,
+}
+_COST_PER_BYTE = 5
+_REPLACEMENT_COST = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A long run of bytes that stays in the file.
+
+    Attributes:
+        offset: First byte, counted from the beginning of the data that was checked.
+        size: Length in bytes.
+        text: Whether a Python 2 ``str`` was pickled, rather than ``bytes``.
+    """
+
+    offset: int
+    size: int
+    text: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PickleStream:
+    """A checked pickle.
+
+    Attributes:
+        code: What the unpickler may read: the opcodes, rewritten where the module's table says so.
+        end: Position just past the STOP opcode in the data.
+        blobs: The payloads that were left out of `code`; a persistent id that is an int is an index into them.
+    """
+
+    code: bytes | memoryview
+    end: int
+    blobs: tuple[Blob, ...]
+
+
+def check_stream(
+    data: bytes | bytearray | mmap, start: int = 0, *, name: str, allowance_bytes: int = BASE_ALLOWANCE_BYTES
+) -> PickleStream:
+    """Check the opcodes of one pickle, up to its STOP.
+
+    Args:
+        data: Bytes that hold the pickle. More may follow it.
+        start: Position of its first opcode.
+        name: What to call it in messages.
+        allowance_bytes: What its objects may take in memory.
+
+    Returns:
+        The stream to unpickle. Every length and memo index in it is bounded by the data.
+
+    Raises:
+        CorruptCheckpointError: It is truncated, has an opcode that doesn't exist or that nothing safe can be made of,
+            or would unfold out of all proportion.
+
+    Example:
+        >>> check_stream(b"\\x80\\x02K\\x07.and more", name="example").end
+        5
+    """
+    scan = _Scan(data, start, name, allowance_bytes // _REPLACEMENT_COST)
+    match, opcode, position = _RUN.match, 0, start
+    length_widths = _LENGTH_WIDTHS
+    try:
+        while True:
+            run = match(data, position)
+            if run is not None:
+                position = run.end()
+            opcode = data[position]
+            width = length_widths.get(opcode)
+            if width is None:
+                if opcode == 0x2E:  # STOP
+                    break
+                position = scan.step(opcode, position)
+            else:
+                payload = position + 1 + width
+                size = int.from_bytes(data[position + 1 : payload], "little")
+                if size >= BLOB_BYTES and opcode in _BLOBS:
+                    scan.take_blob(opcode, position, payload, size)
+                position = payload + size
+    except IndexError:
+        raise CorruptCheckpointError(
+            f"{name} is incomplete: its pickle runs past the end at byte {len(data)}. Download or copy it again.",
+            path=name,
+        ) from None
+    stream = scan.finish(position + 1)
+    if _cost_bytes(stream.code, allowance_bytes) > allowance_bytes:
+        scan.refuse("would unfold to more objects than a checkpoint of this size can hold", start)
+    return stream
+
+
+@dataclass(slots=True)
+class _Scan:
+    """The rarer opcodes, and the pieces of the rewritten stream."""
+
+    data: bytes | bytearray | mmap
+    start: int
+    name: str
+    max_replacements: int
+    pieces: list[bytes] = field(default_factory=list)
+    blobs: list[Blob] = field(default_factory=list)
+    kept: int = -1  # up to where `pieces` covers the data
+
+    def step(self, opcode: int, position: int) -> int:
+        """Check one opcode that a run doesn't swallow; returns the position of the next."""
+        data = self.data
+        replacement = _REPLACEMENTS.get(opcode)
+        if replacement is not None:
+            self.replace(position, position + 1, replacement)
+            return position + 1
+        if opcode in _TEXT_LINES:
+            for _ in range(_TEXT_LINES[opcode]):
+                position = self.line_end(position + 1)
+            return position + 1
+        if opcode in _TEXT_NUMBERS or opcode == 0x70:  # PUT
+            end = self.line_end(position + 1)
+            if end - position > MAX_LINE_BYTES:
+                self.refuse(f"has a number of {end - position} digits", position)
+            if opcode == 0x70:
+                self.check_memo_index(position, bytes(data[position + 1 : end]))
+            return end + 1
+        if opcode == 0x72:  # LONG_BINPUT
+            self.check_memo_index(position, int.from_bytes(data[position + 1 : position + 5], "little"))
+            return position + 5
+        if opcode == 0x80:  # PROTO
+            if data[position + 1] > 5:
+                self.refuse(f"is written in pickle protocol {data[position + 1]}, and 5 is the newest known", position)
+            return position + 2
+        if opcode == 0x95:  # FRAME
+            if position + 9 + int.from_bytes(data[position + 1 : position + 9], "little") > len(data):
+                raise IndexError
+            self.replace(position, position + 9, b"")
+            return position + 9
+        if opcode in b"KqhJjMG":  # in a run but for its argument, which is missing
+            raise IndexError
+        if opcode in _REFUSED:
+            self.refuse(f"uses {_REFUSED[opcode]}, which no checkpoint needs", position)
+        self.refuse(f"has no valid opcode (0x{opcode:02x})", position)
+
+    def line_end(self, position: int) -> int:
+        end = self.data.find(b"\n", position)
+        if end < 0:
+            raise IndexError
+        return end
+
+    def check_memo_index(self, position: int, index: int | bytes) -> None:
+        # A pickler numbers its memo from 0 or 1 and needs two bytes or more per entry.
+        limit = (len(self.data) - self.start) // 2 + 256
+        try:
+            number = int(index)
+        except ValueError:
+            number = -1
+        if not 0 <= number < limit:
+            self.refuse(f"memoizes at {index!r}, though it has room for {limit} entries", position)
+
+    def replace(self, position: int, end: int, replacement: bytes) -> None:
+        if self.kept < 0:
+            self.kept = self.start
+        self.pieces.append(bytes(self.data[self.kept : position]))
+        self.pieces.append(replacement)
+        self.kept = end
+        if len(self.pieces) > 2 * self.max_replacements:
+            self.refuse("would unfold to more objects than a checkpoint of this size can hold", position)
+
+    def take_blob(self, opcode: int, position: int, payload: int, size: int) -> None:
+        if payload + size > len(self.data):
+            raise IndexError
+        self.replace(position, payload + size, b"J" + len(self.blobs).to_bytes(4, "little") + b"Q")
+        self.blobs.append(Blob(payload, size, text=opcode == 0x54))
+
+    def finish(self, end: int) -> PickleStream:
+        if self.kept < 0:
+            return PickleStream(memoryview(self.data)[self.start : end], end, ())
+        self.pieces.append(bytes(self.data[self.kept : end]))
+        return PickleStream(b"".join(self.pieces), end, tuple(self.blobs))
+
+    def refuse(self, what: str, position: int) -> NoReturn:
+        raise CorruptCheckpointError(
+            f"{self.name}: the pickle at byte {self.start} {what} (byte {position}). It is damaged or made to do harm.",
+            path=self.name,
+        )
+
+
+def _cost_bytes(code: bytes | memoryview, allowance_bytes: int) -> int:
+    """An upper bound of the memory that the objects of a stream take; rough where that is enough."""
+    rough = len(code) * (_COST_PER_BYTE + max(_OPCODE_COSTS.values()))
+    if rough <= allowance_bytes:
+        return rough
+    return _COST_PER_BYTE * len(code) + sum(
+        part.count(byte) * cost for part in _parts(code) for byte, cost in _OPCODE_COSTS.items()
+    )
+
+
+def _parts(code: bytes | memoryview) -> Iterator[bytes]:
+    """A memoryview can't count; its bytes are copied a few at a time."""
+    if isinstance(code, bytes):
+        yield code
+    else:
+        for start in range(0, len(code), 1 << 18):
+            yield bytes(code[start : start + (1 << 18)])

@@ -1,0 +1,274 @@
+"""What an unpickler builds here instead of what a file asks for.
+
+Every global that a pickle names becomes a *class* of this module's metaclass, because NEWOBJ accepts nothing else.
+Calling it records the arguments; no instance has any other behaviour. What stands on the unpickler's stack is a
+hostile stream's to use, so each of these types decides for itself what BUILD, APPENDS, SETITEMS and ADDITEMS do to it,
+and the classes can't be changed at all.
+
+Objects that stay in the tree (`RecordStandIn`, `MappingStandIn`) have the memory layout of the public class that they
+become by a change of ``__class__``, so that cycles and shared references survive without copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from torchload.index import Container, Extent, Record, TensorEntry
+
+if TYPE_CHECKING:
+    from torchload.formats.unpickle import Walk
+
+__all__ = [
+    "AS_RECORD",
+    "UNRESOLVED",
+    "BlobReference",
+    "Call",
+    "Inert",
+    "MappingStandIn",
+    "RecordStandIn",
+    "SetStandIn",
+    "StandInType",
+    "Storage",
+    "new_stand_in",
+]
+
+MAX_KEY_PARTS = 32  # of a tuple that is a dictionary key
+UNRESOLVED: Any = type("Unresolved", (), {"__slots__": ()})()
+AS_RECORD: Any = type("AsRecord", (), {"__slots__": ()})()  # what a converter returns for a call it can't interpret
+
+# Shared by all records that never get an item, as most don't; nothing ever appends to these two.
+_NO_ITEMS: list[Any] = []
+_NO_ENTRIES: dict[Any, Any] = {}
+
+
+class StandInType(type):
+    """Class of the stand-ins: it can't be changed, whatever a stream does to it."""
+
+    qualified: str
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        raise TypeError(f"a stand-in has no attribute {name!r} to set")
+
+    def __delattr__(cls, name: str) -> None:
+        raise TypeError(f"a stand-in has no attribute {name!r} to delete")
+
+
+class Inert(metaclass=StandInType):
+    """What refuses to be built upon. Without this, BUILD would set attributes."""
+
+    __slots__ = ()
+    qualified = ""
+
+    def __setstate__(self, state: object) -> None:
+        raise TypeError(f"a pickle can't set the state of a {type(self).__name__}")
+
+
+class RecordStandIn(Record, metaclass=StandInType):
+    """An instance of some class, as it grows; becomes a `Record`."""
+
+    __slots__ = ()
+    qualified: ClassVar[str] = ""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = object.__new__(cls)
+        self.name = cls.qualified
+        self.args = args
+        self.state = None
+        self.items = _NO_ITEMS
+        self.entries = _NO_ENTRIES
+        for key, value in kwargs.items():
+            self[key] = value
+        return self
+
+    __init__ = object.__init__  # type: ignore[assignment]
+
+    def __call__(self, *args: Any) -> Any:
+        called = RecordStandIn(self, *args)
+        called.name = self.name
+        return called
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, item: Any) -> None:
+        if self.items is _NO_ITEMS:
+            self.items = []
+        self.items.append(item)
+
+    add = append
+
+    def extend(self, items: list[Any]) -> None:
+        if self.items is _NO_ITEMS:
+            self.items = []
+        self.items.extend(items)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if self.entries is _NO_ENTRIES:
+            self.entries = MappingStandIn()
+        self.entries[key] = value
+
+
+class MappingStandIn(Container, metaclass=StandInType):
+    """A dict, OrderedDict, defaultdict or Counter, as it grows; becomes a `Container`.
+
+    Until it does, `origin` holds the constructor's arguments, if there were any.
+    """
+
+    __slots__ = ()
+    qualified: ClassVar[str] = "builtins.dict"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = dict.__new__(cls)
+        self.metadata = None
+        self.origin = args or None  # type: ignore[assignment]
+        return self
+
+    __init__ = object.__init__  # type: ignore[assignment]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) is not str:
+            check_key(self, key)
+        dict.__setitem__(self, key, value)
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 2:
+            state = state[0]
+        if isinstance(state, MappingStandIn):
+            metadata = state.get("_metadata")
+            if isinstance(metadata, MappingStandIn):
+                self.metadata = metadata
+
+
+class SetStandIn(list[Any], metaclass=StandInType):
+    """The elements of a set, in no need to be hashed yet.
+
+    Attributes:
+        value: The set, once it was made.
+        frozen: Whether it is a frozenset.
+    """
+
+    __slots__ = ("frozen", "value")
+    qualified: ClassVar[str] = "builtins.set"
+
+    def __init__(self, elements: Any = ()) -> None:
+        super().__init__(elements)
+        self.value = UNRESOLVED
+        self.frozen = False
+
+    __hash__ = object.__hash__
+    add = list.append
+
+    def __setstate__(self, state: object) -> None:
+        raise TypeError("a pickle can't set the state of a set")
+
+
+class Call(metaclass=StandInType):
+    """A call of a known function, to be looked at when the whole stream has been read.
+
+    Attributes:
+        args: The arguments.
+        state: What BUILD gave to the result, or ``None``.
+        value: What the call amounts to, once `convert` was asked.
+    """
+
+    __slots__ = ("args", "state", "value")
+    qualified: ClassVar[str] = ""
+    convert: ClassVar[Callable[[Any, Walk], Any]]
+
+    def __new__(cls, *args: Any) -> Any:
+        self = object.__new__(cls)
+        self.args = args
+        self.state = None
+        self.value = UNRESOLVED
+        return self
+
+    __init__ = object.__init__  # type: ignore[assignment]
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class Storage(Inert):
+    """A storage that a stream refers to by a persistent id.
+
+    Attributes:
+        kind: Stand-in of the storage's class in the file.
+        dtype: Element type, or ``None`` for an untyped storage, which counts bytes.
+        key: Name of its data in the file.
+        location: The device it was saved on, which never matters.
+        numel: Declared length in elements.
+        view: Legacy files: (key, offset in elements, length in elements) where this is a part of the storage.
+        extent: Its bytes, once known.
+        value: The entry for the storage as a tensor of its own, where the tree holds one.
+    """
+
+    __slots__ = ("dtype", "extent", "key", "kind", "location", "numel", "value", "variant", "view")
+
+    def __init__(
+        self,
+        kind: type,
+        dtype: torch.dtype | None,
+        key: str,
+        location: str,
+        numel: int,
+        view: tuple[str, int, int] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.dtype = dtype
+        self.key = key
+        self.location = location
+        self.numel = numel
+        self.view = view
+        self.extent: Extent | None = None
+        self.value: TensorEntry | None = None
+        self.variant: Storage | None = None  # the same data declared otherwise
+
+    @property
+    def nbytes(self) -> int:
+        """Declared length in bytes."""
+        return self.numel * (1 if self.dtype is None else self.dtype.itemsize)
+
+
+class BlobReference(Inert):
+    """A payload that was left in the file: the index of a `Blob`."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def new_stand_in(base: type, qualified: str, **attributes: Any) -> StandInType:
+    """A class that stands for one global."""
+    return StandInType("StandIn", (base,), {"__slots__": (), "qualified": qualified, **attributes})
+
+
+def check_key(mapping: dict[Any, Any], key: Any) -> None:
+    """Refuse a key that would be expensive to hash or compare.
+
+    Raises:
+        TypeError: It is a tuple with too many parts, a huge integer, or one of many made to collide.
+    """
+    kind = type(key)
+    if kind is int:
+        if not -(1 << 64) < key < 1 << 64:
+            raise TypeError("a dictionary key is an integer of more than 64 bits")
+    elif kind is tuple:
+        parts = [key]
+        for part in parts:  # grows while it runs, to the limit
+            if type(part) is tuple:
+                parts.extend(part[: MAX_KEY_PARTS + 1])
+            elif type(part) is int and not -(1 << 64) < part < 1 << 64:
+                raise TypeError("a dictionary key has an integer of more than 64 bits")
+            if len(parts) > MAX_KEY_PARTS:
+                raise TypeError(f"a dictionary key is a tuple of more than {MAX_KEY_PARTS} parts")
+        count = len(mapping)
+        # Hashes of tuples of numbers can be forged to collide, which makes each access linear.
+        if count >= 8 and count & (count - 1) == 0:
+            tuples = [hash(other) for other in mapping if type(other) is tuple]
+            if 2 * len(set(tuples)) < len(tuples):
+                raise TypeError("a dictionary's keys all have the same hash")
+
