@@ -21,7 +21,7 @@ from torchload.keys.tables import BENIGN_MISSING, BENIGN_UNEXPECTED, Standing, c
 __all__ = ["Leaf", "Selection", "Wanted", "flatten", "select"]
 
 Leaf = TensorEntry | OpaqueTensor | Any
-_MOST_LEAVES = 4_000_000
+_EXPANSION = 8  # how often, on average, a tensor may be reached by different paths
 _EXTRA_STATE = "_extra_state"
 
 
@@ -176,25 +176,14 @@ def _mapping(value: Any) -> Mapping[Any, Any] | None:
 
 def _places(root: Any, key: str | None, path: str) -> list[_Place]:
     """Every container that holds tensors at any depth, outermost first, each once however often it is referred to."""
-    top = _mapping(root)
-    if top is None:
-        top = {}
+    top = _mapping(root) or {}
+    containers = _containers(top)
+    most = _EXPANSION * sum(_is_leaf(value) for _, container in containers for value in container.values()) + 1000
     found: list[_Place] = []
-    seen: set[int] = set()
-    todo = [("", top, root)]
-    for here, container, identity in todo:
-        if id(identity) in seen:
-            continue
-        seen.add(id(identity))
-        inner = []
-        for name, value in container.items():
-            below = _mapping(value)
-            if below is not None:
-                inner.append(str(name))
-                todo.append((f"{here}.{name}" if here else str(name), below, value))
-        leaves = flatten(container, path)
-        if leaves:
-            found.append(_Place(here, container, leaves, frozenset(inner)))
+    for here, container in containers:
+        if leaves := flatten(container, path, most):
+            inner = frozenset(str(name) for name, value in container.items() if _mapping(value) is not None)
+            found.append(_Place(here, container, leaves, inner))
     if key is None:
         return found
     chosen = [place for place in found if place.path == key]
@@ -206,13 +195,35 @@ def _places(root: Any, key: str | None, path: str) -> list[_Place]:
     return chosen
 
 
-def flatten(container: Mapping[Any, Any], path: str) -> dict[str, Leaf]:
+def _containers(top: Mapping[Any, Any]) -> list[tuple[str, Mapping[Any, Any]]]:
+    """All mappings of a tree with their dotted paths, breadth first, each object once."""
+    todo: list[tuple[str, Mapping[Any, Any]]] = [("", top)]
+    seen = {id(top)}
+    for here, container in todo:
+        for name, value in container.items():
+            below = _mapping(value)
+            if below is not None and id(value) not in seen:
+                seen.add(id(value))
+                todo.append((f"{here}.{name}" if here else str(name), below))
+    return todo
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, (TensorEntry, OpaqueTensor))
+
+
+def flatten(container: Mapping[Any, Any], path: str, most: int) -> dict[str, Leaf]:
     """All tensors under a container by dotted name, in the file's order.
 
     A name that would stand twice (``{"a.b": …, "a": {"b": …}}``) is kept once, as it stands nearest to the root.
 
+    Args:
+        container: Where to begin.
+        path: The checkpoint, for the message.
+        most: How many names the expansion may have: a small file can refer to the same container over and over.
+
     Raises:
-        CorruptCheckpointError: The tree refers to itself so often that its expansion would not end.
+        CorruptCheckpointError: There would be more.
     """
     leaves: dict[str, Leaf] = {}
     deeper: list[tuple[str, Any, frozenset[int]]] = [("", container, frozenset())]
@@ -220,14 +231,17 @@ def flatten(container: Mapping[Any, Any], path: str) -> dict[str, Leaf]:
         above = above | {id(values)}
         for name, value in values.items():
             full = f"{prefix}{name}"
-            if isinstance(value, (TensorEntry, OpaqueTensor)) or full.endswith(_EXTRA_STATE):
+            if _is_leaf(value) or full.endswith(_EXTRA_STATE):
                 leaves.setdefault(full, value)
             else:
                 below = _mapping(value)
                 if below and id(value) not in above and len(above) < 64:
                     deeper.append((f"{full}.", below, above | {id(value)}))
-        if len(leaves) + len(deeper) > _MOST_LEAVES:
-            raise CorruptCheckpointError(f"{path} expands to more than {_MOST_LEAVES:,} tensors; refused.", path=path)
+        if len(leaves) + len(deeper) > most + len(values):
+            raise CorruptCheckpointError(
+                f"{path} refers to the same containers so often that they expand to more than {most:,} tensors; refused.",
+                path=path,
+            )
     return leaves
 
 

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from tests.trees import tree, wanted
+from torchload.errors import AmbiguousCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError
+from torchload.index import Container
+from torchload.keys.rewrite import renamer
+from torchload.select import select
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        self.head = nn.Linear(4, 2)
+
+
+def fresh():
+    return {name: value.clone() for name, value in Net().state_dict().items()}
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def choose(value, model=None, **options):
+    return select(tree(value), wanted(model or Net()), path="x.pth", **options)
+
+
+CONTAINERS = [
+    "state_dict", "model", "model_state_dict", "module", "net", "network_weights", "model_state", "net_dict",
+    "params", "generator", "weight", "anything",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_container_is_found_under_any_name(name):
+    found = choose({name: fresh(), "optimizer": {"state": {0: {"exp_avg": torch.zeros(4, 3)}}}, "epoch": 3})
+    assert found.fits
+    assert found.key == name
+    assert found.prefix == ""
+
+
+def test_nested_and_in_sequences():
+    assert choose({"state": {"model": fresh()}}).key == "state.model"
+    assert choose((fresh(), 7)).key == "0"
+    assert choose([{"a": 1}, {"model": fresh()}]).key == "1.model"
+
+
+def test_nested_dictionaries_of_tensors_are_one_state_dict():
+    state = fresh()
+    nested: dict = {}
+    for name, value in state.items():
+        *path, leaf = name.split(".")
+        at = nested
+        for part in path:
+            at = at.setdefault(part, {})
+        at[leaf] = value
+    found = choose({"weights": nested})
+    assert found.fits
+    assert found.key == "weights"
+
+
+@pytest.mark.parametrize(
+    ("plain", "average"),
+    [
+        ("model", "ema"),
+        ("state_dict", "state_dict_ema"),
+        ("model", "model_ema"),
+        ("params", "params_ema"),
+        ("g", "g_ema"),
+        ("encoder", "target_encoder"),
+        ("model", "swa_model"),
+    ],
+)
+def test_averaged_weights_are_preferred_and_said(plain, average):
+    found = choose({plain: fresh(), average: fresh()})
+    assert found.key == average
+    assert found.averaged
+    assert found.rivals == (plain,)
+    assert choose({plain: fresh(), average: fresh()}, key=plain).key == plain
+
+
+def test_averaged_weights_beside_the_model_in_one_state_dict():
+    state = {**prefixed(fresh(), "online_model."), **prefixed(fresh(), "ema_model."), "step": torch.tensor(3)}
+    found = choose(state)
+    assert (found.key, found.prefix) == ("", "ema_model")
+
+
+def test_mmengine_swaps_so_its_ema_container_holds_the_raw_weights():
+    value = {"state_dict": fresh(), "ema_state_dict": prefixed(fresh(), "module."), "message_hub": {}, "meta": {}}
+    assert choose(value).key == "state_dict"
+
+
+def test_an_average_inside_a_callback_is_not_taken():
+    value = {"state_dict": fresh(), "callbacks": {"SWA": {"average_model_state": fresh()}}}
+    assert choose(value).key == "state_dict"
+
+
+def test_a_conventional_name_beats_an_arbitrary_one():
+    state = {**prefixed(fresh(), "model."), **prefixed(fresh(), "teacher.")}
+    assert set(choose({"state_dict": state}).pairs.values()) == set(prefixed(fresh(), "model."))
+
+
+@pytest.mark.parametrize("names", [("student", "teacher2"), ("a", "b"), ("model", "net")])
+def test_two_of_equal_standing_are_ambiguous(names):
+    with pytest.raises(AmbiguousCheckpointError) as caught:
+        choose({name: fresh() for name in names})
+    assert set(caught.value.candidates) == set(names)
+    assert caught.value.argument == "key"
+    assert all(f"key={name!r}" in str(caught.value) for name in names)
+
+
+def test_two_prefixes_of_equal_standing_are_ambiguous():
+    with pytest.raises(AmbiguousCheckpointError) as caught:
+        choose({**prefixed(fresh(), "left."), **prefixed(fresh(), "right.")})
+    assert set(caught.value.candidates) == {"left.", "right."}
+    assert caught.value.argument == "prefix"
+
+
+def test_a_student_and_a_teacher_of_different_make_are_ambiguous_and_twins_are_not():
+    twins = {"student": prefixed(fresh(), "module."), "teacher": fresh()}
+    assert choose(twins).key == "teacher"
+    unlike = {"student": {**fresh(), "loss.w": torch.zeros(1)}, "teacher": fresh()}
+    with pytest.raises(AmbiguousCheckpointError):
+        choose(unlike)
+
+
+def test_the_same_data_under_two_names_is_no_ambiguity():
+    state = fresh()
+    assert choose({"a": state, "b": dict(state)}).fits
+
+
+def test_the_whole_set_is_taken_before_a_sub_tree():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Net()
+            self.body = nn.Linear(1, 1)
+
+    state = Outer().state_dict()
+    assert choose({"state_dict": state}, Outer()).prefix == ""
+    inner = choose({"state_dict": state}, Net())
+    assert inner.fits
+    assert set(inner.outside) == {"body.weight", "body.bias"}
+
+
+def test_lightning_model_beside_criterion():
+    found = choose({"state_dict": {**prefixed(fresh(), "net."), "criterion.weight": torch.ones(3)}})
+    assert (found.key, found.prefix, found.outside) == ("state_dict", "net", ["criterion.weight"])
+
+
+def test_a_prefix_that_only_the_model_has():
+    wrapper = nn.ModuleDict({"backbone": Net()})
+    found = choose(fresh(), wrapper)
+    assert found.fits
+    assert found.added == "backbone"
+
+
+def test_opennmt_keeps_parts_of_one_model_apart():
+    model = nn.ModuleDict({"encoder": Net(), "decoder": Net(), "generator": nn.Linear(2, 2)})
+    state = model.state_dict()
+    value = {
+        "model": {name: v for name, v in state.items() if not name.startswith("generator")},
+        "generator": {name[10:]: v for name, v in state.items() if name.startswith("generator")},
+        "optim": {},
+    }
+    assert choose(value, model).fits
+
+
+def test_a_partial_fit_is_returned_with_what_it_lacks_never_as_a_fit():
+    state = fresh()
+    del state["head.bias"]
+    found = choose({"model": state, "optimizer": {}})
+    assert not found.fits
+    assert found.key == "model"
+    assert found.missing == ["head.bias"]
+
+
+def test_shapes_decide_between_equal_names():
+    other = {name: torch.zeros([*value.shape, 2]) for name, value in fresh().items()}
+    assert choose({"a": other, "b": fresh()}).key == "b"
+
+
+def test_a_missing_batch_counter_is_tolerated_and_listed():
+    state = fresh()
+    del state["body.1.num_batches_tracked"]
+    found = choose(state)
+    assert found.fits
+    assert found.tolerated == ["body.1.num_batches_tracked"]
+
+
+def test_index_buffers_of_older_versions_are_tolerated_and_listed():
+    found = choose({**fresh(), "body.position_ids": torch.arange(3)})
+    assert found.fits
+    assert found.tolerated == ["body.position_ids"]
+
+
+def test_key_and_prefix_choose():
+    value = {"a": fresh(), "b": {"c": {**prefixed(fresh(), "x."), **prefixed(fresh(), "y.")}}}
+    assert choose(value, key="a").key == "a"
+    assert choose(value, key="b.c", prefix="y.").prefix == "y"
+    assert choose(value, prefix="x").path == "b.c.x"
+
+
+def test_a_key_or_prefix_that_is_not_there_says_what_is():
+    with pytest.raises(IncompatibleCheckpointError, match="'ema'.*'model'"):
+        choose({"model": fresh()}, key="ema")
+    with pytest.raises(IncompatibleCheckpointError, match=r"'nose\.'.*\n.*body, head"):
+        choose(fresh(), prefix="nose.")
+
+
+def test_rename_by_pattern_and_by_function():
+    state = {name.replace("head", "classifier"): value for name, value in fresh().items()}
+    assert choose({"model": state}, rename={r"^classifier\.": "head."}).fits
+    assert choose({"model": state}, rename=lambda name: name.replace("classifier", "head")).fits
+    extra = {**fresh(), "body.junk": torch.zeros(1)}
+    assert choose(extra, rename=lambda name: None if "junk" in name else name).fits
+
+
+def test_a_rename_that_makes_two_names_one_is_refused():
+    with pytest.raises(AmbiguousCheckpointError, match="same name"):
+        renamer({"a|b": "c"}, {"a": 1, "b": 2})
+
+
+def test_nothing_in_common_and_no_tensors_at_all():
+    with pytest.raises(IncompatibleCheckpointError, match="not one name in common"):
+        choose({"model": {"x.y": torch.zeros(2)}})
+    with pytest.raises(IncompatibleCheckpointError, match="holds no tensors"):
+        choose({"epoch": 3})
+    with pytest.raises(IncompatibleCheckpointError, match="holds no tensors"):
+        choose(7)
+
+
+def test_a_tree_that_refers_to_itself_ends():
+    value = Container({"model": tree(fresh())})
+    value["self"] = value
+    assert select(value, wanted(Net()), path="x").key == "model"
+
+
+def test_repeated_references_are_not_expanded():
+    value = tree(fresh())
+    for _ in range(40):
+        value = Container({"a": value, "b": value})
+    with pytest.raises(CorruptCheckpointError, match="expand to more than"):
+        select(value, wanted(Net()), path="x")
+
+
+def test_metadata_stays_with_its_container():
+    state = OrderedDict(fresh())
+    state._metadata = {"": {"version": 1}}
+    assert choose({"model": state}).container.metadata == {"": {"version": 1}}
