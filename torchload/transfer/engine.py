@@ -15,7 +15,7 @@ from torchload.transfer.host import HostWorker, decode
 from torchload.transfer.memory import memory_at
 from torchload.transfer.overflow import OverflowFoundError, largest_finite, overflow_error
 from torchload.transfer.pieces import Job, Piece, cut, schedule
-from torchload.transfer.reader import BufferedReader, Reader
+from torchload.transfer.reader import Reader
 
 __all__ = ["Progress", "check_unchanged", "default_threads", "run"]
 
@@ -55,7 +55,7 @@ def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progres
         return 0
     total_bytes = sum(job.nbytes for job in jobs)
     sources = {id(job.source): job.source for job in jobs}.values()
-    reader: Reader = BufferedReader()
+    reader = Reader()
 
     def report(done_bytes: int) -> None:
         if progress is not None:
@@ -76,9 +76,11 @@ def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progres
         written = [copy for copy in copies if id(copy) in touched]
         _note_writes(written)
         if isinstance(error, OverflowFoundError):
-            raise _explain(error.copy, reader, written) from None
+            raise _explain(error.copy, written) from None
         error.written = tuple(copy.name for copy in written)  # type: ignore[attr-defined]
         raise
+    finally:
+        reader.close()
     _note_writes(copies)
     return crew.done_bytes
 
@@ -122,7 +124,7 @@ def _note_writes(copies: Iterable[Copy]) -> None:
                 torch.autograd.graph.increment_version(target)
 
 
-def _explain(copy: Copy, reader: Reader, written: Iterable[Copy]) -> CastOverflowError:
+def _explain(copy: Copy, written: Iterable[Copy]) -> CastOverflowError:
     """The error for a copy that overflowed, with the largest value of the whole tensor."""
     largest = 0.0
     pieces: list[Piece] = []
@@ -130,7 +132,7 @@ def _explain(copy: Copy, reader: Reader, written: Iterable[Copy]) -> CastOverflo
         cut(copy, pieces)
         for piece in pieces:
             data = torch.empty(piece.nbytes, dtype=torch.uint8, device="cpu")
-            reader.readinto(copy.box.extent.source, piece.offset, memory_at(data.data_ptr(), piece.nbytes))
+            copy.box.extent.source.readinto(piece.offset, memory_at(data.data_ptr(), piece.nbytes))
             largest = max(largest, largest_finite(decode(piece, data)))
     error = overflow_error(copy, largest)
     error.written = tuple(item.name for item in written)

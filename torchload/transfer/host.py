@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from torchload.transfer.arena import allocate
 from torchload.transfer.memory import memory_at, move
 from torchload.transfer.overflow import OverflowFoundError, overflows
 from torchload.transfer.pieces import CAST, RAW, STAGED_BYTES, Job, Piece, needs_swap
-
-if TYPE_CHECKING:
-    from torchload.transfer.reader import Reader
+from torchload.transfer.reader import Reader
 
 __all__ = ["HostWorker", "decode"]
 
 _PACKED_BYTES = 1 << 20
 """Small casts are packed together up to this size, on either side."""
 _PACKABLE_BYTES = 64 << 10
+_LENT_BYTES = 64 << 10
+"""Less than this is copied faster than it is lent."""
 _ALIGNMENT_BYTES = 64
 
 _CPU = torch.device("cpu")
@@ -49,26 +47,34 @@ class HostWorker:
             memory = memory_at(piece.target.data_ptr() + piece.skip_bytes, piece.nbytes)
             self._reader.readinto(job.source, job.offset, memory)
             return job.nbytes
+        self._place(job, self._fetch(job))
+        return job.nbytes
+
+    def _fetch(self, job: Job) -> torch.Tensor:
+        """A job's bytes, uint8, to be read before the next job."""
+        address = self._reader.lend(job.source, job.offset, job.nbytes) if job.nbytes >= _LENT_BYTES else None
+        if address is not None:
+            return torch.frombuffer(memory_at(address, job.nbytes), dtype=torch.uint8)
         # Keep what is aligned in the file aligned in scratch, so that it can be seen in its own dtype.
         shift = job.offset % _ALIGNMENT_BYTES
         data = self._scratch_of(shift + job.nbytes)[shift : shift + job.nbytes]
         self._reader.readinto(job.source, job.offset, memory_at(data.data_ptr(), job.nbytes))
-        self._place(job, data)
-        return job.nbytes
+        return data
 
     def _place(self, job: Job, data: torch.Tensor) -> None:
         on_cpu = job.device.type == "cpu"
         base = data.data_ptr() - job.offset
         packer = None
         for piece in job.pieces:
-            if piece.kind == RAW and on_cpu:
-                move(piece.target.data_ptr() + piece.skip_bytes, base + piece.offset, piece.nbytes)
-            elif piece.kind == CAST and piece.nbytes <= _PACKABLE_BYTES:
+            _, kind, offset, nbytes, target, skip_bytes, _, _ = piece
+            if kind == RAW and on_cpu:
+                move(target.data_ptr() + skip_bytes, base + offset, nbytes)
+            elif kind == CAST and nbytes <= _PACKABLE_BYTES:
                 if packer is None:
                     packer = self._packer = self._packer or _Packer()
-                packer.add(piece, base + piece.offset)
+                packer.add(piece, base + offset)
             else:
-                _put(piece, decode(piece, data[piece.offset - job.offset :][: piece.nbytes]))
+                _put(piece, decode(piece, data[offset - job.offset :][:nbytes]))
         if packer is not None:
             packer.flush()
 

@@ -9,6 +9,7 @@ that a piece spans fit.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from torchload.source import Source
 
 __all__ = ["CAST", "RAW", "STAGED_BYTES", "VIEW", "Job", "Piece", "cut", "needs_swap", "schedule"]
 
+_BIG_ENDIAN = sys.byteorder == "big"
+
 RAW = 0
 """The bytes in the file are those in memory."""
 CAST = 1
@@ -30,10 +33,10 @@ VIEW = 2
 
 DIRECT_BYTES = 8 << 20
 """Read straight into place at most this much at once."""
-STAGED_BYTES = 4 << 20
-"""Read into scratch memory at most this much at once: it should stay in the cache."""
-SWAPPED_BYTES = 1 << 20
-"""The same for bytes that must be swapped, which takes a second scratch."""
+STAGED_BYTES = 1 << 20
+"""Read into scratch memory at most this much at once: it should stay in the cache nearest to a core."""
+DEVICE_BYTES = 4 << 20
+"""The same on the way to another device, where each copy has a price of its own."""
 SMALL_BYTES = 256 << 10
 """Below this size a plain tensor shares a read with its neighbours."""
 GAP_BYTES = 64 << 10
@@ -80,7 +83,7 @@ class Job(NamedTuple):
 
 def needs_swap(extent: Extent, dtype: torch.dtype) -> bool:
     """Whether elements lie in the other byte order than this machine's."""
-    return extent.big_endian != (sys.byteorder == "big") and dtype.itemsize > 1
+    return extent.big_endian != _BIG_ENDIAN and dtype.itemsize > 1
 
 
 def schedule(copies: Iterable[Copy]) -> list[Job]:
@@ -107,11 +110,14 @@ def cut(copy: Copy, pieces: list[Piece]) -> None:
     nbytes = math.prod(shape) * itemsize
     if not nbytes:
         return
-    offset = box.extent.offset + box.start
-    on_cpu = target.is_cpu
+    extent = box.extent
+    offset = extent.offset + box.start
     kind, flat = _classify(copy)
-    limit = DIRECT_BYTES if kind == RAW and on_cpu else STAGED_BYTES
+    limit = DEVICE_BYTES if not target.is_cpu else DIRECT_BYTES if kind == RAW else STAGED_BYTES
     if kind == RAW:
+        if nbytes <= limit:  # most tensors: spare them the loop
+            pieces.append(_new_tuple(Piece, (copy, RAW, offset, nbytes, target, 0, shape, box.strides)))
+            return
         pieces.extend(
             Piece(copy, RAW, offset + skip, min(limit, nbytes - skip), target, skip, shape, box.strides)
             for skip in range(0, nbytes, limit)
@@ -120,11 +126,9 @@ def cut(copy: Copy, pieces: list[Piece]) -> None:
     strides = box.strides
     if flat:
         target, shape, strides = target.reshape(-1), (nbytes // itemsize,), (1,)
-        if nbytes <= limit:  # most tensors: spare them the cutting
+        if nbytes <= limit:
             pieces.append(Piece(copy, kind, offset, nbytes, target, 0, shape, strides))
             return
-    if needs_swap(box.extent, dtype):
-        limit = SWAPPED_BYTES
     for part, start, part_shape in _split(target, shape, strides, limit // itemsize):
         span = box_end_bytes(0, part_shape, strides, itemsize)
         pieces.append(Piece(copy, kind, offset + start * itemsize, span, part, 0, part_shape, strides))
@@ -139,7 +143,7 @@ def _classify(copy: Copy) -> tuple[int, bool]:
     else:
         # Such as channels-last on both sides.
         same_order, flat = box.strides == strides and _covers_memory(box.shape, strides), False
-    if not same_order or target.is_neg() or target.is_conj() or needs_swap(box.extent, copy.dtype):
+    if not same_order or box.extent.big_endian != _BIG_ENDIAN or target.is_neg() or target.is_conj():
         return VIEW, False
     if target.dtype == copy.dtype:
         return RAW, flat
@@ -183,6 +187,7 @@ def _split(target: torch.Tensor, shape: Shape, strides: Shape, limit: int) -> It
 
 def _batch(device: torch.device, source: Source, pieces: Sequence[Piece]) -> Iterator[Job]:
     """Let neighbours share a read."""
+    limit = STAGED_BYTES if device.type == "cpu" else DEVICE_BYTES
     members: list[Piece] = []
     start = end = 0
     for piece in pieces:
@@ -191,7 +196,7 @@ def _batch(device: torch.device, source: Source, pieces: Sequence[Piece]) -> Ite
         if piece.kind == RAW and piece.nbytes >= SMALL_BYTES:
             yield Job(device, source, offset, piece.nbytes, [piece])
             continue
-        if members and (offset - end > GAP_BYTES or max(end, piece_end) - start > STAGED_BYTES):
+        if members and (offset - end > GAP_BYTES or max(end, piece_end) - start > limit):
             yield Job(device, source, start, end - start, members)
             members = []
         if not members:
@@ -202,5 +207,6 @@ def _batch(device: torch.device, source: Source, pieces: Sequence[Piece]) -> Ite
         yield Job(device, source, start, end - start, members)
 
 
-def _offset(piece: Piece) -> int:
-    return piece.offset
+_offset = operator.attrgetter("offset")
+_new_tuple = tuple.__new__
+"""What a `NamedTuple` calls after it has sorted out its arguments, which takes longer."""
