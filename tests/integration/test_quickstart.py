@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ def test_quickstart() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "docs" / "examples" / "quickstart.py")],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
