@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from torchload import smart_load
 from torchload.keys import tables
 
 ROOT = Path(__file__).parents[2]
@@ -36,3 +40,23 @@ def test_readme_commands_are_the_ones_that_are_tested() -> None:
     assert (ROOT / "docs" / "examples" / "quickstart.py").exists()
     for command in commands:
         assert "pip install" in command
+
+
+def test_readme_report_is_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"```text\n(model\.pth → .*?)```", readme, flags=re.DOTALL)
+    assert shown
+    monkeypatch.chdir(tmp_path)
+    saved = nn.DataParallel(nn.Linear(3, 2))
+    training = {"state_dict": saved.state_dict(), "optimizer": {}, "epoch": 37, "args": Namespace()}
+    torch.save(training, "model.pth")
+    printed = str(smart_load(nn.Linear(3, 2), "model.pth", "cpu", dtype=torch.float16))
+
+    def without_figures(report: str) -> list[str]:
+        headline, *details = report.strip().splitlines()
+        headline = re.sub(r"→ \w+ on", "→ … on", headline)
+        headline = re.sub(r"[\d.]+ (tensors|[KM]?i?B|ms|s)\b", r"… \1", headline)
+        headline = re.sub(r"\(.*\)", "(…)", headline)
+        return [headline, *(re.sub(r"in \d+ tensors", "in … tensors", line) for line in details)]
+
+    assert without_figures(shown[1]) == without_figures(printed)
