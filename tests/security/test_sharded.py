@@ -160,8 +160,8 @@ def test_a_numbered_set_of_a_billion_files_is_only_counted(tmp_path: Path) -> No
         open_checkpoint(tmp_path)
 
 
-def test_many_slices_of_one_tensor_are_checked_in_reasonable_time(tmp_path: Path) -> None:
-    from torchload.formats.sharded import _any_overlap
+def test_a_grid_of_thousands_of_slices_is_checked_for_overlaps() -> None:
+    from torchload.formats.slices import _any_overlap
 
     grid = [((row, column), (row + 1, column + 1)) for row in range(60) for column in range(60)]
     assert not _any_overlap(grid)

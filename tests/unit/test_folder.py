@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from torchload.errors import AmbiguousCheckpointError, CheckpointFormatError, CheckpointNotFoundError
+from torchload.errors import (
+    AmbiguousCheckpointError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+)
 from torchload.formats import open_checkpoint
 
 WEIGHTS = save({"w": torch.ones(2)})
@@ -58,6 +64,24 @@ def test_content_decides_not_the_suffix(tmp_path: Path) -> None:
     fill(tmp_path, "a.pth", content=b"just a text")
     fill(tmp_path, "b.dat")
     assert taken(tmp_path) == "b.dat"
+
+
+def test_archives_of_other_things_are_no_candidates(tmp_path: Path) -> None:
+    fill(tmp_path, "weights.pt")
+    with zipfile.ZipFile(tmp_path / "predictions.npz", "w") as archive:
+        archive.writestr("a.npy", b"data")
+    assert taken(tmp_path) == "weights.pt"
+
+
+def test_a_damaged_checkpoint_stays_a_candidate(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "model.pth")
+    whole = (tmp_path / "model.pth").read_bytes()
+    (tmp_path / "model.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorruptCheckpointError, match=r"model\.pth"):
+        open_checkpoint(tmp_path)
+    fill(tmp_path, "other.pt")
+    with pytest.raises(AmbiguousCheckpointError):
+        open_checkpoint(tmp_path)
 
 
 def test_the_choice_and_what_was_left_aside_are_noted(tmp_path: Path) -> None:

@@ -155,6 +155,28 @@ def test_pickles_that_no_module_reads_are_named(make: Callable[[], bytes]) -> No
     assert error.found in {"pickle", "torch file of the legacy format (torch < 1.6)"}
 
 
+ZIPS = {
+    "Keras model": ["metadata.json", "config.json", "model.weights.h5"],
+    "torch.export program (.pt2)": ["m/archive_format", "m/data/weights/weight_0", "m/models/model.json"],
+    "stable-baselines3 agent": ["data", "policy.pth", "_stable_baselines3_version"],
+    "numpy archive (.npz)": ["w.npy", "b.npy"],
+    "office document": ["[Content_Types].xml", "word/document.xml"],
+    "Java archive or Android package": ["META-INF/MANIFEST.MF", "A.class"],
+    "Python package": ["p/__init__.py", "p-1.dist-info/METADATA"],
+    "zip archive with checkpoints inside": ["run/epoch=3.ckpt", "run/log.txt"],
+    "zip archive": ["something/else"],
+}
+
+
+@pytest.mark.parametrize("found", ZIPS)
+def test_a_zip_archive_is_named_by_what_it_holds(tmp_path: Path, found: str) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(zipped(ZIPS[found]))
+    with pytest.raises(CheckpointFormatError) as caught:
+        open_checkpoint(path)
+    assert caught.value.found == found
+
+
 def test_every_row_has_a_case() -> None:
     tested = {found for _, _, found, _ in CASES} | {"pickle", "torch file of the legacy format (torch < 1.6)"}
     assert tested == {re.sub("^an? ", "", kind.found) for kind in foreign.KINDS}

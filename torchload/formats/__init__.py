@@ -10,12 +10,12 @@ from __future__ import annotations
 import gc
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torchload.errors import TorchLoadError
+from torchload.errors import CorruptCheckpointError, TorchLoadError
 from torchload.formats import safetensors
 from torchload.formats.locate import path_text, source_of_file, source_of_object, status_of
 from torchload.index import Checkpoint
@@ -34,21 +34,43 @@ class Format:
         name: What to call it.
         recognizes: Whether a file that begins with these bytes (at most `HEAD_BYTES`) is one, sound or damaged.
         open: Indexes it; raises `CheckpointFormatError` for what turns out to be something else after all.
+        confirms: Whether a recognized file is one after a closer look, which is taken where a folder holds several.
     """
 
     name: str
     recognizes: Callable[[bytes], bool]
     open: Callable[[Source, str], Checkpoint]
+    confirms: Callable[[Source], bool] | None = None
 
 
 def _open_zip(source: Source, path: str) -> Checkpoint:
     from torchload.formats import torch_zip
+    from torchload.formats.zip_directory import read_directory
 
-    return torch_zip.open(source, path)
+    directory = read_directory(source)
+    if not _has_pickle(directory.records):
+        from torchload.formats import foreign
+
+        if error := foreign.describe_zip(directory.records, path):
+            raise error
+    return torch_zip.open_directory(directory, path)
+
+
+def _is_torch_zip(source: Source) -> bool:
+    from torchload.formats.zip_directory import read_directory
+
+    try:
+        return _has_pickle(read_directory(source).records)
+    except CorruptCheckpointError:
+        return True  # perhaps a damaged checkpoint, which deserves its own error
+
+
+def _has_pickle(names: Iterable[str]) -> bool:
+    return any(name == "data.pkl" or name.endswith("/data.pkl") for name in names)
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("zip checkpoint", lambda head: head.startswith(b"PK\x03\x04"), _open_zip),
+    Format("zip checkpoint", lambda head: head.startswith(b"PK\x03\x04"), _open_zip, _is_torch_zip),
     Format("safetensors", safetensors.recognizes, safetensors.open),
 )
 
@@ -137,16 +159,21 @@ def _open_source(source: Source, path: str, *, index_allowed: bool = True) -> Ch
 
 
 def _is_checkpoint(path: str) -> bool:
-    """Whether the file's first bytes are those of a format in the table."""
+    """Whether a file is of a format in the table, sound or damaged."""
     try:
         source = source_of_file(path)
     except (TorchLoadError, OSError):
         return False
     try:
         head = source.read(0, min(HEAD_BYTES, source.size))
+        for kind in FORMATS:
+            if kind.recognizes(head):
+                return kind.confirms is None or kind.confirms(source)
+        return False
+    except (TorchLoadError, OSError):
+        return False
     finally:
         source.close()
-    return any(kind.recognizes(head) for kind in FORMATS)
 
 
 def _required_path(part: object) -> str:

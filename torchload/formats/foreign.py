@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torchload.errors import CheckpointFormatError
 from torchload.formats.locate import UNFINISHED_SUFFIXES
 from torchload.source import Source
 
-__all__ = ["KINDS", "Foreign", "describe"]
+__all__ = ["KINDS", "Foreign", "describe", "describe_zip"]
 
 _SAMPLE_BYTES = 4096
 _SAMPLES = 64
@@ -233,6 +233,49 @@ def _samples_are_zero(source: Source) -> bool:
     return not any(
         any(source.read(offset, min(_SAMPLE_BYTES, source.size - offset))) for offset in range(0, source.size, step)
     )
+
+
+# What zip archives without a torch pickle are: name, whether the names of its records say so, advice.
+_ZIP_KINDS: tuple[tuple[str, Callable[[frozenset[str]], bool], str], ...] = (
+    ("a Keras model", lambda names: {"config.json", "model.weights.h5"} <= names, _OTHER_FRAMEWORK),
+    (
+        "a torch.export program (.pt2)",
+        lambda names: any(name.endswith(("/archive_format", "serialized_exported_program.json")) for name in names),
+        "That is not read yet: load it with torch.export.load and save its state_dict with torch.save.",
+    ),
+    (
+        "a stable-baselines3 agent",
+        lambda names: "_stable_baselines3_version" in names,
+        "Unpack it and give the path of policy.pth inside.",
+    ),
+    (
+        "a numpy archive (.npz)",
+        lambda names: bool(names) and all(name.endswith(".npy") for name in names),
+        "That is not read yet: load it with numpy.load and save the arrays as tensors with torch.save.",
+    ),
+    ("an office document", lambda names: bool({"[Content_Types].xml", "mimetype"} & names), _NO_WEIGHTS),
+    ("a Java archive or Android package", lambda names: "META-INF/MANIFEST.MF" in names, _NO_WEIGHTS),
+    (
+        "a Python package",
+        lambda names: any(name.endswith((".dist-info/METADATA", ".egg-info/PKG-INFO")) for name in names),
+        _NO_WEIGHTS,
+    ),
+    (
+        "a zip archive with checkpoints inside",
+        lambda names: any(name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")) for name in names),
+        _UNPACK,
+    ),
+)
+
+
+def describe_zip(names: Iterable[str], path: str) -> CheckpointFormatError | None:
+    """The error that says what a zip archive is, or ``None`` where the names of its records don't tell."""
+    known = frozenset(names)
+    for kind, recognizes, advice in _ZIP_KINDS:
+        if recognizes(known):
+            message = f"{path} is {kind}, not a file of torch.save. {advice}"
+            return CheckpointFormatError(message, path=path, found=kind.split(" ", 1)[1])
+    return None
 
 
 KINDS: tuple[Foreign, ...] = (

@@ -4,22 +4,19 @@ An index (``*.index.json``) names the file of every tensor. Its text may come fr
 inside the index's folder by its spelling alone, and may pass through no linked folder. The file itself may be a
 symbolic link: caches of downloaded models are made of them, and a link on this disk is its owner's doing, not the
 index's.
-
-Two shards may hold slices of the same tensor (`torch.distributed.checkpoint.HuggingFaceStorageWriter` writes such
-files); each slice becomes a `Box` of one `TensorEntry`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats.json_text import parse_object
-from torchload.index import Box, Checkpoint, Container, OpaqueTensor, Shape, TensorEntry
+from torchload.formats.slices import assemble, slice_origins
+from torchload.index import Checkpoint, Container, OpaqueTensor, TensorEntry
 from torchload.source import FileSource, Source
 
 __all__ = ["open_index", "open_list", "recognizes"]
@@ -28,7 +25,6 @@ OpenFile = Callable[[str], Checkpoint]
 
 _MAX_INDEX_BYTES = 100_000_000
 _COMPARED_BYTES = 1024 * 1024
-_SLICES_KEY = "DCP_SHARDING_INFO"  # in a safetensors header: tensor name → {"saved_offsets": origin of the slice}
 
 
 def recognizes(head: bytes) -> bool:
@@ -217,7 +213,7 @@ class _Merge:
         for name, shard in shards.items():
             for key in shard.root:
                 holders.setdefault(key, []).append(name)
-        self.origins = {name: _slice_origins(shard) for name, shard in shards.items()}
+        self.origins = {name: slice_origins(shard) for name, shard in shards.items()}
         self.root = Container()
         for key, names in holders.items():
             self.root[key] = shards[names[0]].root[key] if len(names) == 1 else self._resolve(key, names)
@@ -235,7 +231,7 @@ class _Merge:
         entries = [self.shards[name].root[key] for name in names]
         origins = [self.origins[name].get(key) for name in names]
         if all(origin is not None for origin in origins) and len(set(origins)) > 1:
-            return _assemble(key, entries, [origin or () for origin in origins], self.path)
+            return assemble(key, entries, [origin or () for origin in origins], self.path)
         if key in self.weight_map:
             self.notes.append(f"{key!r} is in {len(names)} shards; took {self.weight_map[key]}, as the index says")
             return self.shards[self.weight_map[key]].root[key]
@@ -253,72 +249,6 @@ class _Merge:
         unlisted = [key for key in self.root if key not in self.weight_map]
         if unlisted:
             self.notes.append(f"{len(unlisted)} entries of the shards are not in the index, such as {unlisted[0]!r}")
-
-
-def _slice_origins(shard: Checkpoint) -> dict[str, Shape]:
-    """Tensor name → origin of the slice that this shard holds, where its header says so."""
-    text = shard.metadata.get(_SLICES_KEY)
-    if text is None:
-        return {}
-    info = parse_object(text.encode(), f"metadata {_SLICES_KEY}", shard.path)
-    origins: dict[str, Shape] = {}
-    for name, fields in info.items():
-        offsets = fields.get("saved_offsets") if isinstance(fields, dict) else None
-        if not isinstance(offsets, list) or not all(type(offset) is int and offset >= 0 for offset in offsets):
-            raise CorruptCheckpointError(
-                f"The metadata {_SLICES_KEY} of {shard.path} is invalid at tensor {name!r}.", path=shard.path
-            )
-        origins[name] = tuple(offsets)
-    return origins
-
-
-def _assemble(key: Any, parts: list[Any], origins: list[Shape], path: str) -> TensorEntry:
-    """One entry of the slices, which must cover a whole tensor exactly once."""
-
-    def refuse(problem: str) -> CorruptCheckpointError:
-        return CorruptCheckpointError(
-            f"The slices of tensor {key!r} in the shards of {path} do not fit together: {problem}.", path=path
-        )
-
-    first = parts[0]
-    for part, origin in zip(parts, origins):
-        if not isinstance(part, TensorEntry) or part.dtype != first.dtype:
-            raise refuse("they differ in dtype")
-        if len(part.shape) != len(origin) or len(part.shape) != len(first.shape):
-            raise refuse("they differ in the number of dimensions")
-    ends = [tuple(start + size for start, size in zip(origin, part.shape)) for origin, part in zip(origins, parts)]
-    shape = tuple(max(sizes) for sizes in zip(*ends))
-    if math.prod(size or 1 for size in shape) >= 2**63:
-        raise refuse("together they are larger than any tensor can be")
-    whole = TensorEntry(first.dtype, shape, ())
-    # Equal regions are copies of one slice (replicas), where the first one serves.
-    regions: dict[tuple[Shape, Shape], Any] = {}
-    for part, origin, end in zip(parts, origins, ends):
-        regions.setdefault((origin, end), part)
-    covered = sum(part.numel for part in regions.values())
-    if covered != whole.numel:
-        problem = "overlap" if covered > whole.numel else "leave a hole; a shard may be missing"
-        raise refuse(f"they cover {covered:,} elements of {list(shape)} ({whole.numel:,}), so they {problem}")
-    if _any_overlap([region for region, part in regions.items() if part.numel]):
-        raise refuse("some of them overlap")
-    boxes = tuple(
-        Box(box.extent, box.start, box.shape, box.strides, origin)
-        for (origin, _), part in regions.items()
-        for box in part.boxes
-    )
-    return TensorEntry(first.dtype, shape, boxes)
-
-
-def _any_overlap(regions: list[tuple[Shape, Shape]]) -> bool:
-    """Whether two of the half-open regions (start, end) share an element: a sweep along the first dimension."""
-    active: list[tuple[Shape, Shape]] = []
-    for start, end in sorted(regions):
-        active = [other for other in active if other[1][0] > start[0]]
-        for other_start, other_end in active:
-            if all(a < d and c < b for a, b, c, d in zip(start, end, other_start, other_end)):
-                return True
-        active.append((start, end))
-    return False
 
 
 def _same_value(left: Any, right: Any) -> bool:
@@ -359,9 +289,13 @@ def _size_note(index: Mapping[str, Any], root: Container) -> tuple[str, ...]:
     declared = declared.get("total_size") if isinstance(declared, dict) else None
     if not isinstance(declared, (int, float)):
         return ()
-    tensors = {id(entry): entry for entry in root.values() if isinstance(entry, TensorEntry)}
-    present = sum(entry.nbytes for entry in tensors.values())
-    if any(isinstance(entry, OpaqueTensor) for entry in root.values()) or present == declared:
+    if any(isinstance(entry, OpaqueTensor) for entry in root.values()):
+        return ()
+    # Some writers count tied tensors once, others every name.
+    sizes = {entry.location: entry.nbytes for entry in root.values() if isinstance(entry, TensorEntry)}
+    every_name = sum(entry.nbytes for entry in root.values() if isinstance(entry, TensorEntry))
+    present = sum(sizes.values())
+    if declared in {present, every_name}:
         return ()
     return (f"the index declares {json.dumps(declared)} bytes of tensors, the shards hold {present}",)
 
