@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
-import itertools
 import json
 import mmap
 import os
@@ -86,21 +85,23 @@ def run(request: dict[str, Any], mark: Callable[[str], object]) -> dict[str, Any
 
 
 def touch(model: nn.Module) -> int:
-    """Read one byte of every page of every tensor on the CPU; returns their sum."""
-    total = 0
-    for _, tensor in named_tensors(model):
-        if tensor.device.type == "cpu":
-            total += _touch_tensor(tensor.detach())
-    return total
+    """Read one byte of every page of every tensor, if they are on the CPU; returns their sum."""
+    tensors = [tensor.detach() for _, tensor in named_tensors(model)]
+    return sum(_touch_tensor(tensor) for tensor in tensors) if tensors and tensors[0].device.type == "cpu" else 0
 
 
 def _touch_tensor(tensor: Tensor) -> int:
     nbytes, address = tensor.nbytes, tensor.data_ptr()
-    if nbytes > 64 * mmap.PAGESIZE and tensor.is_contiguous():
+    if nbytes > 64 * mmap.PAGESIZE:
         return int(tensor.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum())
     # For small tensors three torch calls would cost more than the pages.
-    positions = itertools.chain(range(0, nbytes, mmap.PAGESIZE), (nbytes - 1,) if nbytes else ())
-    return sum(ctypes.c_ubyte.from_address(address + position).value for position in positions)
+    total = _BYTE_AT(address + nbytes - 1).value if nbytes else 0
+    for position in range(address, address + nbytes, mmap.PAGESIZE):
+        total += _BYTE_AT(position).value
+    return total
+
+
+_BYTE_AT = ctypes.c_ubyte.from_address
 
 
 def anonymous_bytes(process: int | str = "self") -> int:
