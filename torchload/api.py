@@ -137,7 +137,7 @@ def _check_arguments(model: nn.Module, dtype: Any, skip: Any, keep_fp32: Any) ->
 
 def _select(target: Target, checkpoint: Checkpoint, skipped: Any, strict: bool, **choice: Any) -> Selection:
     """Choose and match; modules with hooks may accept names that no rule knows, so they get a second look."""
-    shapes = {name: None if slot.is_lazy else tuple(slot.tensor.shape) for name, slot in target.by_name.items()}
+    shapes = {name: slot.shape for name, slot in target.by_name.items()}
     shapes.update(dict.fromkeys(target.extra_state))
     ties = {name: slot.name for slot in target.slots if len(slot.names) > 1 for name in slot.names}
     left_alone = frozenset(name for name in shapes if skipped.match(name)) if skipped else frozenset()
@@ -217,13 +217,13 @@ def _fresh_memory(assignments: list[Assignment]) -> dict[int, torch.Tensor]:
 
 
 def _shape(item: Assignment) -> tuple[int, ...]:
-    return item.entry.shape if item.slot.is_lazy else tuple(item.slot.tensor.shape)
+    return item.slot.shape if item.slot.shape is not None else item.entry.shape
 
 
 def _laid_out_like(item: Assignment, memory: torch.Tensor) -> torch.Tensor:
     """Keep the memory format (channels_last and the like) of the tensor that is replaced."""
     model = item.slot.tensor
-    if item.slot.is_lazy or model.is_contiguous():
+    if item.slot.shape is None or model.is_contiguous():
         return memory
     return memory.as_strided(model.shape, torch.empty_like(model, device="meta").stride())
 

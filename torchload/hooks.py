@@ -117,8 +117,8 @@ def _revised(
     mismatched = {}
     for name, source in pairs.items():
         slot, entry = target.by_name.get(name), leaves[source]
-        if slot is not None and isinstance(entry, TensorEntry) and not slot.is_lazy:
-            ours = tuple(slot.tensor.shape)
+        if slot is not None and isinstance(entry, TensorEntry) and slot.shape is not None:
+            ours = slot.shape
             if entry.shape != ours and not (ours == () and entry.shape == (1,)):
                 mismatched[name] = (entry.shape, ours)
     return replace(
@@ -196,7 +196,7 @@ def run_own_loader(
 
 
 def _restorer(slots: Sequence[Slot]) -> Callable[[], None]:
-    saved = [(tensor, tensor.detach().clone()) for slot in slots for tensor in slot.tensors if not tensor.is_meta]
+    saved = [(slot.tensor, slot.tensor.detach().clone()) for slot in slots if not slot.tensor.is_meta]
 
     def restore() -> None:
         with torch.no_grad():

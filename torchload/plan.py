@@ -19,7 +19,7 @@ from torchload.explain import incompatible, short_dtype
 from torchload.index import Box, OpaqueTensor, Shape, TensorEntry
 from torchload.placement import Placement, check_room
 from torchload.select import Selection
-from torchload.shards import Region, local_region
+from torchload.shards import Region, is_ordinary, local_region
 from torchload.target import HookedModule, Slot, Target, own_loaders
 
 __all__ = ["Assignment", "DtypeSpec", "LoadPlan", "Options", "copies_into", "glob_matcher", "make_plan"]
@@ -113,22 +113,19 @@ def make_plan(target: Target, selection: Selection, options: Options) -> LoadPla
     plan = LoadPlan()
     problems: list[str] = []
     keep_fp32 = glob_matcher(options.keep_fp32)
+    pairs, mismatched, leaves = selection.pairs, selection.mismatched, selection.leaves
     plan.own_loaders = own_loaders(target)
     elsewhere = {id(slot) for _, slots in plan.own_loaders for slot in slots}
     for slot in target.slots:
         if id(slot) in elsewhere:
             continue
-        sources = [
-            (name, selection.pairs[name])
-            for name in slot.names
-            if name in selection.pairs and name not in selection.mismatched
-        ]
+        sources = [(name, pairs[name]) for name in slot.names if name in pairs and name not in mismatched]
         device = options.placement.of(slot.name, slot.tensor.device)
         if not sources:
             _plan_unfilled(plan, problems, slot, device, options, keep_fp32)
             continue
         name, source = sources[-1]  # as load_state_dict, where the last of several names wins
-        entry = selection.leaves[source]
+        entry = leaves[source]
         if not isinstance(entry, TensorEntry):
             what = entry.reason if isinstance(entry, OpaqueTensor) else f"a {type(entry).__name__}, not a tensor"
             problems.append(f"{name} is {what} in the file, which can't be loaded into a dense tensor")
@@ -138,9 +135,7 @@ def make_plan(target: Target, selection: Selection, options: Options) -> LoadPla
             problems.append(f"{name}: {reason}")
             continue
         if len(sources) > 1:
-            held = {
-                leaf.location: (s, leaf) for _, s in sources if isinstance(leaf := selection.leaves[s], TensorEntry)
-            }
+            held = {leaf.location: (s, leaf) for _, s in sources if isinstance(leaf := leaves[s], TensorEntry)}
             if len(held) > 1:
                 plan.conflicts.append((name, list(held.values())))
         plan.assignments.append(
@@ -162,7 +157,7 @@ def _plan_unfilled(
     keep_fp32: re.Pattern[str] | None,
 ) -> None:
     tensor = slot.tensor
-    if slot.is_lazy:
+    if slot.shape is None:
         return
     if tensor.is_meta:
         what = "isn't in the file" if slot.persistent else "is a non-persistent buffer, which no checkpoint holds"
@@ -211,7 +206,9 @@ def _impossible_cast(source: torch.dtype, target: torch.dtype) -> str | None:
 
 def _needs_memory(slot: Slot, dtype: torch.dtype, device: torch.device, options: Options) -> bool:
     tensor = slot.tensor
-    return options.atomic or slot.is_lazy or tensor.is_meta or tensor.dtype is not dtype or tensor.device != device
+    if options.atomic or slot.shape is None:
+        return True
+    return tensor.is_meta or tensor.dtype is not dtype or tensor.device != device
 
 
 def _check(plan: LoadPlan, problems: list[str], target: Target, selection: Selection, options: Options) -> None:
@@ -234,7 +231,7 @@ def _check(plan: LoadPlan, problems: list[str], target: Target, selection: Selec
 def _almost_nothing(plan: LoadPlan, target: Target) -> bool:
     """Whether so little fits that calling it a load would mislead: under a tenth of the tensors and of the elements."""
     loaded = sum(assignment.entry.numel for assignment in plan.assignments)
-    wanted = {id(slot): slot.tensor.numel() for slot in target.by_name.values() if not slot.is_lazy}
+    wanted = {id(slot): slot.tensor.numel() for slot in target.by_name.values() if slot.shape is not None}
     few_tensors = len(plan.assignments) * 10 < len(wanted)
     return not plan.assignments or (few_tensors and loaded * 10 < sum(wanted.values()))
 
@@ -258,12 +255,12 @@ def copies_into(assignment: Assignment, memory: torch.Tensor) -> Iterator[Copy]:
         memory: Where to: the model's own tensor, or fresh memory of the same shape.
     """
     entry = assignment.entry
+    if len(entry.boxes) == 1 and entry.boxes[0].shape == assignment.slot.shape and is_ordinary(memory):
+        yield Copy(assignment.name, entry.boxes[0], entry.dtype, memory)
+        return
     local, region = local_region(memory)
     if region.shape != entry.shape and entry.shape == (1,):  # a scalar that was saved as one element
         local, region = local.view(1), Region((0,), (1,))
-    if len(entry.boxes) == 1 and entry.boxes[0].shape == region.shape:
-        yield Copy(assignment.name, entry.boxes[0], entry.dtype, local)
-        return
     for box in entry.boxes:
         if (part := _intersection(box, region, entry.dtype.itemsize)) is not None:
             piece, where = part

@@ -14,7 +14,7 @@ from typing import Any
 
 from torchload.errors import AmbiguousCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError
 from torchload.index import OpaqueTensor, Shape, TensorEntry
-from torchload.keys.match import Alignment, Names, align, is_path, names_of, split
+from torchload.keys.match import Alignment, Node, align, is_path, tree_of
 from torchload.keys.rewrite import Rename, renamer
 from torchload.keys.tables import BENIGN_MISSING, BENIGN_UNEXPECTED, Standing, container_standing
 
@@ -257,53 +257,60 @@ def _candidates(
     strict: bool,
 ) -> Iterator[Selection]:
     """Every sub-tree with at least `least` tensors that shares names with the model, judged."""
-    targets = _model_views(wanted, strict)
+    views = _model_views(wanted, strict)
     for place in places:
         if len(place.leaves) < least:
             continue
         leaves = renamer(rename, place.leaves) if rename is not None else place.leaves
-        nodes = _nodes(names_of(leaves), least, place.inner if rename is None else frozenset())
-        for below, names in nodes:
+        tree = tree_of(leaves)
+        if prefix is None and "model" in place.inner:  # OpenNMT: 'model' and 'generator' together are the model
+            alignment = align(tree, views[0][1], lift=("model",))
+            if ("file", "model") in alignment.dropped:
+                yield _judge(place, "", leaves, tree, alignment, wanted, "")
+        spare = len(leaves)
+        for below, node in _nodes(tree, least, place.inner if rename is None else frozenset()):
             if prefix is not None and below != prefix.rstrip("."):
                 continue
-            for added, target in targets:
-                alignment = align(names, target)
+            for added, view in views:
+                alignment = align(node, view)
                 if alignment.pairs:
-                    yield _judge(place, below, leaves, names, alignment, wanted, added)
-                    if len(alignment.pairs) == len(wanted.shapes):
+                    candidate = _judge(place, below, leaves, node, alignment, wanted, added)
+                    yield candidate
+                    if candidate.fits:
+                        spare -= len(candidate.pairs)
                         break
-        if prefix is None and "model" in place.inner:  # OpenNMT: 'model' and 'generator' together are the model
-            names = names_of(leaves)
-            alignment = align(names, targets[0][1], lift=("model",))
-            if ("file", "model") in alignment.dropped:
-                yield _judge(place, "", leaves, names, alignment, wanted, "")
+            if spare < least:
+                break
 
 
-def _nodes(names: Names, least: int, own_places: frozenset[str]) -> Iterator[tuple[str, Names]]:
+def _nodes(tree: Node, least: int, own_places: frozenset[str]) -> Iterator[tuple[str, Node]]:
     """A container's names and every dotted prefix among them with at least `least` names below it."""
-    todo: list[tuple[str, Names]] = [("", names)]
-    for path, below in todo:
-        yield path, below
-        for label, inner in split(below).items():
-            if len(inner) >= least and label not in (own_places if not path else ()) and not inner.keys() <= {""}:
-                todo.append((f"{path}.{label}" if path else label, inner))
+    todo: list[tuple[str, Node]] = [("", tree)]
+    for path, node in todo:
+        yield path, node
+        for label, inner in node.children.items():
+            if len(inner.names) >= least and not (inner.is_tensor and len(inner.names) == 1):
+                if path or label not in own_places:
+                    todo.append((f"{path}.{label}" if path else label, inner))
 
 
-def _model_views(wanted: Wanted, strict: bool) -> list[tuple[str, Names]]:
+def _model_views(wanted: Wanted, strict: bool) -> list[tuple[str, Node]]:
     """The model's names, whole and below a prefix that all of them share (the file may lack it)."""
-    names = names_of(name for name in wanted.shapes if name not in wanted.skipped)
-    views = [("", names)]
+    node = tree_of(name for name in wanted.shapes if name not in wanted.skipped)
+    views = [("", node)]
     path = ""
-    children = split(names)
-    while len(children) == 1:
-        ((label, names),) = children.items()
-        if "" in names:
+    while len(node.children) == 1:
+        ((label, node),) = node.children.items()
+        if node.is_tensor:
             break
         path = f"{path}.{label}" if path else label
-        views.append((path, names))
-        children = split(names)
+        views.append((path, node))
     if not strict:  # a part of the model may be what the file has: a base model without its head
-        views += [(f"{path}.{label}" if path else label, inner) for label, inner in children.items() if len(inner) > 1]
+        views += [
+            (f"{path}.{label}" if path else label, inner)
+            for label, inner in node.children.items()
+            if len(inner.names) > 1
+        ]
     return views
 
 
@@ -311,7 +318,7 @@ def _judge(
     place: _Place,
     prefix: str,
     leaves: dict[str, Leaf],
-    names: Names,
+    node: Node,
     alignment: Alignment,
     wanted: Wanted,
     added: str,
@@ -334,7 +341,7 @@ def _judge(
     elsewhere = set(alignment.outside)
     unexpected: list[str] = []
     outside: list[str] = []
-    inside = set(names.values())
+    inside = set(node.names.values())
     for name in leaves:
         if name in used:
             continue

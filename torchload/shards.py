@@ -10,7 +10,7 @@ import torch
 
 from torchload.index import Shape
 
-__all__ = ["Region", "local_region"]
+__all__ = ["Region", "is_ordinary", "local_region"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,11 @@ class Region:
 
     origin: Shape
     shape: Shape
+
+
+def is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is certainly held whole: no subclass that could be a part of something."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
 
 
 def local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from torchload.index import Shape
+
 __all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders"]
 
 # Classes of torch whose `_load_from_state_dict` only tolerates what older versions saved; `keys.tables` covers that.
@@ -27,32 +29,26 @@ class Slot:
     Attributes:
         names: Its names in the state dict, in the model's order; or, where it has none (a non-persistent buffer), the
             one name under which it is registered.
-        tensors: The tensor objects that show this memory: one as a rule, several if they were tied by storage.
+        tensor: The tensor as the model has it now.
+        shape: Its shape; ``None`` for a lazy one, whose shape is not known before the first forward.
         places: Where they are registered: (module, attribute), parallel to the names.
         is_parameter: Whether it is an `nn.Parameter` (else a buffer).
         persistent: Whether it is part of the state dict.
+        twins: Other tensor objects that show the very same memory (tied by storage, not as objects).
     """
 
     names: list[str]
-    tensors: list[torch.Tensor]
+    tensor: torch.Tensor
+    shape: Shape | None
     places: list[tuple[nn.Module, str]]
     is_parameter: bool
-    persistent: bool = True
+    persistent: bool = False
+    twins: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         """The first of its names."""
         return self.names[0]
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """The tensor as the model has it now."""
-        return self.tensors[0]
-
-    @property
-    def is_lazy(self) -> bool:
-        """Whether its shape is not known before the first forward."""
-        return is_lazy(self.tensor)
 
     def install(self, data: torch.Tensor) -> None:
         """Let the model's tensor show other memory: same object, new data.
@@ -60,16 +56,20 @@ class Slot:
         Args:
             data: The new contents, of the slot's shape, in the dtype and on the device it shall have from now on.
         """
-        for position, tensor in enumerate(self.tensors):
-            if is_lazy(tensor):
-                materialize: Any = tensor
-                materialize.materialize(data.shape, device=data.device, dtype=data.dtype)
-            if tensor.is_meta or not _assignable(tensor, data):
-                self.tensors[position] = self._exchange(tensor, data)
-            else:
-                tensor.data = data
-            if (gradient := tensor.grad if tensor.is_leaf else None) is not None:
-                gradient.data = gradient.data.to(data.device, data.dtype)
+        self.tensor = self._show(self.tensor, data)
+        self.twins = [self._show(twin, data) for twin in self.twins]
+
+    def _show(self, tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+        if self.shape is None:
+            lazy: Any = tensor
+            lazy.materialize(data.shape, device=data.device, dtype=data.dtype)
+        if tensor.is_meta or not torch._has_compatible_shallow_copy_type(tensor, data):
+            tensor = self._exchange(tensor, data)
+        else:
+            tensor.data = data
+        if (gradient := tensor.grad if tensor.is_leaf else None) is not None:
+            gradient.data = gradient.data.to(data.device, data.dtype)
+        return tensor
 
     def _exchange(self, tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
         """Give a tensor new data of another kind (meta → real), keeping the object where torch can."""
@@ -172,9 +172,10 @@ def _slot_for(tensor: torch.Tensor, by_address: dict[int, Slot], slots: list[Slo
     address = _address(tensor)
     known = by_address.get(address) if address else None
     if known is not None and _same_view(known.tensor, tensor):
-        known.tensors.append(tensor)
+        known.twins.append(tensor)
         return known
-    slot = Slot([], [tensor], [], is_parameter, persistent=False)
+    plain = address or not is_lazy(tensor)
+    slot = Slot([], tensor, tuple(tensor.shape) if plain else None, [], is_parameter)
     slots.append(slot)
     if address:
         by_address[address] = slot
@@ -227,10 +228,6 @@ def _address(tensor: torch.Tensor) -> int:
 
 def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (one.dtype, one.shape, one.stride(), one.device) == (other.dtype, other.shape, other.stride(), other.device)
-
-
-def _assignable(tensor: torch.Tensor, data: torch.Tensor) -> bool:
-    return bool(torch._has_compatible_shallow_copy_type(tensor, data))
 
 
 def own_loaders(target: Target) -> list[tuple[HookedModule, list[Slot]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchload.keys.match import align, names_of
+from torchload.keys.match import align, tree_of
 from torchload.keys.tables import WRAPPERS
 
 # Labels that collide with wrappers' own on purpose: a model may really have children of these names.
@@ -48,6 +48,6 @@ def tree_and_two_wrappings(draw):
 @settings(max_examples=600, deadline=None)
 def test_any_wrapping_on_either_side_reconciles_to_the_identity(case):
     plain, first, second = case
-    assert align(names_of(first), names_of(plain)).pairs == dict(zip(plain, first))
-    assert align(names_of(plain), names_of(second)).pairs == dict(zip(second, plain))
-    assert align(names_of(first), names_of(second)).pairs == dict(zip(second, first))
+    assert align(tree_of(first), tree_of(plain)).pairs == dict(zip(plain, first))
+    assert align(tree_of(plain), tree_of(second)).pairs == dict(zip(second, plain))
+    assert align(tree_of(first), tree_of(second)).pairs == dict(zip(second, first))

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from torchload.keys.match import align, names_of
+from torchload.keys.match import align, tree_of
 from torchload.keys.tables import RENAMES, WRAPPERS
 
 
 def pairs(source, model, **options):
-    return align(names_of(source), names_of(model), **options).pairs
+    return align(tree_of(source), tree_of(model), **options).pairs
 
 
 @pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
@@ -39,28 +39,28 @@ def test_names_are_matched_in_their_order(source, model):
 
 
 def test_a_wrappers_own_state_is_nobodys_business():
-    found = align(names_of(["n_averaged", "module.fc.w"]), names_of(["fc.w"]))
+    found = align(tree_of(["n_averaged", "module.fc.w"]), tree_of(["fc.w"]))
     assert found.pairs == {"fc.w": "module.fc.w"}
     assert found.outside == ["n_averaged"]
-    there = align(names_of(["fc.w"]), names_of(["n_averaged", "module.fc.w"]))
+    there = align(tree_of(["fc.w"]), tree_of(["n_averaged", "module.fc.w"]))
     assert there.pairs == {"module.fc.w": "fc.w"}
     assert there.spare == ["n_averaged"]
 
 
 def test_two_wrappers_that_offer_the_same_name_are_ambiguous_not_chosen():
-    found = align(names_of(["module.a.w", "_orig_mod.a.w", "b.w"]), names_of(["a.w", "b.w"]))
+    found = align(tree_of(["module.a.w", "_orig_mod.a.w", "b.w"]), tree_of(["a.w", "b.w"]))
     assert found.pairs == {"b.w": "b.w"}
     assert sorted(found.ambiguous["a.w"]) == ["_orig_mod.a.w", "module.a.w"]
 
 
 def test_top_level_siblings_are_outside_and_leftovers_within_a_module_are_not():
-    found = align(names_of(["loss.w", "layers.0.w", "layers.1.w"]), names_of(["layers.0.w"]))
+    found = align(tree_of(["loss.w", "layers.0.w", "layers.1.w"]), tree_of(["layers.0.w"]))
     assert found.outside == ["loss.w"]
     assert found.leftover == {"loss.w": "loss.w", "layers.1.w": "layers.1.w"}
 
 
 def test_leftovers_carry_the_name_the_model_would_use():
-    found = align(names_of(["module.a.x", "module.a.lora"]), names_of(["a.x"]))
+    found = align(tree_of(["module.a.x", "module.a.lora"]), tree_of(["a.x"]))
     assert found.leftover == {"module.a.lora": "a.lora"}
 
 
@@ -70,7 +70,7 @@ def test_both_spellings_of_a_rule_map_onto_each_other(rule):
     new = [f"conv.{name.format(p='weight')}" for name in rule.new]
     beside = ["conv.other", "fc.weight"]
     for source, model in ((old, new), (new, old)):
-        found = align(names_of([*source, *beside]), names_of([*model, *beside]))
+        found = align(tree_of([*source, *beside]), tree_of([*model, *beside]))
         assert found.pairs == dict(zip([*model, *beside], [*source, *beside]))
         assert set(found.renamed.values()) == {rule.what}
 
@@ -93,7 +93,7 @@ def test_what_only_looks_alike_never_matches(source, model):
 
 @pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a..b", "x" * 5000])
 def test_names_that_are_no_paths_take_no_part(name):
-    assert names_of([name, "ok"]) == {"ok": "ok"}
+    assert tree_of([name, "ok"]).names == {"ok": "ok"}
 
 
 def test_very_deep_names_are_no_problem():

@@ -12,17 +12,53 @@ segment. The cost is linear in the total length of the names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torchload.keys.tables import RENAMES, WRAPPER_STATE, WRAPPERS
 
-__all__ = ["Alignment", "Names", "align", "names_of", "split"]
-
-Names = dict[str, str]
-"""A sub-tree: what is left of each name below its root → the whole name. ``""`` is a tensor at the root itself."""
+__all__ = ["Alignment", "Node", "align", "is_path", "tree_of"]
 
 _LONGEST_NAME = 4096
+
+
+class Node:
+    """A sub-tree of names.
+
+    Attributes:
+        names: What is left of each name below the node → the whole name. ``""`` is a tensor at the node itself.
+    """
+
+    __slots__ = ("_children", "names")
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
+        self._children: dict[str, Node] | None = None
+
+    @property
+    def children(self) -> dict[str, Node]:
+        """First segment → sub-tree; split once.
+
+        Example:
+            >>> tree_of(["fc.weight", "fc.bias"]).children["fc"].names
+            {'weight': 'fc.weight', 'bias': 'fc.bias'}
+        """
+        if self._children is None:
+            parts: dict[str, dict[str, str]] = {}
+            for rest, name in self.names.items():
+                if rest:
+                    label, _, below = rest.partition(".")
+                    if label in parts:
+                        parts[label][below] = name
+                    else:
+                        parts[label] = {below: name}
+            self._children = {label: Node(names) for label, names in parts.items()}
+        return self._children
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether a tensor has the node's own name."""
+        return "" in self.names
 
 
 @dataclass(slots=True)
@@ -49,14 +85,14 @@ class Alignment:
     leftover: dict[str, str] = field(default_factory=dict)
 
 
-def names_of(names: Iterable[str]) -> Names:
-    """The sub-tree of whole names. Names that can't be a path (empty segments, absurd length) are left out.
+def tree_of(names: Iterable[str]) -> Node:
+    """The tree of whole names. Names that can't be a path (empty segments, absurd length) are left out.
 
     Example:
-        >>> names_of(["fc.weight", "a..b"])
+        >>> tree_of(["fc.weight", "a..b"]).names
         {'fc.weight': 'fc.weight'}
     """
-    return {name: name for name in names if is_path(name)}
+    return Node({name: name for name in names if is_path(name)})
 
 
 def is_path(name: str) -> bool:
@@ -64,25 +100,7 @@ def is_path(name: str) -> bool:
     return bool(name) and ".." not in name and name[0] != "." and name[-1] != "." and len(name) <= _LONGEST_NAME
 
 
-def split(names: Names) -> dict[str, Names]:
-    """The children of a sub-tree's root: first segment → sub-tree.
-
-    Example:
-        >>> split({"fc.weight": "net.fc.weight", "fc.bias": "net.fc.bias"})
-        {'fc': {'weight': 'net.fc.weight', 'bias': 'net.fc.bias'}}
-    """
-    children: dict[str, Names] = {}
-    for rest, name in names.items():
-        if rest:
-            label, _, below = rest.partition(".")
-            if label in children:
-                children[label][below] = name
-            else:
-                children[label] = {below: name}
-    return children
-
-
-def align(source: Names, model: Names, *, lift: Iterable[str] = ()) -> Alignment:
+def align(source: Node, model: Node, *, lift: Iterable[str] = ()) -> Alignment:
     """Pair the names of a checkpoint's sub-tree with those of a model.
 
     Args:
@@ -95,7 +113,7 @@ def align(source: Names, model: Names, *, lift: Iterable[str] = ()) -> Alignment
         The pairs found. Names of the model that are not in `pairs` have no counterpart.
 
     Example:
-        >>> align(names_of(["module.fc._orig_mod.weight"]), names_of(["fc.weight"])).pairs
+        >>> align(tree_of(["module.fc._orig_mod.weight"]), tree_of(["fc.weight"])).pairs
         {'fc.weight': 'module.fc._orig_mod.weight'}
     """
     result = Alignment()
@@ -103,40 +121,41 @@ def align(source: Names, model: Names, *, lift: Iterable[str] = ()) -> Alignment
     return result
 
 
-def _at_root(result: Alignment, source: Names, model: Names, lift: frozenset[str]) -> None:
-    work: list[tuple[Names, Names]] = []
+def _at_root(result: Alignment, source: Node, model: Node, lift: frozenset[str]) -> None:
+    work: list[tuple[Node, Node]] = []
     extra = _pair_children(result, source, model, work, WRAPPERS.keys() | lift)
     # A tensor right at the root would be part of the root module itself, which the model has: that is unexpected.
-    result.outside += [name for below in extra.values() for rest, name in below.items() if rest]
+    result.outside += [name for node in extra.values() for rest, name in node.names.items() if rest]
     while work:
         ours, theirs = work.pop()
         _pair_children(result, ours, theirs, work, WRAPPERS.keys())
 
 
 def _pair_children(
-    result: Alignment, source: Names, model: Names, work: list[tuple[Names, Names]], liftable: Iterable[str]
-) -> dict[str, Names]:
+    result: Alignment, source: Node, model: Node, work: list[tuple[Node, Node]], liftable: Collection[str]
+) -> dict[str, Node]:
     """Pair two nodes: what is settled goes to `result`, pairs of children to `work`.
 
     Returns:
         The source's children that have no counterpart.
     """
-    if source.keys() == model.keys():
-        result.pairs.update((name, source[rest]) for rest, name in model.items())
+    if source.names.keys() == model.names.keys():
+        result.pairs.update((name, source.names[rest]) for rest, name in model.names.items())
         return {}
-    if "" in source and "" in model:
-        result.pairs[model[""]] = source[""]
+    if source.is_tensor and model.is_tensor:
+        result.pairs[model.names[""]] = source.names[""]
     ours, theirs = _agree(result, _Chain.below(source), _Chain.below(model))
     extra = {label: ours[label] for label in ours if label not in theirs}
     lacking = {label: theirs[label] for label in theirs if label not in ours}
+    before = len(work)
     work.extend((ours[label], theirs[label]) for label in ours if label in theirs)
     if extra and lacking:
         _lift(result, extra, lacking, work, liftable, "file")
         _lift(result, lacking, extra, work, liftable, "model")
         _rename(result, extra, lacking)
-    if extra and theirs:
-        here = _root_of(theirs)
-        result.leftover.update((name, here + rest) for rest, name in _joined(extra).items())
+    if extra and len(work) > before:
+        here = _path_of(theirs)
+        result.leftover.update((name, here + local) for local, name in _joined(extra).items())
     return extra
 
 
@@ -150,25 +169,25 @@ class _Chain:
         state: The wrappers' own tensors that were passed on the way: (level, label, name).
     """
 
-    levels: list[dict[str, Names]]
+    levels: list[dict[str, Node]]
     labels: list[str]
     state: list[tuple[int, str, str]]
 
     @classmethod
-    def below(cls, names: Names) -> _Chain:
-        chain = cls([split(names)], [], [])
+    def below(cls, node: Node) -> _Chain:
+        chain = cls([node.children], [], [])
         while True:
             children = chain.levels[-1]
-            inner = [label for label, below in children.items() if not (label in WRAPPER_STATE and "" in below)]
-            if len(inner) != 1 or inner[0] not in WRAPPERS or "" in children[inner[0]]:
+            inner = [label for label, child in children.items() if not (label in WRAPPER_STATE and child.is_tensor)]
+            if len(inner) != 1 or inner[0] not in WRAPPERS or children[inner[0]].is_tensor:
                 return chain
             depth = len(chain.labels)
-            chain.state += [(depth, label, below[""]) for label, below in children.items() if label != inner[0]]
+            chain.state += [(depth, label, child.names[""]) for label, child in children.items() if label != inner[0]]
             chain.labels.append(inner[0])
-            chain.levels.append(split(children[inner[0]]))
+            chain.levels.append(children[inner[0]].children)
 
 
-def _agree(result: Alignment, source: _Chain, model: _Chain) -> tuple[dict[str, Names], dict[str, Names]]:
+def _agree(result: Alignment, source: _Chain, model: _Chain) -> tuple[dict[str, Node], dict[str, Node]]:
     """The level of each chain at which the children agree best, as deep as possible."""
     _, i, j = max(
         (len(ours.keys() & theirs.keys()), i, j)
@@ -200,66 +219,86 @@ def _agree(result: Alignment, source: _Chain, model: _Chain) -> tuple[dict[str, 
 
 def _lift(
     result: Alignment,
-    holders: dict[str, Names],
-    wanted: dict[str, Names],
-    work: list[tuple[Names, Names]],
-    liftable: Iterable[str],
+    holders: dict[str, Node],
+    wanted: dict[str, Node],
+    work: list[tuple[Node, Node]],
+    liftable: Collection[str],
     side: str,
 ) -> None:
     """Pair children of a wrapper that has siblings with the nodes they are wanted as, if just one offers them."""
-    offers: dict[str, list[tuple[str, Names]]] = {}
+    offers: dict[str, list[tuple[str, Node]]] = {}
     for label in [label for label in holders if label in liftable]:
         chain = _Chain.below(holders[label])
         level = max(chain.levels, key=lambda children: len(children.keys() & wanted.keys()))
         for inner in level.keys() & wanted.keys():
             offers.setdefault(inner, []).append((label, level[inner]))
-    lifted: set[int] = set()
+    lifted: set[str] = set()
     for inner, offered in offers.items():
         target = wanted.pop(inner)
         if len(offered) > 1:
-            claims = [name for _, names in offered for name in names.values()]
-            ours, theirs = (claims, list(target.values())) if side == "file" else (list(target.values()), claims)
+            claims = [name for _, node in offered for name in node.names.values()]
+            aims = list(target.names.values())
+            ours, theirs = (claims, aims) if side == "file" else (aims, claims)
             result.ambiguous.update((name, ours) for name in theirs)
             continue
-        label, names = offered[0]
-        work.append((names, target) if side == "file" else (target, names))
+        label, node = offered[0]
+        work.append((node, target) if side == "file" else (target, node))
         result.dropped[side, label] = result.dropped.get((side, label), 0) + 1
-        lifted.update(map(id, names.values()))
+        lifted.update(node.names.values())
     for label in {label for offered in offers.values() for label, _ in offered}:
-        holders[label] = {rest: name for rest, name in holders[label].items() if id(name) not in lifted}
+        _remove(holders, label, lifted)
 
 
-_PLACEHOLDER = r"(?P<p>[^.]+)"
+def _remove(children: dict[str, Node], label: str, names: Collection[str]) -> None:
+    """Take names away from one child of a node."""
+    children[label] = Node({rest: name for rest, name in children[label].names.items() if name not in names})
 
 
-def _rename(result: Alignment, extra: dict[str, Names], lacking: dict[str, Names]) -> None:
+_PARAMETRIZED = "parametrizations"
+_SPELLINGS = [
+    (rule, here, there, re.compile(re.escape(here[0]).replace(re.escape("{p}"), r"(?P<p>[^.]+)")))
+    for rule in RENAMES
+    for here, there in rule.directions()
+]
+
+
+def _rename(result: Alignment, extra: dict[str, Node], lacking: dict[str, Node]) -> None:
     """Pair what is left in one module where a known rule says that two spellings mean the same tensors."""
-    ours = _joined(extra)
-    theirs = _joined(lacking)
-    for rule in RENAMES:
-        for here, there in rule.directions():
-            pattern = re.compile(re.escape(here[0]).replace(re.escape("{p}"), _PLACEHOLDER))
-            for found in [m for name in ours if (m := pattern.fullmatch(name))]:
-                parameter = found.groupdict().get("p", "")
-                from_names = [name.format(p=parameter) for name in here]
-                to_names = [name.format(p=parameter) for name in there]
-                if all(name in ours for name in from_names) and all(name in theirs for name in to_names):
-                    for from_name, to_name in zip(from_names, to_names):
-                        source_name = ours.pop(from_name)
-                        result.pairs[theirs.pop(to_name)] = source_name
-                        result.renamed[source_name] = rule.what
-    remaining = set(ours.values())
-    for label, names in extra.items():
-        extra[label] = {rest: name for rest, name in names.items() if name in remaining}
+    ours, theirs = _own_tensors(extra), _own_tensors(lacking)
+    if not (ours and theirs):
+        return
+    renamed: set[str] = set()
+    for rule, here, there, pattern in _SPELLINGS:
+        for found in [match for local in ours if (match := pattern.fullmatch(local))]:
+            parameter = found.groupdict().get("p", "")
+            from_names = [name.format(p=parameter) for name in here]
+            to_names = [name.format(p=parameter) for name in there]
+            if all(name in ours for name in from_names) and all(name in theirs for name in to_names):
+                for from_name, to_name in zip(from_names, to_names):
+                    name = ours.pop(from_name)
+                    result.pairs[theirs.pop(to_name)] = name
+                    result.renamed[name] = rule.what
+                    renamed.add(name)
+    if renamed:
+        for label in [label for label in extra if label == _PARAMETRIZED or extra[label].is_tensor]:
+            _remove(extra, label, renamed)
 
 
-def _root_of(children: Mapping[str, Names]) -> str:
-    """The path of a node, with its dot, from the names below it."""
-    rest, name = next(iter(_joined(dict([next(iter(children.items()))])).items()))
-    return name[: len(name) - len(rest)]
+def _own_tensors(children: Mapping[str, Node]) -> dict[str, str]:
+    """The tensors of a module itself, its parametrized ones among them, by their name in it."""
+    return _joined({label: node for label, node in children.items() if node.is_tensor or label == _PARAMETRIZED})
 
 
-def _joined(children: Mapping[str, Names]) -> Names:
+def _path_of(children: Mapping[str, Node]) -> str:
+    """The path of a node, with its dot, told by any name below it."""
+    label, node = next(iter(children.items()))
+    rest, name = next(iter(node.names.items()))
+    return name[: len(name) - len(label) - (len(rest) + 1 if rest else 0)]
+
+
+def _joined(children: Mapping[str, Node]) -> dict[str, str]:
     return {
-        f"{label}.{rest}" if rest else label: name for label, names in children.items() for rest, name in names.items()
+        f"{label}.{rest}" if rest else label: name
+        for label, node in children.items()
+        for rest, name in node.names.items()
     }
