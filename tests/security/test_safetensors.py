@@ -153,6 +153,11 @@ def test_a_small_header_cannot_take_much_memory(unit: bytes) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 * 1024
 
 
+def test_a_header_of_nothing_but_names_cannot_take_much_memory() -> None:
+    header = b'{"__metadata__":{' + b",".join(b'"%x":"b"' % number for number in range(1_000_000)) + b"}}"
+    assert "names" in refused(safetensors_bytes(header))
+
+
 def test_a_sparse_giant_is_refused_without_reading_it(tmp_path: Path) -> None:
     path = tmp_path / "giant.safetensors"
     with path.open("wb") as file:

@@ -12,8 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchload.errors import CorruptCheckpointError, TorchLoadError
 from torchload.formats import safetensors
@@ -26,8 +25,7 @@ __all__ = ["FORMATS", "Format", "open_checkpoint"]
 HEAD_BYTES = 4096  # what recognizers see of a file
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(NamedTuple):
     """One kind of checkpoint file.
 
     Attributes:

@@ -15,9 +15,11 @@ from torchload.errors import CorruptCheckpointError
 
 __all__ = ["parse_object"]
 
-# A parsed value takes up to about 150 bytes. Three million (some 300,000 tensors in one file; the largest published
-# models have a third of that over all their shards) keep a hostile header below a few hundred MiB.
+# While it is parsed, a value takes about 50 bytes and a name with its value about 300. These bounds keep the most
+# hostile text below 256 MiB, and leave room for 200,000 tensors in one file: the largest published models have half as
+# many in all their shards together.
 _MAX_VALUES = 3_000_000
+_MAX_NAMES = 850_000
 # One character beyond the basic plane makes Python store every character of a string in four bytes.
 _MAX_NON_ASCII_BYTES = 16 * 1024 * 1024
 
@@ -48,6 +50,9 @@ def parse_object(data: bytes | bytearray, what: str, path: str) -> dict[str, Any
     values = data.count(b",") + data.count(b"[") + data.count(b"{")
     if values > _MAX_VALUES:
         raise refuse(f"lists about {values:,} values; more than {_MAX_VALUES:,} are not read")
+    names = data.count(b":")
+    if names > _MAX_NAMES:
+        raise refuse(f"lists about {names:,} names; more than {_MAX_NAMES:,} are not read")
     if len(data) > _MAX_NON_ASCII_BYTES and not data.isascii():
         raise refuse(f"is {len(data):,} bytes of text beyond ASCII, which is not read")
     try:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,7 +68,7 @@ def recognizes(head: bytes) -> bool:
     return head[8:9] == b"{" and not all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head[:8])
 
 
-def open(source: Source, path: str) -> Checkpoint:  # noqa: A001 - every format module has an `open`
+def open(source: Source, path: str) -> Checkpoint:
     """Index a safetensors file.
 
     Args:
@@ -141,8 +140,7 @@ def _take_metadata(header: dict[str, Any], path: str) -> dict[str, str]:
     return metadata
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
+class _Layout(NamedTuple):
     """What all tensors of one dtype code and shape have in common.
 
     Attributes:
