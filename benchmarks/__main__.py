@@ -12,8 +12,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.arms import ALWAYS, ARMS, Arm
 from benchmarks.cases import Case, list_cases
 from benchmarks.charts import write_charts
@@ -130,5 +128,4 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     if not sys.platform.startswith("linux"):
         raise SystemExit("The benchmarks read /proc and the page cache, as Linux has them.")
-    torch.set_grad_enabled(False)
     raise SystemExit(main())

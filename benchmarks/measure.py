@@ -146,8 +146,9 @@ def _memory_sample(case: Case, request: dict[str, Any], settings: Settings) -> d
         return sample
     own = sample["model_bytes"] if case.into == "meta" and settings.device == "cpu" else 0
     extra = sample["peak_anonymous"] - sample["anonymous_before"] - own
-    keys = ("checksum", "model_bytes", "anonymous_before", "peak_anonymous", "peak_resident", "gpu_peak")
-    return {"extra_bytes": extra} | {key: sample[key] for key in keys}
+    keys = ("checksum", "model_bytes", "anonymous_before", "peak_anonymous", "peak_resident", "gpu_peak", "gpu_growth")
+    gpu_extra = sample["gpu_peak"] - sample["model_bytes"] if settings.device == "cuda" else None
+    return {"extra_bytes": extra, "gpu_extra_bytes": gpu_extra} | {key: sample[key] for key in keys}
 
 
 def _note_error(entry: dict[str, Any], sample: dict[str, Any], file: CheckpointFile) -> None:

@@ -32,6 +32,7 @@ class Row:
         of_ceiling: The main ceiling's time by this one's; ``None`` without a ceiling.
         slower: This one's time by torchload's; ``None`` without torchload.
         extra_bytes: Peak anonymous memory above the model's own; ``None`` if not measured.
+        gpu_extra_bytes: Peak of torch's GPU memory above the model's own; ``None`` without a GPU.
         error: What went wrong, or ``None``.
     """
 
@@ -47,6 +48,7 @@ class Row:
     of_ceiling: float | None
     slower: float | None
     extra_bytes: int | None
+    gpu_extra_bytes: int | None
     error: str | None
 
 
@@ -74,6 +76,7 @@ def rows_of(measured: dict[str, Any]) -> list[Row]:
                 of_ceiling=main / seconds if main and seconds else None,
                 slower=seconds / ours if ours and seconds else None,
                 extra_bytes=entry.get("memory", {}).get("extra_bytes"),
+                gpu_extra_bytes=entry.get("memory", {}).get("gpu_extra_bytes"),
                 error=entry.get("error"),
             )
         )
@@ -139,7 +142,7 @@ def summary(run: dict[str, Any]) -> list[list[str]]:
                 _percent(ours.of_ceiling),
                 ", ".join(named) or "—",
                 f"{_number(plain.slower)} ×" if plain else "—",
-                _mebibytes(ours.extra_bytes),
+                _extra(ours),
             ]
         )
     return lines
@@ -172,7 +175,7 @@ def _cells(row: Row) -> list[str]:
         _number(row.rate / GIB if row.rate else None),
         _percent(row.of_ceiling),
         _number(row.slower),
-        _mebibytes(row.extra_bytes),
+        _extra(row),
     ]
 
 
@@ -235,6 +238,11 @@ def _number(value: float | None) -> str:
     if value is None:
         return "—"
     return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
+
+
+def _extra(row: Row) -> str:
+    gpu = f" + {_mebibytes(row.gpu_extra_bytes)} GPU" if row.gpu_extra_bytes is not None else ""
+    return _mebibytes(row.extra_bytes) + gpu
 
 
 def _mebibytes(value: int | None) -> str:

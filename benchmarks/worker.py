@@ -42,7 +42,8 @@ def run(request: dict[str, Any], mark: Callable[[str], object]) -> dict[str, Any
     Returns:
         Seconds: ``import``, then from one common start ``load`` (the call returned), ``touch`` (one byte of every page
         of every tensor was read, which is when a mapped file becomes memory) and ``forward`` (a first forward pass
-        is done). ``checksum`` of the model, ``anonymous_before`` in bytes, and on a GPU the peak of its memory.
+        is done). ``checksum`` of the model, ``anonymous_before`` in bytes; on a GPU ``gpu_peak``, the most that torch
+        allocated, and ``gpu_growth``, what the device has less of afterwards, whoever allocated it.
     """
     case, device = Case(**request["case"]), torch.device(request["device"])
     arm = ARMS.get(request.get("arm", ""))
@@ -62,6 +63,7 @@ def run(request: dict[str, Any], mark: Callable[[str], object]) -> dict[str, Any
     gc.collect()
     _prepare_memory(device)
     result["anonymous_before"] = anonymous_bytes()
+    free_before = _free_gpu_bytes(device)
     mark("start")
     started = time.perf_counter()
     work()
@@ -72,6 +74,7 @@ def run(request: dict[str, Any], mark: Callable[[str], object]) -> dict[str, Any
         result["touch"] = time.perf_counter() - started
     mark("end")
     result["gpu_peak"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    result["gpu_growth"] = free_before - _free_gpu_bytes(device)
     if arm:
         started = time.perf_counter() - result["touch"]  # the clock goes on where it stopped
         with torch.inference_mode():
@@ -134,6 +137,10 @@ def _prepare_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.synchronize(device)
+
+
+def _free_gpu_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _wait(device: torch.device) -> None:
