@@ -24,7 +24,7 @@ MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own bound
 
 # Code → (bits per element, name in torch). A name that this torch lacks, or None, makes the tensor opaque.
 # Source: `Dtype` in the safetensors crate, `_TYPES` in safetensors.torch.
-_DTYPES: dict[str, tuple[int, str | None]] = {
+DTYPES: dict[str, tuple[int, str | None]] = {
     "BOOL": (8, "bool"),
     "U8": (8, "uint8"),
     "I8": (8, "int8"),
@@ -193,7 +193,7 @@ class _Describer:
     def _layout(self, name: str, fields: dict[str, Any]) -> _Layout:
         """Checks a dtype code and a shape, once for all tensors that share them."""
         code, sizes = fields["dtype"], fields["shape"]
-        if code not in _DTYPES:
+        if code not in DTYPES:
             raise self._bad_entry(name, fields)
         if type(sizes) is not list or len(sizes) > _MAX_DIMENSIONS:
             raise self._refuse(name, f"its shape {_short(sizes)} is not a list of at most {_MAX_DIMENSIONS} sizes")
@@ -201,7 +201,7 @@ class _Describer:
             raise self._refuse(name, f"its shape {_short(sizes)} holds something other than sizes")
         if math.prod(size or 1 for size in sizes) > _MAX_ELEMENTS:  # the strides overflow even if a 0 makes it empty
             raise self._refuse(name, f"its shape {_short(sizes)} is larger than any tensor can be")
-        bits, torch_name = _DTYPES[code]
+        bits, torch_name = DTYPES[code]
         shape: Shape = tuple(sizes)
         nbytes, rest = divmod(math.prod(shape) * bits, 8)
         if rest:
@@ -221,8 +221,8 @@ class _Describer:
             return self._refuse(name, f"it is described by {_short(fields)} instead of an object")
         if missing := sorted(_ENTRY_FIELDS - fields.keys()):
             return self._refuse(name, f"{' and '.join(missing)} missing")
-        if type(fields["dtype"]) is not str or fields["dtype"] not in _DTYPES:
-            return self._refuse(name, f"unknown dtype {_short(fields['dtype'])}; known are {', '.join(_DTYPES)}")
+        if type(fields["dtype"]) is not str or fields["dtype"] not in DTYPES:
+            return self._refuse(name, f"unknown dtype {_short(fields['dtype'])}; known are {', '.join(DTYPES)}")
         sizes = fields["shape"]
         if type(sizes) is not list or not all(type(size) is int for size in sizes):
             return self._refuse(name, f"its shape {_short(sizes)} holds something other than sizes")
