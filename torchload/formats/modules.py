@@ -1,8 +1,8 @@
 """Whole pickled modules: the state dict that a recorded `nn.Module` would have.
 
 `torch.save(model)` pickles every module as an object whose ``__dict__`` holds ``_parameters``, ``_buffers`` and
-``_modules``. Those three, and the names of the buffers that are not persistent, are all that a state dict is made of; the
-class need not exist.
+``_modules``. Those three, and the names of the buffers that are not persistent, are all that a state dict is made of;
+the class need not exist.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ __all__ = ["flatten_module", "module_fields"]
 MAX_MODULE_DEPTH = 200
 MAX_NAME_LENGTH = 4096  # characters of a dotted name
 
+# Classes whose objects are pickled as a call with the wrapped module → the name under which they hold it.
+_WRAPPED_BY_CALL = {"torch._dynamo.eval_frame.OptimizedModule": "_orig_mod"}
+
 
 def module_fields(record: Record) -> dict[str, Any] | None:
     """The attributes of a record that is a module, else ``None``."""
     fields = record_fields(record)
+    if not fields and record.args and record.name in _WRAPPED_BY_CALL:
+        return {"_parameters": {}, "_modules": {_WRAPPED_BY_CALL[record.name]: record.args[0]}}
     if "_modules" in fields and "_parameters" in fields:
         if isinstance(fields["_modules"], dict) and isinstance(fields["_parameters"], dict):
             return fields
@@ -36,7 +41,7 @@ def flatten_module(walk: Walk, module: Record, container: Container) -> None:
     persistent are left out. A tensor that several names share is the same entry under each of them.
     """
     metadata: dict[str, Any] = {}
-    # (module, prefix, how deep, modules around it); the last first, so that children keep their order.
+    # (module, prefix, identities of the modules around it); the last first, so that children keep their order.
     pending: list[tuple[Record, str, tuple[int, ...]]] = [(module, "", ())]
     while pending:
         record, prefix, around = pending.pop()
@@ -51,8 +56,8 @@ def flatten_module(walk: Walk, module: Record, container: Container) -> None:
         inside = (*around, id(record))
         children = [
             (child, f"{prefix}{name}.", inside)
-            for name, child in walk.allow(fields["_modules"]).items()
-            if isinstance(child, Record) and type(name) is str
+            for name, item in walk.allow(fields["_modules"]).items()
+            if type(name) is str and isinstance(child := walk.unflattened(item), Record)
         ]
         pending.extend(reversed(children))
     container.metadata = metadata or None

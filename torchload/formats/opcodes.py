@@ -121,7 +121,7 @@ class PickleStream:
 def check_stream(
     data: bytes | bytearray | mmap, start: int = 0, *, name: str, allowance_bytes: int = BASE_ALLOWANCE_BYTES
 ) -> PickleStream:
-    """Check the opcodes of one pickle, up to its STOP.
+    r"""Check the opcodes of one pickle, up to its STOP.
 
     Args:
         data: Bytes that hold the pickle. More may follow it.
@@ -137,7 +137,7 @@ def check_stream(
             or would unfold out of all proportion.
 
     Example:
-        >>> check_stream(b"\\x80\\x02K\\x07.and more", name="example").end
+        >>> check_stream(b"\x80\x02K\x07.and more", name="example").end
         5
     """
     scan = _Scan(data, start, name, allowance_bytes // _REPLACEMENT_COST)

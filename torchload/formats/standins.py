@@ -19,7 +19,7 @@ import torch
 from torchload.index import Container, Extent, Record, TensorEntry
 
 if TYPE_CHECKING:
-    from torchload.formats.unpickle import Walk
+    from torchload.formats.walk import Walk
 
 __all__ = [
     "AS_RECORD",
@@ -83,7 +83,7 @@ class RecordStandIn(Record, metaclass=StandInType):
             self[key] = value
         return self
 
-    __init__ = object.__init__  # type: ignore[assignment]
+    __init__ = object.__init__
 
     def __call__(self, *args: Any) -> Any:
         called = RecordStandIn(self, *args)
@@ -126,7 +126,7 @@ class MappingStandIn(Container, metaclass=StandInType):
         self.origin = args or None  # type: ignore[assignment]
         return self
 
-    __init__ = object.__init__  # type: ignore[assignment]
+    __init__ = object.__init__
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if type(key) is not str:
@@ -158,7 +158,7 @@ class SetStandIn(list[Any], metaclass=StandInType):
         self.value = UNRESOLVED
         self.frozen = False
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
     add = list.append
 
     def __setstate__(self, state: object) -> None:
@@ -175,6 +175,9 @@ class Call(metaclass=StandInType):
     """
 
     __slots__ = ("args", "state", "value")
+    args: tuple[Any, ...]
+    state: Any
+    value: Any
     qualified: ClassVar[str] = ""
     convert: ClassVar[Callable[[Any, Walk], Any]]
 
@@ -185,7 +188,7 @@ class Call(metaclass=StandInType):
         self.value = UNRESOLVED
         return self
 
-    __init__ = object.__init__  # type: ignore[assignment]
+    __init__ = object.__init__
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -200,7 +203,8 @@ class Storage(Inert):
         key: Name of its data in the file.
         location: The device it was saved on, which never matters.
         numel: Declared length in elements.
-        view: Legacy files: (key, offset in elements, length in elements) where this is a part of the storage.
+        view: Legacy files: (offset, length) in elements where this is a part of the storage.
+        variant: The same data, declared with another type or view.
         extent: Its bytes, once known.
         value: The entry for the storage as a tensor of its own, where the tree holds one.
     """
@@ -214,7 +218,7 @@ class Storage(Inert):
         key: str,
         location: str,
         numel: int,
-        view: tuple[str, int, int] | None = None,
+        view: tuple[int, int] | None = None,
     ) -> None:
         self.kind = kind
         self.dtype = dtype
@@ -224,7 +228,7 @@ class Storage(Inert):
         self.view = view
         self.extent: Extent | None = None
         self.value: TensorEntry | None = None
-        self.variant: Storage | None = None  # the same data declared otherwise
+        self.variant: Storage | None = None
 
     @property
     def nbytes(self) -> int:
@@ -271,4 +275,3 @@ def check_key(mapping: dict[Any, Any], key: Any) -> None:
             tuples = [hash(other) for other in mapping if type(other) is tuple]
             if 2 * len(set(tuples)) < len(tuples):
                 raise TypeError("a dictionary's keys all have the same hash")
-

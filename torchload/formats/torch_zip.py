@@ -38,15 +38,16 @@ def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
     """`open`, for an archive whose directory has been read."""
     source = directory.source
     top = _top_folder(directory, path)
+    data_folder = f"{top}data/"
     for name, record in directory.records.items():
-        if record.size <= SMALL_BYTES and not name.startswith(f"{top}data/"):
+        if record.size <= SMALL_BYTES and not name.startswith(data_folder):
             directory.read(name)
     big_endian = _is_big_endian(directory, top)
     pickle_record = directory.records[f"{top}data.pkl"]
     stored = pickle_record.method == STORED
     root = read_pickle(
         directory.read(pickle_record.name),
-        storage_extents(directory, f"{top}data/", big_endian),
+        storage_extents(directory, data_folder, big_endian),
         name=path,
         source=source.slice(pickle_record.offset, pickle_record.size) if stored else None,
         allowance_bytes=BASE_ALLOWANCE_BYTES + 2 * source.size,

@@ -1,11 +1,12 @@
-"""The inert unpickler: a pickle becomes plain containers, tensor entries and records, and nothing that it asks for is done.
+"""The inert unpickler: a pickle becomes containers, tensor entries and records, and nothing that it asks for is done.
 
 Three steps, so that a format may learn where its storages lie between the second and the third:
 
 1. `check_stream` bounds the opcodes (see `torchload.formats.opcodes`);
-2. `unpickle` runs the C unpickler, in which every global is a stand-in that only records (`torchload.formats.standins`);
-3. `Unpickled.finish` turns what was recorded into the tree: rebuild calls become `TensorEntry`s, checked against their
-   storages; whole modules become the containers that their state dict would be; all else becomes `Record`s.
+2. `unpickle` runs the C unpickler, in which every global is a stand-in that only records (see
+   `torchload.formats.standins`);
+3. `Unpickled.finish` turns what was recorded into the tree: rebuild calls become `TensorEntry`s, checked against
+   their storages; whole modules become the containers that their state dict would be; all else becomes `Record`s.
 
 Nothing here imports, looks up or calls by a name from the file.
 """
@@ -118,7 +119,7 @@ def unpickle(
         root = reader.load()
     except _MALFORMED as error:
         raise CorruptCheckpointError(
-            f"{name}: the pickle is damaged or made to do harm: {error or type(error).__name__}", path=name
+            f"{name}: the pickle is damaged or made to do harm: {str(error) or type(error).__name__}", path=name
         ) from error
     return Unpickled(root, reader.storages, data, stream, name, source)
 
@@ -252,17 +253,17 @@ class _Reader(pickle.Unpickler):
         """A declaration ``("storage", class, key, location, numel[, view])`` that was not met before."""
         marker, kind, key, location, numel = pid[:5]
         view = pid[5] if len(pid) > 5 else None
-        if type(key) is int:
-            key = str(key) if -(1 << 64) < key < 1 << 64 else None
-        if (
-            marker != "storage"
-            or type(key) is not str
-            or not isinstance(kind, StandInType)
-            or kind.qualified not in STORAGE_DTYPES
-            or type(numel) is not int
-            or not 0 <= numel < 1 << 63
-        ):
+        if type(key) is int and abs(key) < 1 << 64:
+            key = str(key)
+        qualified = kind.qualified if isinstance(kind, StandInType) else None
+        is_sound = marker == "storage" and type(key) is str and type(numel) is int and 0 <= numel < 1 << 63
+        if not is_sound or qualified not in STORAGE_DTYPES:
             raise TypeError("a storage is not declared as torch declares one")
+        dtype = STORAGE_DTYPES[qualified]
+        place = location if type(location) is str else ""
+        if view is None and key not in self.storages:
+            storage = self.storages[key] = Storage(kind, dtype, key, place, numel)
+            return storage
         if view is not None and not (
             type(view) is tuple
             and len(view) == 3
@@ -280,8 +281,7 @@ class _Reader(pickle.Unpickler):
             other = other.variant
         else:
             raise TypeError(f"storage {key!r} is declared in more than {MAX_VARIANTS} ways")
-        place = location if type(location) is str else ""
-        storage = Storage(kind, STORAGE_DTYPES[kind.qualified], key, place, numel, part)
+        storage = Storage(kind, dtype, key, place, numel, part)
         if first is None:
             self.storages[key] = storage
         else:

@@ -64,6 +64,7 @@ class Walk:
         "_data",
         "_encoded",
         "_extent_of",
+        "_flattened",
         "_lists",
         "_modules",
         "_nesting",
@@ -98,6 +99,7 @@ class Walk:
         self._lists: dict[int, list[Any]] = {}
         self._tuples: dict[int, tuple[tuple[Any, ...], Any]] = {}
         self._modules: dict[int, tuple[Record, Container]] = {}
+        self._flattened: dict[int, Record] = {}  # by the identity of the container
         self._encoded: dict[tuple[int, str], tuple[str, bytes]] = {}
         self._classes: dict[StandInType, Record] = {}
 
@@ -126,7 +128,8 @@ class Walk:
         if kind in _FINISHED:
             return item
         if isinstance(item, Call):
-            return item.value if item.value is not UNRESOLVED else self._call(item)
+            value = item.value
+            return self._call(item) if value is UNRESOLVED or value is _PENDING else value
         if kind is MappingStandIn:
             item.__class__ = Container
             self._pending.append((item, self.depth + 1))
@@ -234,8 +237,13 @@ class Walk:
         known = self._modules.get(id(item))
         if known is None:
             known = self._modules[id(item)] = (item, Container(origin=item.name))
+            self._flattened[id(known[1])] = item
             self._pending.append((known, self.depth + 1))
         return known[1]
+
+    def unflattened(self, item: Any) -> Any:
+        """The module that a container stands for, where one was already put in its place."""
+        return self._flattened.get(id(item), item)
 
     def _rare(self, item: Any) -> Any:
         """Values that hardly any tree holds."""
@@ -265,9 +273,7 @@ class Walk:
         first, numel = storage.view or (0, storage.numel)
         if numel == 0:
             return TensorEntry(dtype, (0,), ())
-        return TensorEntry(
-            dtype, (numel,), (Box(self.extent(storage), first * dtype.itemsize, (numel,), (1,), (0,)),)
-        )
+        return TensorEntry(dtype, (numel,), (Box(self.extent(storage), first * dtype.itemsize, (numel,), (1,), (0,)),))
 
     def _set(self, item: SetStandIn) -> Any:
         if item.value is UNRESOLVED:

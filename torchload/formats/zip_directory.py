@@ -30,7 +30,8 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _DESCRIPTOR = struct.Struct("<4s3L")
 _DESCRIPTOR64 = struct.Struct("<4sL2Q")
 
-_ENCRYPTED, _HAS_DESCRIPTOR, _PATCHED, _STRONG, _UTF8, _MASKED = 1, 1 << 3, 1 << 5, 1 << 6, 1 << 11, 1 << 13
+_HAS_DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11
+_UNREADABLE = 1 | 1 << 5 | 1 << 6 | 1 << 13  # encrypted, patched, strongly encrypted, masked headers
 _LIMIT16, _LIMIT32 = 0xFFFF, 0xFFFFFFFF
 _WINDOW_BYTES = 256 << 10  # headers this near one another are read together
 _HEADER_BYTES = 1024  # else just this much, which holds a header and its name
@@ -125,16 +126,16 @@ def read_directory(source: Source) -> ZipDirectory:
     count, offset, size = _find_central(source)
     if size > MAX_DIRECTORY_BYTES:
         _damaged(source, f"its directory of {size} bytes is larger than that of any checkpoint")
-    central = source.read(offset, size)
-    records = sorted(_central_records(source, central, count), key=lambda record: record.header_offset)
-    located = {record.name: record for record in _located(source, records, offset)}
-    if len(located) != len(records):
+    rows = _central_rows(source, source.read(offset, size), count)
+    rows.sort()  # by the position of their headers
+    records = {record.name: record for record in _located(source, rows, offset)}
+    if len(records) != len(rows):
         names = set()
-        for record in records:
-            if record.name in names:
-                _damaged(source, f"it has two records named {record.name!r}")
-            names.add(record.name)
-    return ZipDirectory(source, located)
+        for row in rows:
+            if row[1] in names:
+                _damaged(source, f"it has two records named {row[1]!r}")
+            names.add(row[1])
+    return ZipDirectory(source, records)
 
 
 def _find_central(source: Source) -> tuple[int, int, int]:
@@ -144,14 +145,11 @@ def _find_central(source: Source) -> tuple[int, int, int]:
     tail = source.read(tail_start, tail_size)
     position = tail.rfind(b"PK\x05\x06")
     # A comment may contain the signature; the true end record is the one whose comment ends with the file.
-    while position >= 0:
-        if position + _END.size <= len(tail):
-            end = _END.unpack_from(tail, position)
-            if position + _END.size + end[7] == len(tail):
-                break
+    while position >= 0 and not _ends_with_comment(tail, position):
         position = tail.rfind(b"PK\x05\x06", 0, position)
-    else:
+    if position < 0:
         _incomplete(source)
+    end = _END.unpack_from(tail, position)
     _, disk, central_disk, disk_count, count, size, offset, _ = end
     end_position = tail_start + position
     locator_position = end_position - _END64_LOCATOR.size
@@ -189,8 +187,17 @@ def _find_central(source: Source) -> tuple[int, int, int]:
     return count, offset, size
 
 
-def _central_records(source: Source, central: bytes, count: int) -> Iterator[ZipRecord]:
-    """The records as the central directory has them; their `offset` is still unknown (-1)."""
+# What the central directory says of a record: position of its header, name, name in bytes, flags, method, CRC-32,
+# length in the archive, length. Plain tuples, because a checkpoint may have very many.
+_Row = tuple[int, str, bytes, int, int, int, int, int]
+
+
+def _ends_with_comment(tail: bytes, position: int) -> bool:
+    return position + _END.size <= len(tail) and position + _END.size + _END.unpack_from(tail, position)[7] == len(tail)
+
+
+def _central_rows(source: Source, central: bytes, count: int) -> list[_Row]:
+    rows: list[_Row] = []
     position, unpack, width = 0, _CENTRAL.unpack_from, _CENTRAL.size
     for _ in range(count):
         if position + width > len(central):
@@ -204,29 +211,36 @@ def _central_records(source: Source, central: bytes, count: int) -> Iterator[Zip
         position = end + extra_size + comment_size
         if signature != b"PK\x01\x02" or position > len(central):
             _damaged(source, "its directory ends in the middle of a record")
-        if _LIMIT32 in (stored_size, size, header_offset):
-            size, stored_size, header_offset = _wide(
-                source, central[end : end + extra_size], size, stored_size, header_offset
-            )
+        if size == _LIMIT32 or stored_size == _LIMIT32 or header_offset == _LIMIT32:
+            extra = central[end : end + extra_size]
+            size, stored_size, header_offset = _wide(source, extra, size, stored_size, header_offset)
         name = _decoded(source, raw_name, flags)
-        if flags & (_ENCRYPTED | _STRONG | _MASKED | _PATCHED):
-            raise CheckpointFormatError(
-                f"{source.name}: its record {name!r} is encrypted. Unpack the archive with its password first.",
-                path=source.name,
-                found="encrypted zip archive",
-            )
-        if method not in (STORED, DEFLATED):
-            raise CheckpointFormatError(
-                f"{source.name}: its record {name!r} is compressed by method {method}; torch stores records "
-                "uncompressed. Unpack the archive and pack it again with 'zip -0'.",
-                path=source.name,
-                found="compressed zip archive",
-            )
-        if disk not in (0, _LIMIT16) or (method == STORED and size != stored_size):
-            _damaged(source, f"its record {name!r} is stored, yet has two different sizes")
-        yield ZipRecord(name, -1, size, stored_size, crc32, method, header_offset, flags)
+        if flags & _UNREADABLE or method != STORED or disk or size != stored_size:
+            _check_readable(source, name, flags, method, disk, size == stored_size)
+        rows.append((header_offset, name, raw_name, flags, method, crc32, stored_size, size))
     if position != len(central):
         _damaged(source, "its directory has bytes after its last record")
+    return rows
+
+
+def _check_readable(source: Source, name: str, flags: int, method: int, disk: int, same_size: bool) -> None:
+    if flags & _UNREADABLE:
+        raise CheckpointFormatError(
+            f"{source.name}: its record {name!r} is encrypted. Unpack the archive with its password first.",
+            path=source.name,
+            found="encrypted zip archive",
+        )
+    if method not in (STORED, DEFLATED):
+        raise CheckpointFormatError(
+            f"{source.name}: its record {name!r} is compressed by method {method}; torch stores records "
+            "uncompressed. Unpack the archive and pack it again with 'zip -0'.",
+            path=source.name,
+            found="compressed zip archive",
+        )
+    if disk not in (0, _LIMIT16):
+        _damaged(source, f"its record {name!r} is said to lie in another file")
+    if method == STORED and not same_size:
+        _damaged(source, f"its record {name!r} is stored, yet has two different sizes")
 
 
 def _decoded(source: Source, raw_name: bytes, flags: int) -> str:
@@ -254,74 +268,79 @@ def _wide(source: Source, extra: bytes, *narrow: int) -> tuple[int, ...]:
     _damaged(source, "a record has no zip64 sizes, though it declares them")
 
 
-def _located(source: Source, records: list[ZipRecord], limit: int) -> Iterator[ZipRecord]:
+def _located(source: Source, rows: list[_Row], limit: int) -> Iterator[ZipRecord]:
     """The records with the position of their data, each compared with its local header.
 
     Args:
-        records: In the order of their local headers.
+        rows: In the order of their local headers.
         limit: Where the central directory begins.
     """
     window, window_start, window_end = b"", 0, 0
-    before: ZipRecord | None = None
-    end, unpack, width = 0, _LOCAL.unpack_from, _LOCAL.size
-    for number, record in enumerate(records):
-        header = record.header_offset
-        if header < end or header + width > limit:
-            _damaged(source, f"its record {record.name!r} overlaps another one or the directory")
-        needed = header + width + len(record.name) * 4
-        if needed > window_end and window_end < limit:
-            following = records[number + 1].header_offset if number + 1 < len(records) else limit
+    end = 0  # of the data of the record before
+    before: _Row | None = None  # that record, where a descriptor must follow it
+    unpack, header_size = _LOCAL.unpack_from, _LOCAL.size
+    for number, row in enumerate(rows):
+        header, name, raw_name, flags, method, crc32, stored_size, size = row
+        needed = header + header_size + len(raw_name)
+        if header < end or needed > limit:
+            _damaged(source, f"its record {name!r} overlaps another one or the directory")
+        if needed > window_end:
+            following = rows[number + 1][0] if number + 1 < len(rows) else limit
             amount = _WINDOW_BYTES if following - header < _WINDOW_BYTES // 4 else _HEADER_BYTES
             # Begins where the record before ended, whose descriptor stands between them.
             window_start = end if header - end <= _HEADER_BYTES else header
             window_end = min(max(needed, window_start + amount), limit)
             window = source.read(window_start, window_end - window_start)
-        position = header - window_start
-        local = unpack(window, position)
-        name_end = position + width + local[9]
-        _compare(source, record, local, window[position + width : name_end], header + name_end - position)
-        if before is not None and before.flags & _HAS_DESCRIPTOR and end >= window_start:
-            _compare_descriptor(source, before, window[end - window_start : position])
-        offset = header + width + local[9] + local[10]
-        end = offset + record.stored_size
+        if before is not None:
+            _check_descriptor(source, before, end, window, end - window_start)
+        name_position = header - window_start + header_size
+        # fmt: off
+        (signature, _, local_flags, local_method, _, _, local_crc32, local_stored_size, local_size,
+         name_size, extra_size) = unpack(window, name_position - header_size)
+        # fmt: on
+        if (
+            signature != b"PK\x03\x04"
+            or window[name_position : name_position + name_size] != raw_name
+            or local_flags != flags
+            or local_method != method
+        ):
+            _damaged(source, f"its record {name!r} has another name, method or flags in its own header")
+        offset = header + header_size + name_size + extra_size
+        if flags & _HAS_DESCRIPTOR and local_crc32 == local_stored_size == local_size == 0:
+            before = row
+        else:
+            before = None
+            if _LIMIT32 in (local_size, local_stored_size):
+                extra = source.read(offset - extra_size, extra_size)
+                local_size, local_stored_size = _wide(source, extra, local_size, local_stored_size)
+            if (local_crc32, local_stored_size, local_size) != (crc32, stored_size, size):
+                _damaged(source, f"its record {name!r} has another size or checksum in its own header")
+        end = offset + stored_size
         if end > limit:
-            _damaged(source, f"its record {record.name!r} overlaps another one or the directory")
-        before = record
-        yield ZipRecord(
-            record.name, offset, record.size, record.stored_size, record.crc32, record.method, header, record.flags
-        )
-    if before is not None and before.flags & _HAS_DESCRIPTOR:
-        _compare_descriptor(source, before, source.read(end, min(limit - end, _DESCRIPTOR64.size)))
+            _damaged(source, f"its record {name!r} overlaps another one or the directory")
+        yield ZipRecord(name, offset, size, stored_size, crc32, method, header, flags)
+    if before is not None:
+        _check_descriptor(source, before, end, source.read(end, min(limit - end, _DESCRIPTOR64.size)), 0)
 
 
-def _compare(source: Source, record: ZipRecord, local: tuple[int, ...], raw_name: bytes, extra_offset: int) -> None:
-    """Refuse a local header that says anything else than the central directory."""
-    signature, _, flags, method, _, _, crc32, stored_size, size, _, extra_size = local
-    if signature != b"PK\x03\x04":
-        _damaged(source, f"its record {record.name!r} does not begin where its directory says")
-    if _decoded(source, raw_name, flags) != record.name or method != record.method or flags != record.flags:
-        _damaged(source, f"its record {record.name!r} has another name, method or flags in its own header")
-    if flags & _HAS_DESCRIPTOR and not (crc32 or stored_size or size):
-        return  # what follows the data has them
-    if _LIMIT32 in (stored_size, size):
-        extra = source.read(extra_offset, extra_size)
-        size, stored_size = _wide(source, extra, size, stored_size)
-    if (crc32, stored_size, size) != (record.crc32, record.stored_size, record.size):
-        _damaged(source, f"its record {record.name!r} has another size or checksum in its own header")
+def _check_descriptor(source: Source, row: _Row, end: int, window: bytes, position: int) -> None:
+    """Refuse a data descriptor that says anything else than the central directory.
 
-
-def _compare_descriptor(source: Source, record: ZipRecord, after: bytes) -> None:
-    """Refuse a data descriptor that says anything else than the central directory."""
-    for layout in (_DESCRIPTOR64, _DESCRIPTOR):
-        if len(after) >= layout.size:
-            signature, crc32, stored_size, size = layout.unpack_from(after)
-            if signature == b"PK\x07\x08" and (crc32, stored_size, size) == (
-                record.crc32,
-                record.stored_size,
-                record.size,
-            ):
-                return
-    _damaged(source, f"its record {record.name!r} has another size or checksum behind its data")
+    Args:
+        source: The archive.
+        row: A record whose own header leaves its checksum and sizes open.
+        end: Where its data ends.
+        window: Bytes of the archive around there.
+        position: Where in the window they end.
+    """
+    values = b"PK\x07\x08", row[5], row[6], row[7]
+    if position < 0:  # a gap before the next record
+        window, position = source.read(end, min(source.size - end, _DESCRIPTOR64.size)), 0
+    if max(values[2:]) < _LIMIT32 and window.startswith(_DESCRIPTOR.pack(*values), position):
+        return
+    # Writers use the wide form for whatever lies beyond 4 GiB, too.
+    if not window.startswith(_DESCRIPTOR64.pack(*values), position):
+        _damaged(source, f"its record {row[1]!r} has another size or checksum behind its data")
 
 
 def _incomplete(source: Source) -> NoReturn:
@@ -345,6 +364,4 @@ def _incomplete(source: Source) -> NoReturn:
 
 
 def _damaged(source: Source, what: str) -> NoReturn:
-    raise CorruptCheckpointError(
-        f"{source.name} is damaged: {what}. Download or copy it again.", path=source.name
-    )
+    raise CorruptCheckpointError(f"{source.name} is damaged: {what}. Download or copy it again.", path=source.name)
