@@ -99,7 +99,7 @@ class _Packer:
     def add(self, piece: Piece, address: int) -> None:
         """Take over a piece's bytes, which lie at `address`."""
         dtypes = (piece.copy.dtype, piece.target.dtype)
-        count = piece.shape[0]
+        count = piece.nbytes // dtypes[0].itemsize
         widest = max(dtypes[0].itemsize, dtypes[1].itemsize)
         if dtypes != self._dtypes or (self._count + count) * widest > _PACKED_BYTES:
             self.flush()
@@ -119,7 +119,7 @@ class _Packer:
         suspicious = overflows(source, result)
         address, first = self._result_address, 0
         for piece in self._pieces:
-            count = piece.shape[0]
+            count = piece.nbytes // source_dtype.itemsize
             if suspicious and overflows(source[first : first + count], result[first : first + count]):
                 raise OverflowFoundError(piece.copy)
             nbytes = count * result_dtype.itemsize

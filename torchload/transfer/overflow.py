@@ -1,4 +1,4 @@
-"""Notice when a finite value becomes infinite (or NaN, where a dtype has no infinity) in a narrower dtype.
+"""Notice when a finite value doesn't fit a narrower dtype: it becomes infinite (or NaN, or a bound, in some float8).
 
 The check runs on each chunk while it is in the cache. A sum of the result, then the range of the source, tell almost
 every chunk harmless; only where both fail to is each element looked at. So the verdict is that of the cast itself.
@@ -33,7 +33,7 @@ class OverflowFoundError(Exception):
 
 
 def overflows(source: torch.Tensor, result: torch.Tensor) -> bool:
-    """Whether a finite element of `source` isn't finite in `result`, which was cast from it.
+    """Whether a finite element of `source` lies beyond the range of `result`, which was cast from it.
 
     Infinities and NaNs in the source are legal.
 
@@ -55,7 +55,10 @@ def overflows(source: torch.Tensor, result: torch.Tensor) -> bool:
         low, high = torch.aminmax(_computable(source))
         if -limit <= low.item() and high.item() <= limit:  # never true with a NaN
             return False
-    return bool((torch.isfinite(_computable(source)) & ~torch.isfinite(_computable(result))).any())
+    source, lost = _computable(source), ~torch.isfinite(_computable(result))
+    if result.dtype.itemsize == 1:
+        lost |= source.abs() > _largest_rounded_down(result.dtype)  # some float8 casts saturate
+    return bool((torch.isfinite(source) & lost).any())
 
 
 def largest_finite(source: torch.Tensor) -> float:
@@ -89,6 +92,13 @@ def _limit(source: torch.dtype, result: torch.dtype) -> float | None:
     exact = source.is_floating_point or source.is_complex
     largest = float(torch.finfo(source).max if exact else torch.iinfo(source).max)
     return limit if largest > limit else None
+
+
+@lru_cache(maxsize=16)
+def _largest_rounded_down(dtype: torch.dtype) -> float:
+    """The largest value that is as near to a dtype's last finite value as to what would come next."""
+    information = torch.finfo(dtype)
+    return float(information.max + information.eps / 2 * 2.0 ** math.floor(math.log2(information.max)))
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

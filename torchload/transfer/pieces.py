@@ -37,7 +37,7 @@ STAGED_BYTES = 1 << 20
 """Read into scratch memory at most this much at once: it should stay in the cache nearest to a core."""
 DEVICE_BYTES = 4 << 20
 """The same on the way to another device, where each copy has a price of its own."""
-SMALL_BYTES = 256 << 10
+SMALL_BYTES = 64 << 10
 """Below this size a plain tensor shares a read with its neighbours."""
 GAP_BYTES = 64 << 10
 """Reading over a gap of this size costs as much as another read."""
@@ -112,23 +112,20 @@ def cut(copy: Copy, pieces: list[Piece]) -> None:
         return
     extent = box.extent
     offset = extent.offset + box.start
+    strides = box.strides
     kind, flat = _classify(copy)
     limit = DEVICE_BYTES if not target.is_cpu else DIRECT_BYTES if kind == RAW else STAGED_BYTES
+    if nbytes <= limit and (flat or kind == RAW):  # most tensors
+        pieces.append(_new_tuple(Piece, (copy, kind, offset, nbytes, target, 0, shape, strides)))
+        return
     if kind == RAW:
-        if nbytes <= limit:  # most tensors: spare them the loop
-            pieces.append(_new_tuple(Piece, (copy, RAW, offset, nbytes, target, 0, shape, box.strides)))
-            return
         pieces.extend(
-            Piece(copy, RAW, offset + skip, min(limit, nbytes - skip), target, skip, shape, box.strides)
+            Piece(copy, RAW, offset + skip, min(limit, nbytes - skip), target, skip, shape, strides)
             for skip in range(0, nbytes, limit)
         )
         return
-    strides = box.strides
     if flat:
         target, shape, strides = target.reshape(-1), (nbytes // itemsize,), (1,)
-        if nbytes <= limit:
-            pieces.append(Piece(copy, kind, offset, nbytes, target, 0, shape, strides))
-            return
     for part, start, part_shape in _split(target, shape, strides, limit // itemsize):
         span = box_end_bytes(0, part_shape, strides, itemsize)
         pieces.append(Piece(copy, kind, offset + start * itemsize, span, part, 0, part_shape, strides))

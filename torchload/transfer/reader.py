@@ -65,9 +65,9 @@ class Reader:
 class _Lease:
     """A mapped file that nobody can truncate meanwhile.
 
-    Touching a mapped page that a truncation took away kills the process. Under a read lease (``F_SETLEASE``) the kernel
-    makes whoever wants to write to the file or truncate it wait, and tells us. Linux grants one to a file's owner, where
-    the file system knows leases and nobody writes to the file.
+    Touching a mapped page that a truncation took away kills the process. Under a read lease (``F_SETLEASE``) the
+    kernel makes whoever wants to write to the file or truncate it wait, and tells us. Linux grants one to a file's
+    owner, where the file system knows leases and nobody writes to the file.
     """
 
     def __init__(self, descriptor: int, mapping: mmap.mmap) -> None:
