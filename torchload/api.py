@@ -14,18 +14,19 @@ import torch
 from torch import nn
 
 from torchload import hooks
-from torchload.errors import IncompatibleCheckpointError, TorchLoadError
+from torchload.errors import IncompatibleCheckpointError
+from torchload.execute import carry_out, compare_landed, compare_ties, extents_of
 from torchload.explain import group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
 from torchload.index import Checkpoint, Record, TensorEntry
 from torchload.keys.rewrite import Rename
 from torchload.placement import DeviceSpec, Placement
-from torchload.plan import Assignment, DtypeSpec, LoadPlan, Options, copies_into, glob_matcher, make_plan
+from torchload.plan import DtypeSpec, LoadPlan, Options, glob_matcher, make_plan
 from torchload.progress import progress_reporter
 from torchload.report import LoadReport
 from torchload.select import Selection, Wanted, select
 from torchload.target import Target, describe_model
-from torchload.transfer import allocate, map_entry, run, same_data, verify_extents
+from torchload.transfer import map_entry, verify_extents
 
 __all__ = ["smart_load"]
 
@@ -113,12 +114,12 @@ def smart_load(
         selection = _select(target, checkpoint, skipped, strict, key=key, prefix=prefix, rename=rename)
         plan = make_plan(target, selection, options)
         if verify:
-            verify_extents(_extents(plan))
-        _compare_ties(plan, checkpoint.path)
+            verify_extents(extents_of(plan))
+        compare_ties(plan, checkpoint.path)
         with progress_reporter(progress, checkpoint.path) as report_progress:
-            nbytes = _carry_out(plan, target, selection, report_progress, mmap=mmap)
+            nbytes = carry_out(plan, target, selection, report_progress, mmap=mmap)
         if verify:
-            _compare_landed(plan, checkpoint.path)
+            compare_landed(plan, checkpoint.path)
         hooks.run_post_hooks(target, selection.missing, selection.unexpected)
         report = _report(target, checkpoint, selection, plan, nbytes, time.perf_counter() - started)
     _tell(report, strict)
@@ -158,117 +159,6 @@ def _select(target: Target, checkpoint: Checkpoint, skipped: Any, strict: bool, 
         selection = hooks.run_pre_hooks(target, selection, map_entry)
     assert selection is not None
     return selection
-
-
-# --- carrying out ---
-
-
-def _carry_out(
-    plan: LoadPlan,
-    target: Target,
-    selection: Selection,
-    progress: Callable[[int, int], None] | None,
-    *,
-    mmap: bool,
-) -> int:
-    """Move the bytes. Fresh memory is shown to the model only when everything has arrived."""
-    undo = hooks.Undo()
-    try:
-        hooks.set_extra_states(target, selection, map_entry, undo)
-        for loader in plan.own_loaders:
-            hooks.run_own_loader(*loader, selection, map_entry, undo)
-        mapped = {id(item): map_entry(item.entry) for item in plan.assignments if mmap and _can_map(item)}
-        fresh = {**_fresh_memory([item for item in plan.assignments if id(item) not in mapped])}
-        copies = [
-            copy
-            for item in plan.assignments
-            if id(item) not in mapped
-            for copy in copies_into(item, fresh.get(id(item), item.slot.tensor))
-        ]
-        nbytes = run(copies, progress=progress)
-    except BaseException as error:
-        undo.roll_back()
-        if isinstance(error, TorchLoadError):
-            written = {item.name for item in plan.assignments if not item.fresh}
-            error.written = tuple(name for name in error.written if name in written)
-        raise
-    with torch.no_grad():
-        for item in plan.assignments:
-            data = mapped.get(id(item), fresh.get(id(item)))
-            if data is not None:
-                item.slot.install(data)
-        for conversion in plan.conversions:
-            conversion.slot.install(conversion.slot.tensor.detach().to(conversion.device, conversion.dtype))
-    return nbytes + sum(item.entry.nbytes for item in plan.assignments if id(item) in mapped)
-
-
-def _fresh_memory(assignments: list[Assignment]) -> dict[int, torch.Tensor]:
-    """New memory for every assignment that needs it, allocated together per device."""
-    by_device: dict[torch.device, list[Assignment]] = {}
-    for item in assignments:
-        if item.fresh:
-            by_device.setdefault(item.device, []).append(item)
-    memory: dict[int, torch.Tensor] = {}
-    for device, items in by_device.items():
-        tensors = allocate([(_shape(item), item.dtype) for item in items], device)
-        for item, tensor in zip(items, tensors):
-            memory[id(item)] = _laid_out_like(item, tensor)
-    return memory
-
-
-def _shape(item: Assignment) -> tuple[int, ...]:
-    return item.slot.shape if item.slot.shape is not None else item.entry.shape
-
-
-def _laid_out_like(item: Assignment, memory: torch.Tensor) -> torch.Tensor:
-    """Keep the memory format (channels_last and the like) of the tensor that is replaced."""
-    model = item.slot.tensor
-    if item.slot.shape is None or model.is_contiguous():
-        return memory
-    return memory.as_strided(model.shape, torch.empty_like(model, device="meta").stride())
-
-
-def _can_map(item: Assignment) -> bool:
-    return item.device.type == "cpu" and item.entry.dtype is item.dtype and item.entry.shape == _shape(item)
-
-
-# --- checks that need the data ---
-
-
-def _extents(plan: LoadPlan) -> list[Any]:
-    extents = {id(box.extent): box.extent for item in plan.assignments for box in item.entry.boxes}
-    return list(extents.values())
-
-
-def _compare_ties(plan: LoadPlan, path: str) -> None:
-    """Refuse a file that has different values for names that the model ties together."""
-    problems = []
-    for name, sources in plan.conflicts:
-        first = sources[0][1]
-        if not all(same_data(first, entry) for _, entry in sources[1:]):
-            names = " and ".join(source for source, _ in sources)
-            problems.append(f"{names} differ in the file, but the model ties them ({name})")
-    if problems:
-        raise IncompatibleCheckpointError(
-            f"{path} does not fit this model. Nothing was loaded; the model is unchanged.\n  "
-            + "\n  ".join(problems)
-            + "\n  Untie the parameters first, or drop one copy: smart_load(..., rename=function that gives None)",
-            path=path,
-            problems=problems,
-        )
-
-
-def _compare_landed(plan: LoadPlan, path: str) -> None:
-    """Read back what was loaded and compare it with the file, tensor by tensor."""
-    for item in plan.assignments:
-        want = map_entry(item.entry).reshape(_shape(item)).to(item.dtype)
-        have = item.slot.tensor.detach().to("cpu")
-        if not torch.equal(
-            want.view(torch.uint8) if want.dim() else want, have.view(torch.uint8) if want.dim() else have
-        ):
-            raise TorchLoadError(
-                f"{item.name} arrived with other values than {path} holds; the memory or bus is at fault."
-            )
 
 
 # --- the account ---

@@ -239,7 +239,7 @@ def flatten(container: Mapping[Any, Any], path: str, most: int) -> dict[str, Lea
                     deeper.append((f"{full}.", below, above | {id(value)}))
         if len(leaves) + len(deeper) > most + len(values):
             raise CorruptCheckpointError(
-                f"{path} refers to the same containers so often that they expand to more than {most:,} tensors; refused.",
+                f"{path} refers to the same containers so often that they expand to over {most:,} tensors. Refused.",
                 path=path,
             )
     return leaves

@@ -123,40 +123,43 @@ def align(source: Node, model: Node, *, lift: Iterable[str] = ()) -> Alignment:
 
 def _at_root(result: Alignment, source: Node, model: Node, lift: frozenset[str]) -> None:
     work: list[tuple[Node, Node]] = []
-    extra = _pair_children(result, source, model, work, WRAPPERS.keys() | lift)
+    extra, here = _pair_children(result, source, model, work, WRAPPERS.keys() | lift)
     # A tensor right at the root would be part of the root module itself, which the model has: that is unexpected.
     result.outside += [name for node in extra.values() for rest, name in node.names.items() if rest]
+    if not work:
+        return  # nothing in common: not the same module, and no use in naming what it lacks
+    _note_leftover(result, extra, here)
     while work:
         ours, theirs = work.pop()
-        _pair_children(result, ours, theirs, work, WRAPPERS.keys())
+        _note_leftover(result, *_pair_children(result, ours, theirs, work, WRAPPERS.keys()))
+
+
+def _note_leftover(result: Alignment, extra: dict[str, Node], here: str) -> None:
+    result.leftover.update((name, here + local) for local, name in _joined(extra).items())
 
 
 def _pair_children(
     result: Alignment, source: Node, model: Node, work: list[tuple[Node, Node]], liftable: Collection[str]
-) -> dict[str, Node]:
+) -> tuple[dict[str, Node], str]:
     """Pair two nodes: what is settled goes to `result`, pairs of children to `work`.
 
     Returns:
-        The source's children that have no counterpart.
+        The source's children that have no counterpart, and the path of the model's node that they would belong to.
     """
     if source.names.keys() == model.names.keys():
         result.pairs.update((name, source.names[rest]) for rest, name in model.names.items())
-        return {}
+        return {}, ""
     if source.is_tensor and model.is_tensor:
         result.pairs[model.names[""]] = source.names[""]
     ours, theirs = _agree(result, _Chain.below(source), _Chain.below(model))
     extra = {label: ours[label] for label in ours if label not in theirs}
     lacking = {label: theirs[label] for label in theirs if label not in ours}
-    before = len(work)
     work.extend((ours[label], theirs[label]) for label in ours if label in theirs)
     if extra and lacking:
         _lift(result, extra, lacking, work, liftable, "file")
         _lift(result, lacking, extra, work, liftable, "model")
         _rename(result, extra, lacking)
-    if extra and len(work) > before:
-        here = _path_of(theirs)
-        result.leftover.update((name, here + local) for local, name in _joined(extra).items())
-    return extra
+    return extra, _path_of(theirs) if extra and theirs else ""
 
 
 @dataclass(slots=True)

@@ -1,0 +1,163 @@
+"""Carry out an accepted plan: the only stage that changes the model, and how it is left when something fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from torchload import hooks
+from torchload.copies import Copy
+from torchload.errors import IncompatibleCheckpointError, TorchLoadError
+from torchload.index import Extent
+from torchload.plan import Assignment, LoadPlan, copies_into
+from torchload.select import Selection
+from torchload.target import Target
+from torchload.transfer import allocate, map_entries, map_entry, run, same_data
+
+__all__ = ["carry_out", "compare_landed", "compare_ties", "extents_of"]
+
+Progress = Callable[[int, int], None]
+
+
+def carry_out(plan: LoadPlan, target: Target, selection: Selection, progress: Progress | None, *, mmap: bool) -> int:
+    """Move the bytes. Fresh memory is shown to the model only when everything has arrived.
+
+    What can fail because of the data itself (a cast that overflows) goes into fresh memory first; memory of the model's
+    own is written last.
+
+    Args:
+        plan: What goes where.
+        target: The model.
+        selection: Where modules that load themselves find their tensors.
+        progress: Receives (bytes done, bytes in all).
+        mmap: Whether fresh CPU memory may be a private view of the file.
+
+    Returns:
+        Number of bytes taken from the file.
+
+    Raises:
+        CastOverflowError, CorruptCheckpointError, OSError: As the transfer does; the attribute ``written`` names the
+            model's tensors that may have changed, which are none where fresh memory was used.
+        IncompatibleCheckpointError: A module that loads itself refused.
+    """
+    undo = hooks.Undo()
+    fresh: dict[int, torch.Tensor] = {}
+    try:
+        hooks.set_extra_states(target, selection, map_entry, undo)
+        for loader in plan.own_loaders:
+            hooks.run_own_loader(*loader, selection, map_entry, undo)
+        mapped = [item for item in plan.assignments if mmap and _can_map(item)]
+        fresh.update(zip(map(id, mapped), map_entries([item.entry for item in mapped])))
+        moved = [item for item in plan.assignments if id(item) not in fresh] if mapped else plan.assignments
+        fresh.update(_fresh_memory(moved))
+        nbytes = _move(moved, fresh, progress)
+    except BaseException as error:
+        undo.roll_back()
+        _name_written(error, plan)
+        raise
+    with torch.no_grad():
+        for item in plan.assignments:
+            if (data := fresh.get(id(item))) is not None:
+                item.slot.install(data)
+        for conversion in plan.conversions:
+            conversion.slot.install(conversion.slot.tensor.detach().to(conversion.device, conversion.dtype))
+    return nbytes + sum(item.entry.nbytes for item in mapped)
+
+
+def _move(assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], progress: Progress | None) -> int:
+    """Into fresh memory first, then in place with a cast, which may overflow, then as it is."""
+    phases: tuple[list[Copy], list[Copy], list[Copy]] = ([], [], [])
+    for item in assignments:
+        memory = fresh.get(id(item))
+        if memory is not None:
+            phases[0].extend(copies_into(item, memory))
+        else:
+            phases[1 if item.entry.dtype is not item.dtype else 2].extend(copies_into(item, item.slot.tensor))
+    total = sum(item.entry.nbytes for item in assignments)
+    done = 0
+
+    def report(now: int, _phase_bytes: int) -> None:
+        if progress is not None:
+            progress(min(done + now, total), total)
+
+    for copies in phases:
+        done += run(copies, progress=report if progress is not None else None)
+    report(total, total)
+    return done
+
+
+def _name_written(error: BaseException, plan: LoadPlan) -> None:
+    """Let an error name the model's tensors that it left changed, under all their names."""
+    touched = set(getattr(error, "written", ()))
+    if touched:
+        changed = [item.slot for item in plan.assignments if not item.fresh and item.name in touched]
+        names = [name for slot in changed for name in slot.names]
+        error.written = tuple(names)  # type: ignore[attr-defined]
+
+
+def _fresh_memory(assignments: list[Assignment]) -> dict[int, torch.Tensor]:
+    """New memory for every assignment that needs it, allocated together per device."""
+    by_device: dict[torch.device, list[Assignment]] = {}
+    for item in assignments:
+        if item.fresh:
+            by_device.setdefault(item.device, []).append(item)
+    memory: dict[int, torch.Tensor] = {}
+    for device, items in by_device.items():
+        tensors = allocate([(_shape(item), item.dtype) for item in items], device)
+        for item, tensor in zip(items, tensors):
+            memory[id(item)] = _laid_out_like(item, tensor)
+    return memory
+
+
+def _shape(item: Assignment) -> tuple[int, ...]:
+    return item.slot.shape if item.slot.shape is not None else item.entry.shape
+
+
+def _laid_out_like(item: Assignment, memory: torch.Tensor) -> torch.Tensor:
+    """Keep the memory format (channels_last and the like) of the tensor that is replaced."""
+    model = item.slot.tensor
+    if item.slot.shape is None or model.is_contiguous():
+        return memory
+    return memory.as_strided(model.shape, torch.empty_like(model, device="meta").stride())
+
+
+def _can_map(item: Assignment) -> bool:
+    return item.device.type == "cpu" and item.entry.dtype is item.dtype and item.entry.shape == _shape(item)
+
+
+def extents_of(plan: LoadPlan) -> list[Extent]:
+    """The runs of bytes that a plan takes data from, each once."""
+    extents = {id(box.extent): box.extent for item in plan.assignments for box in item.entry.boxes}
+    return list(extents.values())
+
+
+def compare_ties(plan: LoadPlan, path: str) -> None:
+    """Refuse a file that has different values for names that the model ties together."""
+    problems = []
+    for name, sources in plan.conflicts:
+        first = sources[0][1]
+        if not all(same_data(first, entry) for _, entry in sources[1:]):
+            names = " and ".join(source for source, _ in sources)
+            problems.append(f"{names} differ in the file, but the model ties them ({name})")
+    if problems:
+        raise IncompatibleCheckpointError(
+            f"{path} does not fit this model. Nothing was loaded; the model is unchanged.\n  "
+            + "\n  ".join(problems)
+            + "\n  Untie the parameters first, or drop one copy: smart_load(..., rename=function that gives None)",
+            path=path,
+            problems=problems,
+        )
+
+
+def compare_landed(plan: LoadPlan, path: str) -> None:
+    """Read back what was loaded and compare it with the file, tensor by tensor."""
+    for item in plan.assignments:
+        want = map_entry(item.entry).reshape(_shape(item)).to(item.dtype)
+        have = item.slot.tensor.detach().to("cpu")
+        if not torch.equal(
+            want.view(torch.uint8) if want.dim() else want, have.view(torch.uint8) if want.dim() else have
+        ):
+            raise TorchLoadError(
+                f"{item.name} arrived with other values than {path} holds; the memory or bus is at fault."
+            )
