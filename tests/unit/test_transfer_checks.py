@@ -1,0 +1,84 @@
+"""Checksums of data, and comparing tensors without loading them."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchload.errors import CorruptCheckpointError
+from torchload.index import Box, Extent, TensorEntry, contiguous_strides
+from torchload.source import FileSource, MemorySource
+from torchload.transfer import checks, same_data, verify_extents
+
+
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_intact_data_passes(tmp_path: Path, threads: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_JOB_BYTES", 3000)
+    data = torch.randint(0, 256, (50_000,), dtype=torch.uint8).numpy().tobytes()
+    (tmp_path / "f").write_bytes(data)
+    source = FileSource(tmp_path / "f")
+    extents = [
+        Extent(source, start, size, zlib.crc32(data[start : start + size]))
+        for start, size in ((0, 1), (5, 20_000), (30_000, 2999), (40_000, 0), (41_000, 6000))
+    ]
+    seen: list[tuple[int, int]] = []
+    total = verify_extents([*extents, *extents], threads=threads, progress=lambda *state: seen.append(state))
+    assert total == 29_000
+    assert seen[-1] == (29_000, 29_000)
+
+
+def test_damage_is_named_all_of_it() -> None:
+    source = MemorySource(bytes(1000), "model.pth")
+    good = Extent(source, 0, 100, zlib.crc32(bytes(100)))
+    unknown = Extent(source, 0, 100)
+    bad = [Extent(source, index, 50, 7) for index in range(12)]
+    with pytest.raises(CorruptCheckpointError) as caught:
+        verify_extents([good, unknown, *bad], names={bad[0]: "fc.weight", good: "good"})
+    message = str(caught.value)
+    assert "12 of its records" in message
+    assert "fc.weight: CRC-32" in message
+    assert "50 bytes at offset 3" in message
+    assert "and 2 more" in message
+    assert "good" not in message
+    assert caught.value.path == "model.pth"
+
+
+def test_nothing_recorded() -> None:
+    assert verify_extents([Extent(MemorySource(bytes(9)), 0, 9)]) == 0
+
+
+def entry(values: torch.Tensor, *, shift: int = 0, swapped: bool = False) -> TensorEntry:
+    data = values.reshape(-1).view(torch.uint8)
+    if swapped:
+        data = data.view(-1, values.element_size()).flip(1).reshape(-1)
+    extent = Extent(MemorySource(bytes(shift) + data.numpy().tobytes()), shift, data.numel(), None, swapped)
+    shape = tuple(values.shape)
+    return TensorEntry(values.dtype, shape, (Box(extent, 0, shape, contiguous_strides(shape), (0,) * len(shape)),))
+
+
+def test_same_data() -> None:
+    values = torch.randn(1000, 500)
+    values[3, 4] = float("nan")
+    one = entry(values)
+    assert same_data(one, one)
+    assert same_data(one, entry(values, shift=3))
+    assert same_data(one, entry(values, swapped=True))
+    other = values.clone()
+    other[-1, -1] += 1
+    assert not same_data(one, entry(other))
+    assert not same_data(one, entry(other, swapped=True))
+    assert not same_data(one, entry(values.reshape(500, 1000)))
+    assert not same_data(one, entry(values.double()))
+    assert same_data(entry(torch.zeros(0, 3)), entry(torch.zeros(0, 3)))
+
+
+def test_same_data_in_other_strides() -> None:
+    values = torch.randn(30, 20)
+    transposed = entry(values.t().contiguous())
+    box = transposed.boxes[0]
+    turned = TensorEntry(values.dtype, (30, 20), (Box(box.extent, 0, (30, 20), (1, 30), (0, 0)),))
+    assert same_data(entry(values), turned)
+    assert not same_data(entry(values + 1), turned)
