@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torchload.explain import group_names, plural
 from torchload.index import Shape
 
-__all__ = ["LoadReport", "format_bytes"]
+__all__ = ["LoadReport", "format_bytes", "format_seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class LoadReport:
         speed = f", {self.gib_per_second:.1f} GiB/s" if self.nbytes >= 2**20 else ""
         return (
             f"{self.path} → {self.model} on {self.device}: {count} loaded "
-            f"({format_bytes(self.nbytes)} in {_duration(self.seconds)}{speed})"
+            f"({format_bytes(self.nbytes)} in {format_seconds(self.seconds)}{speed})"
         )
 
     def _details(self) -> list[tuple[str, str]]:
@@ -146,7 +146,13 @@ def format_bytes(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
-def _duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """A duration for people.
+
+    Example:
+        >>> format_seconds(0.0123)
+        '12 ms'
+    """
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
 
 

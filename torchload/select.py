@@ -138,7 +138,7 @@ def select(
         AmbiguousCheckpointError: Several candidates of equal standing fit and hold different data.
         IncompatibleCheckpointError: `key` or `prefix` names nothing, or the file holds no tensors.
     """
-    places = _places(root, key, path)
+    places = find_places(root, key, path)
     if strict:
         candidates = _candidates(places, wanted, prefix, rename, _needed(wanted), strict)
         if fitting := [candidate for candidate in candidates if candidate.fits]:
@@ -157,7 +157,7 @@ def select(
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """A container and where it stands."""
 
     path: str
@@ -166,7 +166,7 @@ class _Place:
     inner: frozenset[str]  # names of nested containers, which are places of their own
 
 
-def _mapping(value: Any) -> Mapping[Any, Any] | None:
+def as_mapping(value: Any) -> Mapping[Any, Any] | None:
     if isinstance(value, Mapping):
         return value
     if isinstance(value, (list, tuple)):
@@ -174,16 +174,16 @@ def _mapping(value: Any) -> Mapping[Any, Any] | None:
     return None
 
 
-def _places(root: Any, key: str | None, path: str) -> list[_Place]:
+def find_places(root: Any, key: str | None, path: str) -> list[Place]:
     """Every container that holds tensors at any depth, outermost first, each once however often it is referred to."""
-    top = _mapping(root) or {}
+    top = as_mapping(root) or {}
     containers = _containers(top)
     most = _EXPANSION * sum(_is_leaf(value) for _, container in containers for value in container.values()) + 1000
-    found: list[_Place] = []
+    found: list[Place] = []
     for here, container in containers:
         if leaves := flatten(container, path, most):
-            inner = frozenset(str(name) for name, value in container.items() if _mapping(value) is not None)
-            found.append(_Place(here, container, leaves, inner))
+            inner = frozenset(str(name) for name, value in container.items() if as_mapping(value) is not None)
+            found.append(Place(here, container, leaves, inner))
     if key is None:
         return found
     chosen = [place for place in found if place.path == key]
@@ -201,7 +201,7 @@ def _containers(top: Mapping[Any, Any]) -> list[tuple[str, Mapping[Any, Any]]]:
     seen = {id(top)}
     for here, container in todo:
         for name, value in container.items():
-            below = _mapping(value)
+            below = as_mapping(value)
             if below is not None and id(value) not in seen:
                 seen.add(id(value))
                 todo.append((f"{here}.{name}" if here else str(name), below))
@@ -234,7 +234,7 @@ def flatten(container: Mapping[Any, Any], path: str, most: int) -> dict[str, Lea
             if _is_leaf(value) or full.endswith(_EXTRA_STATE):
                 leaves.setdefault(full, value)
             else:
-                below = _mapping(value)
+                below = as_mapping(value)
                 if below and id(value) not in above and len(above) < 64:
                     deeper.append((f"{full}.", below, above | {id(value)}))
         if len(leaves) + len(deeper) > most + len(values):
@@ -249,7 +249,7 @@ def flatten(container: Mapping[Any, Any], path: str, most: int) -> dict[str, Lea
 
 
 def _candidates(
-    places: Sequence[_Place],
+    places: Sequence[Place],
     wanted: Wanted,
     prefix: str | None,
     rename: Rename | None,
@@ -315,7 +315,7 @@ def _model_views(wanted: Wanted, strict: bool) -> list[tuple[str, Node]]:
 
 
 def _judge(
-    place: _Place,
+    place: Place,
     prefix: str,
     leaves: dict[str, Leaf],
     node: Node,
@@ -414,7 +414,7 @@ def _best(fitting: list[Selection], root: Any, path: str, strict: bool) -> Selec
         if known is None or _rank(candidate, strict) < _rank(known, strict):
             distinct[data] = candidate
     for candidate in distinct.values():
-        candidate.standing = _by_company(candidate, distinct.values(), root)
+        candidate.standing = standing_in_company(candidate, distinct.values(), root)
     ranked = sorted(distinct.values(), key=lambda candidate: _rank(candidate, strict))
     first = ranked[0]
     equals = [candidate for candidate in ranked if _rank(candidate, strict)[:2] == _rank(first, strict)[:2]]
@@ -438,7 +438,7 @@ def _rank(candidate: Selection, strict: bool) -> tuple[Any, ...]:
     return filled, candidate.standing, candidate.crossed, left, len(candidate.path)
 
 
-def _by_company(candidate: Selection, others: Any, root: Any) -> Standing:
+def standing_in_company(candidate: Selection, others: Any, root: Any) -> Standing:
     """What a name means depends on what stands beside it."""
     top = root if isinstance(root, Mapping) else {}
     if candidate.key == "ema_state_dict" and "message_hub" in top:
@@ -468,7 +468,7 @@ def _ambiguous(equals: list[Selection], path: str) -> AmbiguousCheckpointError:
     )
 
 
-def _nothing(places: Sequence[_Place], wanted: Wanted, prefix: str | None, path: str) -> IncompatibleCheckpointError:
+def _nothing(places: Sequence[Place], wanted: Wanted, prefix: str | None, path: str) -> IncompatibleCheckpointError:
     if not places:
         return IncompatibleCheckpointError(
             f"{path} holds no tensors. Nothing was loaded; the model is unchanged.",

@@ -10,7 +10,7 @@ import torch
 
 from torchload.index import Shape
 
-__all__ = ["Region", "is_ordinary", "local_region"]
+__all__ = ["Region", "is_ordinary", "is_sharded", "local_region"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,12 @@ class Region:
 def is_ordinary(tensor: torch.Tensor) -> bool:
     """Whether a tensor is certainly held whole: no subclass that could be a part of something."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is spread over ranks (or could be): a `DTensor`."""
+    dtensor = _dtensor_class()
+    return dtensor is not None and isinstance(tensor, dtensor)
 
 
 def local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
@@ -40,8 +46,7 @@ def local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
         >>> local_region(torch.zeros(2, 3))[1]
         Region(origin=(0, 0), shape=(2, 3))
     """
-    dtensor = _dtensor_class()
-    if dtensor is None or not isinstance(tensor, dtensor):
+    if not is_sharded(tensor):
         return tensor.detach(), Region((0,) * tensor.dim(), tuple(tensor.shape))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
