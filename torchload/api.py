@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
 import time
 import warnings
@@ -14,7 +12,6 @@ import torch
 from torch import nn
 
 from torchload import hooks
-from torchload.errors import IncompatibleCheckpointError
 from torchload.execute import carry_out, compare_landed, compare_ties, extents_of
 from torchload.explain import group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
@@ -24,9 +21,10 @@ from torchload.placement import DeviceSpec, Placement
 from torchload.plan import DtypeSpec, LoadPlan, Options, glob_matcher, make_plan
 from torchload.progress import progress_reporter
 from torchload.report import LoadReport
-from torchload.select import Selection, Wanted, select
+from torchload.select import Selection
+from torchload.steps import collector_paused, select_for
 from torchload.target import Target, describe_model
-from torchload.transfer import map_entry, verify_extents
+from torchload.transfer import verify_extents
 
 __all__ = ["smart_load"]
 
@@ -107,11 +105,11 @@ def smart_load(
     started = time.perf_counter()
     _check_arguments(model, dtype, skip, keep_fp32)
     placement = Placement(device)
-    with _collector_paused(), open_checkpoint(path) as checkpoint:
+    with collector_paused(), open_checkpoint(path) as checkpoint:
         options = Options(placement, dtype, tuple(keep_fp32), strict, atomic, checkpoint.path)
         target = describe_model(model)
         skipped = glob_matcher(skip)
-        selection = _select(target, checkpoint, skipped, strict, key=key, prefix=prefix, rename=rename)
+        selection = select_for(target, checkpoint, skipped, strict, key=key, prefix=prefix, rename=rename)
         plan = make_plan(target, selection, options)
         if verify:
             verify_extents(extents_of(plan))
@@ -134,31 +132,6 @@ def _check_arguments(model: nn.Module, dtype: Any, skip: Any, keep_fp32: Any) ->
     for name, globs in (("skip", skip), ("keep_fp32", keep_fp32)):
         if isinstance(globs, str):
             raise TypeError(f"{name} is a list of globs: {name}=[{globs!r}]")
-
-
-def _select(target: Target, checkpoint: Checkpoint, skipped: Any, strict: bool, **choice: Any) -> Selection:
-    """Choose and match; modules with hooks may accept names that no rule knows, so they get a second look."""
-    shapes = {name: slot.shape for name, slot in target.by_name.items()}
-    shapes.update(dict.fromkeys(target.extra_state))
-    ties = {name: slot.name for slot in target.slots if len(slot.names) > 1 for name in slot.names}
-    left_alone = frozenset(name for name in shapes if skipped.match(name)) if skipped else frozenset()
-    wanted = Wanted(shapes, ties, left_alone, skip_pattern=skipped)
-    hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
-    try:
-        selection = select(checkpoint.root, wanted, path=checkpoint.path, strict=strict, **choice)
-    except IncompatibleCheckpointError:
-        if not hooked:
-            raise
-        selection = None
-    if hooked:
-        if selection is None or not selection.fits:
-            theirs = frozenset(name for name in shapes if name.startswith(hooked))
-            wanted = Wanted(shapes, ties, left_alone, theirs, skipped)
-            selection = select(checkpoint.root, wanted, path=checkpoint.path, strict=strict, **choice)
-            selection.missing = [name for name in shapes if name not in selection.pairs and name not in left_alone]
-        selection = hooks.run_pre_hooks(target, selection, map_entry)
-    assert selection is not None
-    return selection
 
 
 # --- the account ---
@@ -258,15 +231,3 @@ def _tell(report: LoadReport, strict: bool) -> None:
                 f"{plural(len(report.unexpected_keys), 'tensor')} of the file went unused: {', '.join(names[:8])}{more}"
             )
         warnings.warn(f"{report.path} was loaded in part (strict=False). {'; '.join(parts)}", stacklevel=3)
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Planning makes many objects and no garbage; collections in between would take most of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
