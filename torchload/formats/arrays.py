@@ -19,7 +19,7 @@ from torchload.index import Box, TensorEntry, contiguous_strides
 if TYPE_CHECKING:
     from torchload.formats.walk import Walk
 
-__all__ = ["KNOWN_CALLS"]
+__all__ = ["KNOWN_CALLS", "dtype_of_code"]
 
 MAX_DIMENSIONS = 64
 
@@ -44,6 +44,16 @@ _ENCODINGS = frozenset(("latin1", "latin-1", "latin_1", "iso-8859-1", "utf-8", "
 _ARRAY_CLASSES = frozenset(
     ("numpy.ndarray", "numpy.memmap", "numpy.core.memmap", "numpy.matrix", "numpy.matrixlib.defmatrix.matrix")
 )
+
+
+def dtype_of_code(code: str) -> tuple[torch.dtype, bool] | None:
+    """Of numpy's code for a type, such as ``<f4``: torch's dtype and whether it is big-endian.
+
+    Returns:
+        ``None`` for anything but plain numbers.
+    """
+    known = _CODES.get(code.lstrip("<>|="))
+    return None if known is None else (known[0], code[0] == ">")
 
 
 def _element_type(dtype: Any) -> tuple[torch.dtype, str, bool] | None:

@@ -70,22 +70,22 @@ _REFUSED = {
     0x98: "out-of-band buffers (READONLY_BUFFER)",
 }
 
-# Upper bounds of what one opcode makes CPython allocate, in bytes, where that is much more than its own length: MARK
-# stands for the tuple, list or object that it begins. Counting a byte's value over the whole stream also counts the
-# same byte inside strings: still an upper bound.
+# Upper bounds of what one opcode costs in bytes until the tree is finished, where that is much more than its own
+# length: MARK stands for the tuple, list or object that it begins. Counting a byte's value over the whole stream also
+# counts the same byte inside strings: still an upper bound.
 _OPCODE_COSTS = {
-    b"]": 80,
+    b"]": 250,
     b"(": 72,
-    b"R": 80,
-    b"\x81": 80,
-    b"\x92": 80,
+    b"R": 260,
+    b"\x81": 260,
+    b"\x92": 260,
     b"\x85": 56,
     b"\x86": 64,
     b"\x87": 72,
     b"\x94": 16,
 }
 _COST_PER_BYTE = 5
-_REPLACEMENT_COST = 160
+_REPLACEMENT_COST = 400  # a set with the stand-in that it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,9 @@ class _Scan:
                 raise IndexError
             self.replace(position, position + 9, b"")
             return position + 9
-        if opcode in b"KqhJjMG":  # in a run but for its argument, which is missing
+        if _RUN.match(data, position) is not None:  # a run as long as they may be ended right before it
+            return position
+        if opcode in b"KqhJjMG":  # its argument is missing
             raise IndexError
         if opcode in _REFUSED:
             self.refuse(f"uses {_REFUSED[opcode]}, which no checkpoint needs", position)

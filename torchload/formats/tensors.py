@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchload.formats import arrays
+from torchload.formats.partial import KNOWN_SUBCLASSES
 from torchload.formats.standins import AS_RECORD, Call, SetStandIn, StandInType, Storage
 from torchload.index import Box, OpaqueTensor, Shape, TensorEntry
 
@@ -180,8 +181,11 @@ def _from_type(call: Call, walk: Walk) -> Any:
     if not isinstance(function, StandInType) or not issubclass(function, Call) or type(args) is not tuple:
         return AS_RECORD
     value = walk.value(function(*args[:16]))
-    if isinstance(kind, StandInType) and kind.qualified in _PARAMETERS:
-        value = as_parameter(value)
+    if isinstance(kind, StandInType):
+        if kind.qualified in _PARAMETERS:
+            value = as_parameter(value)
+        elif kind.qualified in KNOWN_SUBCLASSES and type(value) is OpaqueTensor and value.shape is not None:
+            value = KNOWN_SUBCLASSES[kind.qualified](call.args[3], value.shape, walk)
     return value if type(value) in (TensorEntry, OpaqueTensor) else AS_RECORD
 
 

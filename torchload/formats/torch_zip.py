@@ -50,7 +50,7 @@ def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
         storage_extents(directory, data_folder, big_endian),
         name=path,
         source=source.slice(pickle_record.offset, pickle_record.size) if stored else None,
-        allowance_bytes=BASE_ALLOWANCE_BYTES + 2 * source.size,
+        allowance_bytes=BASE_ALLOWANCE_BYTES + 4 * source.size,
     )
     has_checksums = any(record.crc32 for record in directory.records.values())
     return Checkpoint(path, "zip checkpoint", root, (source,), checksums=has_checksums)

@@ -17,7 +17,7 @@ import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torchload.errors import CorruptCheckpointError
+from torchload.errors import CorruptCheckpointError, TorchLoadError
 from torchload.formats.opcodes import BASE_ALLOWANCE_BYTES, PickleStream, check_stream
 from torchload.formats.standins import (
     BlobReference,
@@ -162,7 +162,13 @@ class Unpickled:
             CorruptCheckpointError: A tensor does not lie inside its storage, or the objects are nested too deeply.
         """
         root, self.root = self.root, None
-        return Walk(self.name, self.data, self.stream.blobs, self.source, extent_of).run(root)
+        walk = Walk(self.name, self.data, self.stream.blobs, self.source, extent_of)
+        try:
+            return walk.run(root)
+        except _MALFORMED as error:
+            if isinstance(error, TorchLoadError):
+                raise
+            walk.fail(f"is not what a checkpoint holds ({error})", error)
 
 
 class _File:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from torchload.errors import CorruptCheckpointError
+from torchload.errors import CorruptCheckpointError, TorchLoadError
 from torchload.formats.modules import flatten_module, module_fields
 from torchload.formats.standins import (
     AS_RECORD,
@@ -137,7 +137,7 @@ class Walk:
         if kind is tuple:
             return self._tuple(item)
         if kind is list:
-            if id(item) not in self._lists:
+            if item and id(item) not in self._lists:
                 self._lists[id(item)] = item
                 self._pending.append((item, self.depth + 1))
             return item
@@ -188,11 +188,11 @@ class Walk:
             self.fail("repeats a collection too often")
         return items
 
-    def fail(self, what: str) -> NoReturn:
+    def fail(self, what: str, cause: BaseException | None = None) -> NoReturn:
         """Refuse the file because of the value that is being looked at."""
         key = self.key if type(self.key) in (str, int) else None
         subject = "a value" if key is None else f"{key!r}" if len(str(key)) <= 200 else f"{str(key)[:200]!r}…"
-        raise CorruptCheckpointError(f"{self.name}: {subject} {what}. The file is damaged.", path=self.name)
+        raise CorruptCheckpointError(f"{self.name}: {subject} {what}. The file is damaged.", path=self.name) from cause
 
     def _call(self, call: Call) -> Any:
         if call.value is _PENDING or self._nesting >= MAX_NESTING:
@@ -202,7 +202,9 @@ class Walk:
         try:
             value = call.convert(self)
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
-            self.fail(f"is no {call.qualified} as its writer makes them ({error})")
+            if isinstance(error, TorchLoadError):
+                raise
+            self.fail(f"is no {call.qualified} as its writer makes them ({error})", error)
         self._nesting -= 1
         if value is AS_RECORD:
             value = Record(call.qualified, call.args, call.state)
