@@ -200,7 +200,8 @@ def _machine(environment: dict[str, Any]) -> str:
     return (
         f"{environment['processor']}, {environment['cores']} cores, {environment['memory_gib']} GiB{gpu}; "
         f"{environment['system']}, {environment['file_system']}; Python {environment['python']}; "
-        f"torchload at {environment['torchload_commit']}; {versions}"
+        f"torchload at {environment['torchload_commit']}; {versions}; "
+        f"load average at the start {environment['load_average_at_start'][0]}"
     )
 
 
