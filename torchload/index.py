@@ -76,6 +76,11 @@ class Box:
         """Whether the elements lie one after the other in row-major order (size-1 dimensions don't count)."""
         return self.strides == contiguous_strides(self.shape) or _dense(self.shape, self.strides)
 
+    @property
+    def location(self) -> tuple[int, int, Shape, Shape]:
+        """Identity of the data: boxes of equal location hold the same bytes."""
+        return id(self.extent.source), self.extent.offset + self.start, self.shape, self.strides
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorEntry:
@@ -106,9 +111,7 @@ class TensorEntry:
     @property
     def location(self) -> tuple[tuple[int, int, Shape, Shape], ...]:
         """Identity of the data: two entries with equal dtype and location are the same bytes (tied tensors)."""
-        return tuple(
-            (id(box.extent.source), box.extent.offset + box.start, box.shape, box.strides) for box in self.boxes
-        )
+        return tuple(box.location for box in self.boxes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,10 +121,13 @@ class OpaqueTensor:
     Attributes:
         reason: Why, as a noun phrase for messages: ``"a sparse COO tensor"``, ``"a quantized tensor"``.
         shape: Its shape where known.
+        parts: Of a tensor that is spread over the files of several processes, what this file holds of it: (position of
+            the part's first element, part).
     """
 
     reason: str
     shape: Shape | None = None
+    parts: tuple[tuple[Shape, TensorEntry], ...] = ()
 
 
 @dataclass(slots=True, eq=False)

@@ -118,11 +118,18 @@ def _open_folder(path: str) -> Checkpoint:
     from torchload.formats import folder, sharded
 
     choice = folder.choose(path, _is_checkpoint)
+    if choice.opener is not None:
+        return choice.opener(path, _open_member)
     if len(choice.files) == 1:
         checkpoint = _open_file(choice.files[0])
     else:
         checkpoint = sharded.open_list(list(choice.files), _open_shard)
     return folder.describe(checkpoint, path, choice)
+
+
+def _open_member(path: str) -> Checkpoint:
+    """Open a part of a folder: a file, or another folder."""
+    return _open_folder(path) if stat.S_ISDIR(status_of(path).st_mode) else _open_shard(path)
 
 
 def _open_file(path: str) -> Checkpoint:

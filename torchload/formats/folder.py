@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torchload.errors import AmbiguousCheckpointError, CheckpointFormatError, CheckpointNotFoundError
+from torchload.formats import rank_files
 from torchload.formats.locate import UNFINISHED_SUFFIXES
 from torchload.index import Checkpoint
 
@@ -56,6 +57,10 @@ _TEXT_SUFFIX = re.compile(
 _NUMBERED = re.compile(r"(?:shard-\d+-)?(?P<stem>.*?)(?P<number>\d{2,6})-of-(?P<total>\d{2,6})(?P<suffix>\..+)")
 
 
+OpenMember = Callable[[str], Checkpoint]
+Opener = Callable[[str, OpenMember], Checkpoint]
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What to open of a folder.
@@ -63,44 +68,54 @@ class Choice:
     Attributes:
         files: Paths; several are the shards of one checkpoint.
         notes: Sentences about why, and what was left aside.
+        opener: Where the folder is one checkpoint as a whole, what opens it: called with its path and a function that
+            opens a file or a folder inside.
     """
 
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    opener: Opener | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _WholeFolder:
-    """A kind of folder that is one checkpoint: how its entries' names tell, and what to do with it."""
+    """A kind of folder that is one checkpoint: how its names tell, and what opens it or what to do instead."""
 
     found: str
     recognizes: Callable[[frozenset[str]], bool]
-    advice: str
+    advice: str = ""
+    opener: Opener | None = None
 
 
 def _any_match(pattern: str) -> Callable[[frozenset[str]], bool]:
     return lambda names: any(re.fullmatch(pattern, name) for name in names)
 
 
+def _open_distributed(path: str, open_member: OpenMember) -> Checkpoint:
+    from torchload.formats import distributed
+
+    return distributed.open_folder(path)
+
+
+def _open_deepspeed(path: str, open_member: OpenMember) -> Checkpoint:
+    from torchload.formats import deepspeed
+
+    return deepspeed.open_folder(path, open_member)
+
+
 _WHOLE_FOLDERS: tuple[_WholeFolder, ...] = (
-    _WholeFolder(
-        "torch.distributed.checkpoint folder",
-        lambda names: ".metadata" in names,
-        "Convert it with torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file).",
-    ),
+    _WholeFolder("torch.distributed.checkpoint folder", _any_match(r"(?:__\d+)?\.metadata"), opener=_open_distributed),
     _WholeFolder(
         "DeepSpeed checkpoint folder",
         lambda names: bool(
-            ("latest" in names and _any_match(r"global_step\d+")(names))
+            ("latest" in names and _any_match(r"global_step\d+|zero_to_fp32\.py|checkpoint")(names))
             or _any_match(r"(?:bf16_)?(?:zero_pp_rank_\d+_)?mp_rank_\d+_(?:model|optim)_states\.pt")(names)
         ),
-        "Convert it with the zero_to_fp32.py that DeepSpeed puts beside it.",
+        opener=_open_deepspeed,
     ),
-    _WholeFolder(
-        "Megatron checkpoint folder",
-        lambda names: "latest_checkpointed_iteration.txt" in names or _any_match(r"mp_rank_\d\d(?:_\d{3})?")(names),
-        "Its files hold one rank's part each; convert it with Megatron's own tools/checkpoint/convert.py.",
-    ),
+    _WholeFolder("Megatron checkpoint folder", rank_files.is_megatron, opener=rank_files.open_megatron),
+    _WholeFolder("folder of an FSDP training state", rank_files.is_single_part, opener=rank_files.open_part),
+    _WholeFolder("set of rank files", rank_files.is_rank_set, opener=rank_files.open_rank_set),
     _WholeFolder(
         "TensorFlow SavedModel",
         lambda names: bool({"saved_model.pb", "saved_model.pbtxt"} & names),
@@ -136,10 +151,13 @@ def choose(path: str, is_checkpoint: Callable[[str], bool]) -> Choice:
         return choice
     names = frozenset(files | folders)
     for kind in _WHOLE_FOLDERS:
-        if kind.recognizes(names):
-            raise CheckpointFormatError(
-                f"{path} is a {kind.found}, which is not read yet. {kind.advice}", path=path, found=kind.found
-            )
+        if not kind.recognizes(names):
+            continue
+        if kind.opener is not None:
+            return Choice((), opener=kind.opener)
+        raise CheckpointFormatError(
+            f"{path} is a {kind.found}, which is not read here. {kind.advice}", path=path, found=kind.found
+        )
     indexes = sorted(name for name in files if re.fullmatch(r".+\.index(?:\.\w+)?\.json", name))
     if indexes:
         return _only(path, [(name,) for name in indexes])

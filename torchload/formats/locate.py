@@ -15,11 +15,21 @@ from typing import Any
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.source import FileSource, MemorySource, Source, StreamSource
 
-__all__ = ["UNFINISHED_SUFFIXES", "path_text", "source_of_file", "source_of_object", "status_of"]
+__all__ = [
+    "UNFINISHED_SUFFIXES",
+    "path_inside",
+    "path_text",
+    "pointer_text",
+    "source_of_file",
+    "source_of_object",
+    "status_of",
+]
 
 UNFINISHED_SUFFIXES = (".part", ".partial", ".crdownload", ".incomplete", ".download", ".aria2", ".tmp")
 
 _MAX_LISTED = 10_000  # directory entries looked at for near names
+
+_MAX_POINTER_BYTES = 4096
 
 _SPECIAL_KINDS = (
     (stat.S_ISFIFO, "a FIFO (named pipe)"),
@@ -63,6 +73,36 @@ def status_of(path: str) -> os.stat_result:
     return status
 
 
+def path_inside(name: str, folder: str, path: str) -> str:
+    """The path of a file that an index names; whoever wrote the index does not choose what else is opened.
+
+    Args:
+        name: As the index has it: relative, parts separated by ``/``.
+        folder: Where the index lies.
+        path: The checkpoint, for messages.
+
+    Raises:
+        CorruptCheckpointError: The name leads, or passes through a link that may lead, out of the folder.
+    """
+    parts = name.split("/")
+    harmless = name.isprintable() and not any(character in name for character in "\\:")
+    if not harmless or len(name) > 4096 or any(part in {"", ".", ".."} for part in parts):
+        raise CorruptCheckpointError(
+            f"{path} names the file {name[:200]!a}, which is not a plain file name inside its folder. It is not "
+            "opened; an honest index never does this.",
+            path=path,
+        )
+    step = folder
+    for part in parts[:-1]:
+        step = os.path.join(step, part)
+        if os.path.islink(step):
+            raise CorruptCheckpointError(
+                f"{path} names the file {name!r}, but {step} is a link to another folder. It is not opened.",
+                path=path,
+            )
+    return os.path.join(folder, *parts)
+
+
 def source_of_file(path: str) -> Source:
     """Open a regular file that holds something.
 
@@ -78,6 +118,15 @@ def source_of_file(path: str) -> Source:
             f"{path} is empty (0 bytes): the download or the save never wrote to it.", path=path, found="empty file"
         )
     return source
+
+
+def pointer_text(path: str) -> str:
+    """The content of a small text file that names another file, such as ``latest``; what can't be text is cut off."""
+    source = source_of_file(path)
+    try:
+        return source.read(0, min(source.size, _MAX_POINTER_BYTES)).decode("utf-8", "replace").strip()
+    finally:
+        source.close()
 
 
 def source_of_object(file: Any) -> Source:

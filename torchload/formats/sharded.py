@@ -15,6 +15,7 @@ from typing import Any
 
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats.json_text import parse_object
+from torchload.formats.locate import path_inside
 from torchload.formats.slices import assemble, slice_origins
 from torchload.index import Checkpoint, Container, OpaqueTensor, TensorEntry
 from torchload.source import FileSource, Source
@@ -125,29 +126,9 @@ def _shard_paths(weight_map: Mapping[str, Any], path: str) -> dict[str, str]:
                 f"{path} is invalid: the file of tensor {key!r} is not text but {type(name).__name__}.", path=path
             )
         if name not in shards:
-            _check_inside(name, folder, path)
-            shards[name] = os.path.join(folder, *name.split("/"))
+            shards[name] = path_inside(name, folder, path)
     _check_present(shards, path)
     return shards
-
-
-def _check_inside(name: str, folder: str, path: str) -> None:
-    parts = name.split("/")
-    harmless = name.isprintable() and not any(character in name for character in "\\:")
-    if not harmless or len(name) > 4096 or any(part in {"", ".", ".."} for part in parts):
-        raise CorruptCheckpointError(
-            f"{path} names the shard {name[:200]!a}, which is not a plain file name inside its folder. It is not "
-            "opened; an honest index never does this.",
-            path=path,
-        )
-    step = folder
-    for part in parts[:-1]:
-        step = os.path.join(step, part)
-        if os.path.islink(step):
-            raise CorruptCheckpointError(
-                f"{path} names the shard {name!r}, but {step} is a link to another folder. It is not opened.",
-                path=path,
-            )
 
 
 def _check_present(shards: Mapping[str, str], path: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchload.formats import arrays
-from torchload.formats.partial import KNOWN_SUBCLASSES
+from torchload.formats.partial import KNOWN_SUBCLASSES, one_part
 from torchload.formats.standins import AS_RECORD, Call, SetStandIn, StandInType, Storage
 from torchload.index import Box, OpaqueTensor, Shape, TensorEntry
 
@@ -185,7 +185,7 @@ def _from_type(call: Call, walk: Walk) -> Any:
         if kind.qualified in _PARAMETERS:
             value = as_parameter(value)
         elif kind.qualified in KNOWN_SUBCLASSES and type(value) is OpaqueTensor and value.shape is not None:
-            value = KNOWN_SUBCLASSES[kind.qualified](call.args[3], value.shape, walk)
+            value = one_part(kind.qualified, call.args[3], value.shape, walk)
     return value if type(value) in (TensorEntry, OpaqueTensor) else AS_RECORD
 
 
