@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["flatten_module", "module_fields"]
 
 MAX_MODULE_DEPTH = 200
+MODULE_COST = 10  # what visiting a module once more counts, in items that are copied
 MAX_NAME_LENGTH = 4096  # characters of a dotted name
 
 # Classes whose objects are pickled as a call with the wrapped module → the name under which they hold it.
@@ -50,6 +51,7 @@ def flatten_module(walk: Walk, module: Record, container: Container) -> None:
         fields = module_fields(record)
         if fields is None:
             continue
+        walk.charge(MODULE_COST)
         if type(fields.get("_version")) is int:
             metadata[prefix[:-1]] = {"version": fields["_version"]}
         _own_tensors(walk, fields, prefix, container)

@@ -38,7 +38,7 @@ BLOB_BYTES = 4096  # payloads from this length on are left where they are
 MAX_LINE_BYTES = 4096  # of a textual number; names and strings may be longer
 
 # Memo indices below 2²¹ pass inside the run; larger ones are compared with the length of the stream.
-_WITHOUT_ARGUMENT = b"(012NRbaesutl]oQ)\x81\x85\x86\x87\x88\x89\x90\x92\x93\x94"
+_WITHOUT_ARGUMENT = b"(012NRbaesut]oQ)\x81\x85\x86\x87\x88\x89\x90\x92\x93\x94"
 _RUN = re.compile(
     rb"(?:[Kqh].|[" + re.escape(_WITHOUT_ARGUMENT) + rb"]|[Jj]....|r..[\x00-\x1f]\x00|M..|G........){1,1024}",
     re.DOTALL,
@@ -181,6 +181,7 @@ class _Scan:
     max_replacements: int
     pieces: list[bytes] = field(default_factory=list)
     blobs: list[Blob] = field(default_factory=list)
+    lists: int = 0
     kept: int = -1  # up to where `pieces` covers the data
 
     def step(self, opcode: int, position: int) -> int:
@@ -189,6 +190,10 @@ class _Scan:
         replacement = _REPLACEMENTS.get(opcode)
         if replacement is not None:
             self.replace(position, position + 1, replacement)
+            return position + 1
+        if opcode == 0x6C:  # LIST, as protocol 0 has it
+            self.lists += 1
+            self.check_amount(position)
             return position + 1
         if opcode in _TEXT_LINES:
             for _ in range(_TEXT_LINES[opcode]):
@@ -243,7 +248,10 @@ class _Scan:
         self.pieces.append(bytes(self.data[self.kept : position]))
         self.pieces.append(replacement)
         self.kept = end
-        if len(self.pieces) > 2 * self.max_replacements:
+        self.check_amount(position)
+
+    def check_amount(self, position: int) -> None:
+        if len(self.pieces) + self.lists > 2 * self.max_replacements:
             self.refuse("would unfold to more objects than a checkpoint of this size can hold", position)
 
     def take_blob(self, opcode: int, position: int, payload: int, size: int) -> None:

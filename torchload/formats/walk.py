@@ -183,10 +183,14 @@ class Walk:
         """A collection that is about to be copied; refuses when a stream makes too many copies."""
         if not isinstance(items, (list, tuple, dict)):
             raise TypeError("a call has no collection where one belongs")
-        self.expansions -= len(items)
+        self.charge(len(items))
+        return items
+
+    def charge(self, count: int) -> None:
+        """Count items that are copied although the stream has them once."""
+        self.expansions -= count
         if self.expansions < 0:
             self.fail("repeats a collection too often")
-        return items
 
     def fail(self, what: str, cause: BaseException | None = None) -> NoReturn:
         """Refuse the file because of the value that is being looked at."""
