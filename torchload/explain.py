@@ -77,7 +77,7 @@ def incompatible(
     lines += [f"  {problem}" for problem in problems]
     fitting = len(selection.pairs) - len(selection.mismatched)
     lines.append(f"  {fitting:,} of {plural(len(target.names), 'tensor')} fit.")
-    lines += _advice(selection, problems)
+    lines += _advice(target, selection, problems)
     return IncompatibleCheckpointError(
         "\n".join(lines),
         path=path,
@@ -88,19 +88,43 @@ def incompatible(
     )
 
 
-def _advice(selection: Selection, problems: Sequence[str]) -> list[str]:
+def _advice(target: Target, selection: Selection, problems: Sequence[str]) -> list[str]:
     lacking = [*selection.mismatched, *selection.missing]
     if problems or not (lacking or selection.unexpected):
         return []
-    tops = list(dict.fromkeys(_parent(name) for name in lacking))
-    if lacking and len(tops) <= 4 and len(lacking) * 2 <= len(selection.pairs):
-        globs = ", ".join(f'"{top}.*"' if top else f'"{name}"' for top, name in zip(tops, lacking))
-        return [f"  For a part that is meant to be new: smart_load(..., skip=[{globs}])"]
     if not lacking:
-        tops = list(dict.fromkeys(_parent(name) or name for name in selection.unexpected))[:3]
-        globs = ", ".join(f'"{top}.*"' for top in tops)
-        return [f"  To leave these out: smart_load(..., skip=[{globs}])"]
+        surplus = [selection.alignment.leftover.get(name, name) for name in selection.unexpected]
+        return [f"  To leave these out: smart_load(..., skip={_globs(surplus, target.names)})"]
+    fitting = [name for name in selection.pairs if name not in selection.mismatched]
+    globs = _globs(lacking, fitting)
+    if len(globs) <= _MOST_GLOBS and len(lacking) <= len(fitting):
+        return [f"  For a part that is meant to be new: smart_load(..., skip={globs})"]
     return ["  If the names only differ in spelling: smart_load(..., rename={r'^old\\.': 'new.'})"]
+
+
+_MOST_GLOBS = 4
+
+
+def _globs(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Globs that match all of `names` and none of `others`, as few as a look at the paths gives."""
+    taken = {name[:end] for name in others for end in _ends(name)}
+    leaves = {name.rpartition(".")[2] for name in others}
+    globs: dict[str, None] = {}
+    for name in names:
+        free = next((name[:end] for end in _ends(name) if name[:end] not in taken), name)
+        leaf = name.rpartition(".")[2]
+        if free != name:
+            globs[f"{free}.*"] = None
+        elif leaf not in leaves and "." in name:
+            globs[f"*.{leaf}"] = None
+        else:
+            globs[name] = None
+    return list(globs)
+
+
+def _ends(name: str) -> list[int]:
+    """Where the paths end that lead to a name: at each dot, and at its own end."""
+    return [*(position for position, character in enumerate(name) if character == "."), len(name)]
 
 
 def _parent(name: str) -> str:

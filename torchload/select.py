@@ -92,7 +92,7 @@ class Selection:
     @property
     def path(self) -> str:
         """Container and prefix as one dotted path."""
-        return ".".join(part for part in (self.key, self.prefix) if part)
+        return _joined(self.key, self.prefix)
 
     @property
     def averaged(self) -> bool:
@@ -258,6 +258,7 @@ def _candidates(
 ) -> Iterator[Selection]:
     """Every sub-tree with at least `least` tensors that shares names with the model, judged."""
     views = _model_views(wanted, strict)
+    searched = len(places) > 1  # not chosen by key, which hides what is above
     for place in places:
         if len(place.leaves) < least:
             continue
@@ -272,6 +273,8 @@ def _candidates(
             if prefix is not None and below != prefix.rstrip("."):
                 continue
             for added, view in views:
+                if added and _last(_joined(place.path if searched else "", below)) == _last(added):
+                    continue  # the file has the prefix too: the same pair one level down, seen without its siblings
                 alignment = align(node, view)
                 if alignment.pairs:
                     candidate = _judge(place, below, leaves, node, alignment, wanted, added)
@@ -389,6 +392,10 @@ def _needed(wanted: Wanted) -> int:
     )
 
 
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
@@ -397,7 +404,7 @@ def _last(name: str) -> str:
 
 
 def _standing(key: str, prefix: str) -> Standing:
-    path = ".".join(part for part in (key, prefix) if part)
+    path = _joined(key, prefix)
     standings = [container_standing(segment) for segment in path.split(".")] if path else []
     worst = max(standings, default=Standing.CONVENTIONAL)
     if worst <= Standing.CONVENTIONAL and Standing.AVERAGE in standings:

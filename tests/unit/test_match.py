@@ -59,6 +59,12 @@ def test_top_level_siblings_are_outside_and_leftovers_within_a_module_are_not():
     assert found.leftover == {"loss.w": "loss.w", "layers.1.w": "layers.1.w"}
 
 
+def test_a_further_layer_of_a_sequence_is_a_leftover_even_at_the_root():
+    found = align(tree_of(["0.w", "1.w", "2.w", "loss.w"]), tree_of(["0.w", "1.w"]))
+    assert found.outside == ["loss.w"]
+    assert found.leftover["2.w"] == "2.w"
+
+
 def test_leftovers_carry_the_name_the_model_would_use():
     found = align(tree_of(["module.a.x", "module.a.lora"]), tree_of(["a.x"]))
     assert found.leftover == {"module.a.lora": "a.lora"}

@@ -162,6 +162,23 @@ def test_a_prefix_that_only_the_model_has():
     assert found.added == "backbone"
 
 
+def test_a_prefix_that_both_have_hides_no_leftover():
+    wrapper = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
+    state = {**wrapper.state_dict(), "body.2.weight": torch.zeros(2, 2)}
+    for value in (state, {"model": state}, {"body": {name[5:]: v for name, v in state.items()}}):
+        found = choose(value, wrapper)
+        assert not found.fits
+        assert [name[-8:] for name in found.unexpected] == ["2.weight"]
+
+
+def test_a_container_of_the_prefixs_name_hides_no_leftover_either():
+    wrapper = nn.ModuleDict({"backbone": nn.ModuleDict({"stem": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})})
+    inner = {name[9:]: value for name, value in wrapper.state_dict().items()}
+    assert choose({"backbone": inner, "epoch": 1}, wrapper).fits
+    more = {**inner, "extra.weight": torch.zeros(2)}
+    assert choose({"backbone": more, "epoch": 1}, wrapper).unexpected == ["backbone.extra.weight"]
+
+
 def test_opennmt_keeps_parts_of_one_model_apart():
     model = nn.ModuleDict({"encoder": Net(), "decoder": Net(), "generator": nn.Linear(2, 2)})
     state = model.state_dict()

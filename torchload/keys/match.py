@@ -123,32 +123,37 @@ def align(source: Node, model: Node, *, lift: Iterable[str] = ()) -> Alignment:
 
 def _at_root(result: Alignment, source: Node, model: Node, lift: frozenset[str]) -> None:
     work: list[tuple[Node, Node]] = []
-    extra, here = _pair_children(result, source, model, work, WRAPPERS.keys() | lift)
+    extra, theirs = _pair_children(result, source, model, work, WRAPPERS.keys() | lift)
     # A tensor right at the root would be part of the root module itself, which the model has: that is unexpected.
-    result.outside += [name for node in extra.values() for rest, name in node.names.items() if rest]
+    # So is a further layer of a Sequential or ModuleList, whose children are numbers.
+    numbered = any(label.isdecimal() for label in theirs)
+    for label, node in extra.items():
+        if not (numbered and label.isdecimal()):
+            result.outside += [name for rest, name in node.names.items() if rest]
     if not work:
         return  # nothing in common: not the same module, and no use in naming what it lacks
-    _note_leftover(result, extra, here)
+    _note_leftover(result, extra, theirs)
     while work:
-        ours, theirs = work.pop()
-        _note_leftover(result, *_pair_children(result, ours, theirs, work, WRAPPERS.keys()))
+        pair = work.pop()
+        _note_leftover(result, *_pair_children(result, *pair, work, WRAPPERS.keys()))
 
 
-def _note_leftover(result: Alignment, extra: dict[str, Node], here: str) -> None:
+def _note_leftover(result: Alignment, extra: dict[str, Node], theirs: dict[str, Node]) -> None:
+    here = _path_of(theirs) if theirs else ""
     result.leftover.update((name, here + local) for local, name in _joined(extra).items())
 
 
 def _pair_children(
     result: Alignment, source: Node, model: Node, work: list[tuple[Node, Node]], liftable: Collection[str]
-) -> tuple[dict[str, Node], str]:
+) -> tuple[dict[str, Node], dict[str, Node]]:
     """Pair two nodes: what is settled goes to `result`, pairs of children to `work`.
 
     Returns:
-        The source's children that have no counterpart, and the path of the model's node that they would belong to.
+        The source's children that have no counterpart, and the model's children among which they lack one.
     """
     if source.names.keys() == model.names.keys():
         result.pairs.update((name, source.names[rest]) for rest, name in model.names.items())
-        return {}, ""
+        return {}, {}
     if source.is_tensor and model.is_tensor:
         result.pairs[model.names[""]] = source.names[""]
     ours, theirs = _agree(result, _Chain.below(source), _Chain.below(model))
@@ -159,7 +164,7 @@ def _pair_children(
         _lift(result, extra, lacking, work, liftable, "file")
         _lift(result, lacking, extra, work, liftable, "model")
         _rename(result, extra, lacking)
-    return extra, _path_of(theirs) if extra and theirs else ""
+    return extra, theirs
 
 
 @dataclass(slots=True)
