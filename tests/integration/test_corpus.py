@@ -21,16 +21,7 @@ CORPUS = Path(__file__).parents[2] / ".." / "shared" / "corpus"
 
 # Container kinds that are not supported yet, and why: refused clearly until then. One that loads must leave this list.
 NOT_YET: dict[str, str] = {
-    "legacy-pickle": "the format of torch < 1.6",
-    "legacy-pickle(module)": "the format of torch < 1.6",
-    "torchscript-zip": "TorchScript archives",
-    "pt2-zip": "torch.export archives",
-    "dcp-dir": "torch.distributed.checkpoint folders",
-    "deepspeed-dir": "DeepSpeed folders",
-    "dir of per-rank pickles": "sharded tensors of FSDP1",
-    "plain pickle of numpy": "numpy arrays pickled without torch",
     "zip-pickle(Learner object)": "a training object around the model",
-    "sb3 zip (policy.pth inside)": "checkpoints inside another zip",
 }
 
 # Single cases, likewise.

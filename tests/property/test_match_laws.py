@@ -39,9 +39,7 @@ def wrapped(draw, tree, path=()):
 @st.composite
 def tree_and_two_wrappings(draw):
     tree = draw(trees)
-    return list(flatten(tree)), *(
-        [".".join(name) for name in draw(wrapped(tree))] for _ in range(2)
-    )
+    return list(flatten(tree)), *([".".join(name) for name in draw(wrapped(tree))] for _ in range(2))
 
 
 @given(tree_and_two_wrappings())
