@@ -10,19 +10,18 @@ from __future__ import annotations
 import gc
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torchload.errors import CorruptCheckpointError, TorchLoadError
+from torchload.errors import TorchLoadError
 from torchload.formats import safetensors
 from torchload.formats.locate import path_text, source_of_file, source_of_object, status_of
+from torchload.formats.magic import HEAD_BYTES, is_legacy, is_pickle, is_zip
 from torchload.index import Checkpoint
 from torchload.source import Source
 
 __all__ = ["FORMATS", "Format", "open_checkpoint"]
-
-HEAD_BYTES = 4096  # what recognizers see of a file
 
 
 class Format(NamedTuple):
@@ -42,33 +41,37 @@ class Format(NamedTuple):
 
 
 def _open_zip(source: Source, path: str) -> Checkpoint:
-    from torchload.formats import torch_zip
-    from torchload.formats.zip_directory import read_directory
+    from torchload.formats import archives
 
-    directory = read_directory(source)
-    if not _has_pickle(directory.records):
-        from torchload.formats import foreign
-
-        if error := foreign.describe_zip(directory.records, path):
-            raise error
-    return torch_zip.open_directory(directory, path)
+    return archives.open(source, path)
 
 
-def _is_torch_zip(source: Source) -> bool:
-    from torchload.formats.zip_directory import read_directory
+def _is_zip_checkpoint(source: Source) -> bool:
+    from torchload.formats import archives
 
-    try:
-        return _has_pickle(read_directory(source).records)
-    except CorruptCheckpointError:
-        return True  # perhaps a damaged checkpoint, which deserves its own error
+    return archives.is_checkpoint(source)
 
 
-def _has_pickle(names: Iterable[str]) -> bool:
-    return any(name == "data.pkl" or name.endswith("/data.pkl") for name in names)
+def _open_legacy(source: Source, path: str) -> Checkpoint:
+    from torchload.formats import legacy
+
+    return legacy.open(source, path)
+
+
+def _open_pickle(source: Source, path: str) -> Checkpoint:
+    from torchload.formats import numpy_files
+
+    return numpy_files.open_pickle(source, path)
+
+
+def _never(source: Source) -> bool:
+    return False  # pickles hold anything; beside other files, one is not what was meant
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("zip checkpoint", lambda head: head.startswith(b"PK\x03\x04"), _open_zip, _is_torch_zip),
+    Format("zip archive", is_zip, _open_zip, _is_zip_checkpoint),
+    Format("legacy checkpoint", is_legacy, _open_legacy),
+    Format("pickle", is_pickle, _open_pickle, _never),
     Format("safetensors", safetensors.recognizes, safetensors.open),
 )
 

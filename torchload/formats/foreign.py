@@ -36,7 +36,6 @@ class Foreign:
         advice: What to do, as a sentence.
         detail: What more can be said about this one, from its first bytes, to follow its name; may be empty.
         confirms: Whether it is one, from the rest of the file, where its first bytes don't tell.
-        verdict: How the sentence that names it ends.
     """
 
     found: str
@@ -44,7 +43,6 @@ class Foreign:
     advice: str
     detail: Callable[[bytes], str] | None = None
     confirms: Callable[[Source], bool] | None = None
-    verdict: str = "not a checkpoint"
 
 
 def describe(source: Source, head: bytes, path: str) -> CheckpointFormatError:
@@ -60,7 +58,7 @@ def describe(source: Source, head: bytes, path: str) -> CheckpointFormatError:
             detail = kind.detail(head) if kind.detail else ""
             article, _, bare = kind.found.partition(" ")
             found = bare if article in {"a", "an"} else kind.found
-            message = f"{path} is {kind.found}{detail}, {kind.verdict}. {kind.advice}"
+            message = f"{path} is {kind.found}{detail}, not a checkpoint. {kind.advice}"
             return CheckpointFormatError(message + _unfinished(path), path=path, found=found)
     return CheckpointFormatError(
         f"{path} ({source.size:,} bytes) is not a checkpoint in any format known here; it begins with the bytes "
@@ -217,17 +215,6 @@ def _is_msgpack_map(head: bytes) -> bool:
     return match is not None
 
 
-def _is_legacy_torch(head: bytes) -> bool:
-    # The magic number 0x1950a86a20f9469cfc6c, pickled with protocol 2 or more.
-    return b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19" in head[:32]
-
-
-def _is_pickle(head: bytes) -> bool:
-    if head[:1] == b"\x80":
-        return head[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"}
-    return re.match(rb"(?:\(dp\d|\(lp\d|\(dq|\}q|\]q|c[\w.]+\n[\w.]+\n|\(i[\w.]+\n[\w.]+\n)", head) is not None
-
-
 def _samples_are_zero(source: Source) -> bool:
     step = max(source.size // _SAMPLES, _SAMPLE_BYTES)
     return not any(
@@ -239,19 +226,9 @@ def _samples_are_zero(source: Source) -> bool:
 _ZIP_KINDS: tuple[tuple[str, Callable[[frozenset[str]], bool], str], ...] = (
     ("a Keras model", lambda names: {"config.json", "model.weights.h5"} <= names, _OTHER_FRAMEWORK),
     (
-        "a torch.export program (.pt2)",
-        lambda names: any(name.endswith(("/archive_format", "serialized_exported_program.json")) for name in names),
-        "That is not read yet: load it with torch.export.load and save its state_dict with torch.save.",
-    ),
-    (
         "a stable-baselines3 agent",
         lambda names: "_stable_baselines3_version" in names,
         "Unpack it and give the path of policy.pth inside.",
-    ),
-    (
-        "a numpy archive (.npz)",
-        lambda names: bool(names) and all(name.endswith(".npy") for name in names),
-        "That is not read yet: load it with numpy.load and save the arrays as tensors with torch.save.",
     ),
     ("an office document", lambda names: bool({"[Content_Types].xml", "mimetype"} & names), _NO_WEIGHTS),
     ("a Java archive or Android package", lambda names: "META-INF/MANIFEST.MF" in names, _NO_WEIGHTS),
@@ -329,13 +306,6 @@ KINDS: tuple[Foreign, ...] = (
     Foreign("an SQLite database", _magic(b"SQLite format 3\0"), _NO_WEIGHTS),
     Foreign("a Parquet file", _magic(b"PAR1"), _NO_WEIGHTS),
     Foreign("an Arrow file", _magic(b"ARROW1"), _NO_WEIGHTS),
-    Foreign(
-        "a torch file of the legacy format (torch < 1.6)",
-        _is_legacy_torch,
-        "Save it again in the present format: torch.save(torch.load(path, weights_only=True), new_path).",
-        verdict="which is not read yet",
-    ),
-    Foreign("a pickle", _is_pickle, "Expected is a file of torch.save, which is a zip file, or safetensors."),
     Foreign("a msgpack file (Flax)", _is_msgpack_map, _OTHER_FRAMEWORK),
     Foreign(
         "filled with zeros",
