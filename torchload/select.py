@@ -8,9 +8,9 @@ they are called decides only between candidates that fit equally.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torchload.errors import AmbiguousCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError
 from torchload.index import OpaqueTensor, Shape, TensorEntry
@@ -403,6 +403,21 @@ def _last(name: str) -> str:
 # --- the choice ---
 
 
+class Candidate(Protocol):
+    """What may be meant, as far as its name and its company tell."""
+
+    standing: Standing
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def leaves(self) -> Mapping[str, Leaf]: ...
+
+
 def _standing(key: str, prefix: str) -> Standing:
     path = _joined(key, prefix)
     standings = [container_standing(segment) for segment in path.split(".")] if path else []
@@ -445,7 +460,7 @@ def _rank(candidate: Selection, strict: bool) -> tuple[Any, ...]:
     return filled, candidate.standing, candidate.crossed, left, len(candidate.path)
 
 
-def standing_in_company(candidate: Selection, others: Any, root: Any) -> Standing:
+def standing_in_company(candidate: Candidate, others: Iterable[Candidate], root: Any) -> Standing:
     """What a name means depends on what stands beside it."""
     top = root if isinstance(root, Mapping) else {}
     if candidate.key == "ema_state_dict" and "message_hub" in top:

@@ -1,0 +1,355 @@
+"""`verify_weights`: does a model hold a file's weights, bit for bit or as cast?"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from torchload.copies import Copy
+from torchload.explain import group_names, plural, short_dtype
+from torchload.formats import open_checkpoint
+from torchload.index import Box, OpaqueTensor, Shape, TensorEntry
+from torchload.keys.rewrite import Rename
+from torchload.plan import Assignment, copies_into, glob_matcher
+from torchload.report import format_bytes, format_seconds
+from torchload.select import Selection
+from torchload.steps import collector_paused, select_for
+from torchload.target import Slot, Target, describe_model
+from torchload.transfer import allocate, run
+from torchload.transfer.overflow import overflows
+
+__all__ = ["Difference", "VerifyReport", "verify_weights"]
+
+_BATCH_BYTES = 16 << 20
+_CPU = torch.device("cpu")
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A tensor of the model that isn't what the file has.
+
+    Attributes:
+        name: The model's name for it.
+        source: The checkpoint's name.
+        count: Number of elements that differ.
+        numel: Number of elements in all.
+        largest: Largest absolute difference between numbers; 0 where only the bits differ (``0.0`` and ``-0.0``, two
+            kinds of NaN), infinity where just one side is infinite.
+        nans: Number of elements that are NaN on one side only; they don't enter `largest`.
+        reason: Why the values could not be compared (another shape, no values); empty where they were.
+    """
+
+    name: str
+    source: str
+    count: int
+    numel: int
+    largest: float = 0.0
+    nans: int = 0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.name}: {self.reason}"
+        nans = f", {self.nans:,} are NaN on one side only" if self.nans else ""
+        return f"{self.name}: {self.count:,} of {self.numel:,} elements differ, by {self.largest:.3g} at most{nans}"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a comparison found. It is true if the model holds the file's weights; `str()` says so, or what differs.
+
+    Attributes:
+        path: The checkpoint as the caller named it.
+        model: Class name of the model.
+        key: Path of the container that was compared, ``""`` for the top level.
+        prefix: Prefix of the names that were used inside it, without its last dot; ``""`` for all.
+        tensors: Number of the checkpoint's tensors that were compared.
+        nbytes: Bytes of tensor data read.
+        differing: Tensors that differ.
+        missing_keys: Model names that the checkpoint lacks.
+        unexpected_keys: Checkpoint names inside the model's modules without a place in it.
+        skipped: Model names left out because of ``skip``.
+        casts: ``("float32", "float16")`` → number of tensors compared as cast.
+        seconds: Time from the call to the return, in seconds.
+    """
+
+    path: str
+    model: str
+    key: str = ""
+    prefix: str = ""
+    tensors: int = 0
+    nbytes: int = 0
+    differing: tuple[Difference, ...] = ()
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    skipped: tuple[str, ...] = ()
+    casts: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the model holds all of the weights and nothing differs."""
+        return not (self.differing or self.missing_keys or self.unexpected_keys)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        size = f"{format_bytes(self.nbytes)} in {format_seconds(self.seconds)}"
+        where = ".".join(part for part in (self.key, self.prefix) if part)
+        took = f" ({where!r})" if where else ""
+        if self.ok:
+            verdict = f"all {plural(self.tensors, 'tensor')} of the file are in the model"
+        else:
+            verdict = f"{plural(len(self.differing), 'tensor')} of {self.tensors:,} differ"
+        lines = [f"{self.path}{took} = {self.model}? {'yes' if self.ok else 'NO'}: {verdict} ({size})"]
+        lines += [f"  differs  {difference}" for difference in self.differing[:_SHOWN]]
+        if len(self.differing) > _SHOWN:
+            lines.append(f"  … and {len(self.differing) - _SHOWN:,} more")
+        lines += [
+            f"  {label:<8} {_listing(names)}"
+            for label, names in (("missing", self.missing_keys), ("unused", self.unexpected_keys))
+            if names
+        ]
+        lines += [f"  as cast  {a} → {b} in {plural(count, 'tensor')}" for (a, b), count in self.casts.items()]
+        return "\n".join(lines)
+
+
+def verify_weights(
+    model: nn.Module,
+    path: Any,
+    *,
+    key: str | None = None,
+    prefix: str | None = None,
+    rename: Rename | None = None,
+    skip: Iterable[str] = (),
+) -> VerifyReport:
+    """Compare a model with a checkpoint, bit for bit.
+
+    Which part of the file is meant, and which name belongs to which, is found as `smart_load` finds it. Where the model
+    has another dtype than the file, it has to hold what the file's values become when they are cast to it; a finite
+    value that became infinite is a difference all the same. The file is read in pieces: memory does not grow with it.
+
+    Args:
+        model: The model: on any device, wrapped or not. It is not changed.
+        path: The checkpoint, in any form that `smart_load` takes.
+        key: Which container of the file to compare with.
+        prefix: Which sub-tree of names to compare with.
+        rename: As in `smart_load`.
+        skip: Globs of names to leave out on either side.
+
+    Returns:
+        What differs; true in a condition if nothing does.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there.
+        CheckpointFormatError: The file is no checkpoint, or a damaged one; the message says what it is.
+        AmbiguousCheckpointError: Several parts of it fit equally well; the message lists them.
+        IncompatibleCheckpointError: It has not one name in common with the model.
+
+    Example:
+        >>> from torchload import smart_load, verify_weights
+        >>> report = smart_load(model, "model.pth")
+        >>> verify_weights(model, "model.pth").ok
+        True
+        >>> with torch.no_grad():
+        ...     _ = model.fc.bias[0].add_(1)
+        >>> report = verify_weights(model, "model.pth")
+        >>> report.ok, report.differing[0].name, report.differing[0].count
+        (False, 'fc.bias', 1)
+    """
+    started = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the first argument is the model, an nn.Module, not {type(model).__name__}")
+    if isinstance(skip, str):
+        raise TypeError(f"skip is a list of globs: skip=[{skip!r}]")
+    with collector_paused(), open_checkpoint(path) as checkpoint, torch.no_grad():
+        target = describe_model(model)
+        selection = select_for(
+            target, checkpoint, glob_matcher(skip), strict=True, key=key, prefix=prefix, rename=rename
+        )
+        pairs, differing = _pairs(target, selection)
+        differing += _compare(pairs)
+    order = {name: position for position, name in enumerate(target.names)}
+    casts: dict[tuple[str, str], int] = {}
+    for pair in pairs:
+        if pair.entry.dtype is not pair.slot.tensor.dtype:
+            cast = (short_dtype(pair.entry.dtype), short_dtype(pair.slot.tensor.dtype))
+            casts[cast] = casts.get(cast, 0) + 1
+    return VerifyReport(
+        path=checkpoint.path,
+        model=type(model).__name__,
+        key=selection.key,
+        prefix=selection.prefix,
+        tensors=len(pairs),
+        nbytes=sum(pair.entry.nbytes for pair in pairs),
+        differing=tuple(sorted(differing, key=lambda difference: order[difference.name])),
+        missing_keys=selection.missing,
+        unexpected_keys=selection.unexpected,
+        skipped=tuple(name for name in target.names if name in selection.skipped),
+        casts=casts,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Pair(NamedTuple):
+    """A tensor of the model and what the file has for it."""
+
+    name: str
+    source: str
+    slot: Slot
+    entry: TensorEntry
+
+
+def _pairs(target: Target, selection: Selection) -> tuple[list[_Pair], list[Difference]]:
+    """What can be compared, and what differs before any data is looked at."""
+    pairs: list[_Pair] = []
+    differing: list[Difference] = []
+    for name, source in selection.pairs.items():
+        slot, leaf = target.by_name.get(name), selection.leaves[source]
+        if slot is None:
+            continue  # extra state: not a tensor
+        if (reason := _incomparable(name, slot, leaf, selection)) is not None:
+            numel = 0 if slot.is_lazy else slot.tensor.numel()
+            differing.append(Difference(name, source, numel, numel, reason=reason))
+        else:
+            pairs.append(_Pair(name, source, slot, leaf))
+    return pairs, differing
+
+
+def _incomparable(name: str, slot: Slot, leaf: object, selection: Selection) -> str | None:
+    if name in selection.mismatched:
+        theirs, ours = selection.mismatched[name]
+        return f"file {theirs}, model {ours}"
+    if isinstance(leaf, OpaqueTensor):
+        return f"the file holds {leaf.reason}"
+    if not isinstance(leaf, TensorEntry):
+        return f"the file holds a {type(leaf).__name__}, not a tensor"
+    if slot.is_lazy or slot.tensor.is_meta:
+        return "the model has no values for it yet"
+    return None
+
+
+# --- the data ---
+
+
+class _Piece(NamedTuple):
+    """A part of a pair, small enough to be read at once."""
+
+    pair: int
+    box: Box
+    ours: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What was found in one tensor so far."""
+
+    count: int = 0
+    largest: float = 0.0
+    nans: int = 0
+
+
+def _compare(pairs: list[_Pair]) -> list[Difference]:
+    tallies: dict[int, _Tally] = {}
+    for batch in _batches(pairs):
+        theirs = allocate([(piece.box.shape, pairs[piece.pair].entry.dtype) for piece in batch], _CPU)
+        run([Copy(pairs[piece.pair].name, piece.box, tensor.dtype, tensor) for piece, tensor in zip(batch, theirs)])
+        for piece, tensor in zip(batch, theirs):
+            _look(tensor, piece.ours.to(_CPU), tallies, piece.pair)
+    return [
+        Difference(pair.name, pair.source, tally.count, pair.entry.numel, tally.largest, tally.nans)
+        for index, tally in tallies.items()
+        for pair in (pairs[index],)
+    ]
+
+
+def _batches(pairs: list[_Pair]) -> Iterator[list[_Piece]]:
+    """All data in pieces, as many together as are worth one read."""
+    batch: list[_Piece] = []
+    nbytes = 0
+    for index, (name, source, slot, entry) in enumerate(pairs):
+        ours = slot.tensor
+        assignment = Assignment(slot, name, source, entry, ours.dtype, ours.device, fresh=False)
+        limit = _BATCH_BYTES // max(entry.dtype.itemsize, ours.dtype.itemsize)
+        for copy in copies_into(assignment, ours):
+            for box, view in _split(copy.box, copy.target, entry.dtype.itemsize, limit):
+                batch.append(_Piece(index, box, view))
+                nbytes += view.numel() * entry.dtype.itemsize
+                if nbytes >= _BATCH_BYTES:
+                    yield batch
+                    batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _split(box: Box, view: torch.Tensor, itemsize: int, limit: int) -> Iterator[tuple[Box, torch.Tensor]]:
+    """A box and the view that it belongs to, in parts of at most `limit` elements."""
+    numel = math.prod(box.shape)
+    if numel <= limit:
+        if numel:
+            yield box, view
+        return
+    dimension = next(index for index, size in enumerate(box.shape) if size > 1)
+    size = box.shape[dimension]
+    rows = max(limit * size // numel, 1)
+    for first in range(0, size, rows):
+        count = min(rows, size - first)
+        shape: Shape = (*box.shape[:dimension], count, *box.shape[dimension + 1 :])
+        start = box.start + first * box.strides[dimension] * itemsize
+        part = Box(box.extent, start, shape, box.strides, (0,) * len(shape))
+        yield from _split(part, view.narrow(dimension, first, count), itemsize, limit)
+
+
+def _look(theirs: torch.Tensor, ours: torch.Tensor, tallies: dict[int, _Tally], index: int) -> None:
+    """Compare one piece and note what differs."""
+    wanted = theirs.to(ours.dtype)
+    became_infinite = overflows(theirs, wanted)
+    if torch.equal(_bits(wanted), _bits(ours)) and not became_infinite:
+        return
+    differs = _bits(wanted) != _bits(ours)
+    left, right = _numbers(theirs if became_infinite else wanted), _numbers(ours)
+    if ours.dtype.is_complex:
+        differs = differs.view(left.shape)
+    if theirs.dtype is not ours.dtype:
+        differs &= ~(left.isnan() & right.isnan())  # a cast may change what kind of NaN it is
+    if became_infinite:
+        differs |= left.isfinite() & right.isinf()
+    left, right = left[differs], right[differs]
+    one_nan = left.isnan() != right.isnan()
+    apart = (left - right).abs()
+    numbers = apart[~apart.isnan()]
+    count = int(differs.reshape(*ours.shape, -1).any(-1).sum()) if ours.dtype.is_complex else int(differs.sum())
+    if not count:
+        return
+    tally = tallies.setdefault(index, _Tally())
+    tally.count += count
+    tally.nans += int(one_nan.sum())
+    tally.largest = max(tally.largest, float(numbers.max()) if numbers.numel() else 0.0)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as integers; two for a complex one."""
+    tensor = tensor.detach().contiguous()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.view(_BITS[tensor.dtype.itemsize])
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as float64; two for a complex one."""
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).to(torch.float64)
+
+
+def _listing(names: list[str]) -> str:
+    groups = group_names(names)
+    return ", ".join(groups[:_SHOWN]) + (f" and {len(groups) - _SHOWN:,} more" if len(groups) > _SHOWN else "")
