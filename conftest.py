@@ -13,9 +13,12 @@ from doctest import ELLIPSIS
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from _pytest._code import Traceback
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
+from sybil.integration.pytest import SybilItem
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 from sybil.parsers.rest import DocTestParser
 from torch import nn
@@ -75,3 +78,26 @@ docstrings = Sybil(
     teardown=clear_the_stage,
 )
 pytest_collect_file = (pages + docstrings).pytest()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A failure outside the example's own code, such as a file left open, keeps its whole traceback."""
+    narrow = getattr(item, "_traceback_filter", None)
+    if not isinstance(item, SybilItem) or narrow is None:
+        return
+
+    def narrow_where_possible(failure: pytest.ExceptionInfo[BaseException]) -> Traceback:
+        try:
+            return narrow(failure)
+        except IndexError:
+            return failure.traceback
+
+    item._traceback_filter = narrow_where_possible
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, a page goes to one process as a whole: its examples build on each other."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
