@@ -119,12 +119,16 @@ class _Ranks:
                 "states hold empty placeholders. Copy them into the folder.",
                 path=self.path,
             )
-        opened = [self.open(name) for name in self.complete(model_files)]
-        states = [self.open(name).root for name in self.complete(optimizer_files)]
-        root = opened[0].root
+        own, *others = self.complete(model_files)
+        first = self.open(own)
+        root = first.root
         module = self.container(root, "module")
-        root["module"] = self.consolidated([checkpoint.root for checkpoint in opened], states, module)
-        return self.checkpoint(opened[0], [f"put together from the float32 parts of {len(states)} ranks"])
+        models = [root]
+        if root.get("frozen_param_shapes"):  # the only values that lie in the others
+            models += [self.open(name).root for name in others]
+        states = [self.open(name).root for name in self.complete(optimizer_files)]
+        root["module"] = self.consolidated(models, states, module)
+        return self.checkpoint(first, [f"put together from the float32 parts of {len(states)} ranks"])
 
     def consolidated(self, models: Sequence[Any], states: Sequence[Any], module: Container) -> Container:
         """The module's state dict with its parameters as the optimizer's files hold them."""

@@ -80,7 +80,7 @@ class _Tensor:
 
     dtype: Any
     shape: Shape
-    chunks: dict[Shape, tuple[Shape, _Place]]
+    chunks: dict[str, tuple[Region, _Place]]
 
 
 class _Index:
@@ -98,6 +98,7 @@ class _Index:
         self.tensors: dict[str, _Tensor] = {}
         self.values: dict[str, _Place] = {}
         self.paths: dict[str, tuple[str | int, ...]] = {}
+        self.budget = 0  # more chunks than this can only be the same list in many places
 
     # --- reading ---
 
@@ -108,6 +109,7 @@ class _Index:
         if not isinstance(described, dict) or not isinstance(stored, dict):
             raise self.refuse("its .metadata lacks the list of tensors or that of their places")
         places = self._places(stored)
+        self.budget += 1000 + 2 * (len(described) + len(stored))
         for name, description in described.items():
             if type(name) is not str:
                 raise self.refuse("a name in its .metadata is not text")
@@ -131,8 +133,8 @@ class _Index:
             )
         return record_fields(record)
 
-    def _places(self, stored: dict[Any, Any]) -> dict[tuple[str, Shape | None], _Place]:
-        places: dict[tuple[str, Shape | None], _Place] = {}
+    def _places(self, stored: dict[Any, Any]) -> dict[str, _Place]:
+        places: dict[str, _Place] = {}
         for key, info in stored.items():
             if _class_name(key) != "MetadataIndex" or _class_name(info) != "_StorageInfo":
                 raise self.refuse("its .metadata lists places in a form that only their writer can read")
@@ -148,17 +150,17 @@ class _Index:
                 or not (isinstance(transforms, (list, tuple)) and all(type(part) is str for part in transforms))
             ):
                 raise self.refuse(f"the place of {_short(name)} in its .metadata is none")
-            places[name, origin] = _Place(file_name, offset, size, tuple(transforms))
+            places[_place_key(name, origin)] = _Place(file_name, offset, size, tuple(transforms))
         return places
 
-    def _place_of(self, places: dict[tuple[str, Shape | None], _Place], name: str, origin: Shape | None) -> _Place:
-        place = places.get((name, origin))
+    def _place_of(self, places: dict[str, _Place], name: str, origin: Shape | None) -> _Place:
+        place = places.get(_place_key(name, origin))
         if place is None:
             part = f" at {list(origin)}" if origin else ""
             raise self.refuse(f"its .metadata does not say where {_short(name)}{part} is")
         return place
 
-    def _add_tensor(self, name: str, fields: dict[str, Any], places: dict[tuple[str, Shape | None], _Place]) -> None:
+    def _add_tensor(self, name: str, fields: dict[str, Any], places: dict[str, _Place]) -> None:
         shape, chunks, properties = fields.get("size"), fields.get("chunks"), fields.get("properties")
         state = properties.state if isinstance(properties, Record) else None
         dtype = state[0] if isinstance(state, tuple) and state else None
@@ -167,13 +169,17 @@ class _Index:
         tensor = self.tensors.setdefault(name, _Tensor(dtype, shape, {}))
         if (tensor.shape, tensor.dtype) != (shape, dtype) and not isinstance(dtype, Record):
             raise self.refuse(f"two ranks describe {_short(name)} differently")
+        self.budget -= len(chunks)
+        if self.budget < 0:
+            raise self.refuse("its .metadata describes more chunks than it has places for")
         for chunk in chunks:
             region = record_fields(chunk) if _class_name(chunk) == "ChunkStorageMetadata" else {}
             origin, size = region.get("offsets"), region.get("sizes")
             if not _is_shape(origin) or not _is_shape(size) or not len(origin) == len(size) == len(shape):
                 raise self.refuse(f"a chunk of {_short(name)} in its .metadata has no place in the tensor")
             if 0 not in size:  # replicas, which ranks that saved without each other each describe, are taken once
-                tensor.chunks.setdefault(origin, (size, self._place_of(places, name, origin)))
+                place = self._place_of(places, name, origin)
+                tensor.chunks.setdefault(_place_key("", origin), (Region(origin, size), place))
 
     # --- building ---
 
@@ -206,7 +212,7 @@ class _Index:
             raise self.refuse(f"{_short(name)} is larger than any tensor can be")
         if type(dtype) is not torch.dtype:
             return OpaqueTensor(f"a tensor of a dtype that torch {torch.__version__} lacks", shape)
-        regions = [Region(origin, size) for origin, (size, _) in tensor.chunks.items()]
+        regions = [region for region, _ in tensor.chunks.values()]
         if 0 in shape:
             return TensorEntry(dtype, shape, ())
         try:
@@ -219,7 +225,7 @@ class _Index:
             problem = "overlap" if covered > whole else "leave a hole" if covered < whole else "leave holes and overlap"
             raise self.refuse(f"the {len(regions)} chunks of {_short(name)} {problem} (its shape is {list(shape)})")
         boxes: list[Box] = []
-        for origin, (size, place) in tensor.chunks.items():
+        for (origin, size), place in tensor.chunks.values():
             if place.transforms:
                 return OpaqueTensor(f"a tensor written through {', '.join(place.transforms)[:200]}", shape)
             boxes.append(ItemBox(reader, self._item(name, place, files), dtype, size, origin))
@@ -238,10 +244,12 @@ class _Index:
     def _tree(self, entries: dict[str, Any]) -> Container:
         """The entries nested as they were when they were saved; flat where no path is known."""
         root = Container()
+        paths = self.paths
+        if sum(map(len, paths.values())) > 1000 + 10 * len(entries):
+            paths = {}  # deeper than any object is; each level costs a container
         for name, entry in entries.items():
-            keys = self.paths.get(name, (name,))
-            if not _insert(root, keys, entry):
-                root[name] = entry
+            if not _insert(root, paths.get(name, (name,)), entry) and not _insert(root, (name,), entry):
+                raise self.refuse(f"two values stand at {_short(name)}")
         return _with_lists(root)
 
     def refuse(self, problem: str) -> CorruptCheckpointError:
@@ -326,7 +334,7 @@ def _containers(holder: Container) -> Iterator[Container]:
 
 
 def _is_path(keys: Any) -> bool:
-    return isinstance(keys, tuple) and 0 < len(keys) <= MAX_PATH_PARTS and all(type(key) in (str, int) for key in keys)
+    return isinstance(keys, tuple) and 0 < len(keys) <= MAX_PATH_PARTS and all(map(_is_key, keys))
 
 
 # --- small things ---
@@ -343,6 +351,15 @@ def _is_shape(value: Any) -> TypeGuard[Shape]:
         and len(value) <= MAX_DIMENSIONS
         and all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in value)
     )
+
+
+def _is_key(key: Any) -> bool:
+    return type(key) is str or (type(key) is int and 0 <= key < 1 << 31)
+
+
+def _place_key(name: str, origin: Shape | None) -> str:
+    """Text, because a file can make the hashes of tuples of numbers collide, but not those of text."""
+    return f"{origin}{name}"
 
 
 def _short(name: Any) -> str:

@@ -37,11 +37,18 @@ class ItemReader:
     """Opens items; remembers what is likely to come again."""
 
     def __init__(self) -> None:
+        self._places: dict[tuple[int, int, int], Any] = {}
         self._values: dict[bytes, Any] = {}
         self._archives: dict[tuple[int, int], dict[str, Any]] = {}
 
     def value(self, item: Item) -> Any:
         """A pickled value. Equal items, such as the learning rate of each group, are the same object."""
+        place = (id(item.file), item.offset, item.size)
+        if place not in self._places:
+            self._places[place] = self._value(item)
+        return self._places[place]
+
+    def _value(self, item: Item) -> Any:
         if item.size > SMALL_BYTES:
             return self._open(item, self._source(item))
         data = item.file.read(item.offset, item.size)

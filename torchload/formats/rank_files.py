@@ -78,7 +78,8 @@ def open_rank_set(path: str, open_member: OpenMember) -> Checkpoint:
 
     Raises:
         CheckpointNotFoundError: A rank's file is missing.
-        CheckpointFormatError: The files hold plain tensors, which don't say where they belong.
+        AmbiguousCheckpointError: The files hold plain tensors, which don't say where they belong.
+        CheckpointFormatError: So do these, and what they are is known.
         CorruptCheckpointError: The parts do not make up the tensors.
     """
     files = _rank_set(os.listdir(path)) or {}
@@ -136,22 +137,25 @@ class _Merger:
                 metadata=first.metadata,
                 origin=first.origin,
             )
+        if isinstance(first, TensorEntry) and not all(_may_be_same(first, tree) for tree in trees[1:]):
+            return OpaqueTensor("a tensor that differs from rank to rank", first.shape)
         return first
 
     def join(self, name: str, values: Sequence[Any]) -> TensorEntry:
         """One tensor of the parts that each rank has."""
         name = name.lstrip(".")
         shape = values[0].shape
-        parts: dict[Region, TensorEntry] = {}
+        parts: dict[str, tuple[Region, TensorEntry]] = {}  # by text: hashes of tuples of numbers can be made to collide
         for value in values:
             if not isinstance(value, OpaqueTensor) or value.shape != shape:
                 raise self.refuse(name, "the ranks disagree about its shape")
             for origin, part in value.parts:
-                parts.setdefault(Region(origin, part.shape), part)  # replicas are taken once
-        dtypes = {part.dtype for part in parts.values()}
-        filled = {region: part for region, part in parts.items() if part.numel}
+                region = Region(origin, part.shape)
+                parts.setdefault(str(region), (region, part))  # replicas are taken once
+        dtypes = {part.dtype for _, part in parts.values()}
+        filled = [(region, part) for region, part in parts.values() if part.numel]
         try:
-            complete = tiles(shape, filled) if 0 not in shape else True
+            complete = tiles(shape, [region for region, _ in filled]) if 0 not in shape else True
         except TooManyCornersError as error:
             raise self.refuse(name, f"it is said to consist of {error}") from None
         if len(dtypes) != 1 or not complete:
@@ -160,7 +164,7 @@ class _Merger:
         self.joined += 1
         boxes = tuple(
             Box(box.extent, box.start, box.shape, box.strides, tuple(map(sum, zip(region.origin, box.origin))))
-            for region, part in filled.items()
+            for region, part in filled
             for box in part.boxes
         )
         return TensorEntry(dtypes.pop(), shape, boxes)
@@ -172,24 +176,35 @@ class _Merger:
         )
 
 
-def _refuse_plain(path: str, names: Sequence[str]) -> CheckpointFormatError:
-    first = min(names)
-    if _LLAMA_FILE.fullmatch(first):
-        advice = (
-            "They are the tensor-parallel parts of a Llama as Meta publishes it; convert them with transformers' "
-            "convert_llama_weights_to_hf.py, or download the converted model."
+def _may_be_same(first: TensorEntry, other: Any) -> bool:
+    """Whether two ranks may hold the same tensor, judged by the checksums that the files record."""
+    if not isinstance(other, TensorEntry) or (other.dtype, other.shape) != (first.dtype, first.shape):
+        return False
+    for box, twin in zip(first.boxes, other.boxes):
+        sums = box.extent.crc32, twin.extent.crc32
+        if first.nbytes == box.extent.nbytes == twin.extent.nbytes and None not in sums and sums[0] != sums[1]:
+            return False
+    return True
+
+
+def _refuse_plain(path: str, names: Sequence[str]) -> CheckpointFormatError | AmbiguousCheckpointError:
+    names = sorted(names)
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    what = f"{path} holds the files of {len(names)} ranks ({listed}), with tensors that don't say which part they are."
+    if _LLAMA_FILE.fullmatch(names[0]):
+        return CheckpointFormatError(
+            f"{what} They are the tensor-parallel parts of a Llama as Meta publishes it; convert them with transformers' "
+            "convert_llama_weights_to_hf.py, or download the converted model.",
+            path=path,
+            found="tensor-parallel Llama",
         )
-    else:
-        advice = (
-            "If each holds the same, give the path of one; if each holds its part of a tensor- or pipeline-parallel "
-            "model, or FSDP's local (flat) state, gather the model in the job that saved it: "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True."
-        )
-    return CheckpointFormatError(
-        f"{path} holds the files of {len(names)} ranks ({first}, …), with tensors that don't say which part of the "
-        f"model they are. {advice}",
+    return AmbiguousCheckpointError(
+        f"{what} If each holds the same, give the path of one. If each holds its part of a tensor- or pipeline-parallel "
+        "model, or FSDP's local (flat) state, gather the model in the job that saved it, with "
+        "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True.",
         path=path,
-        found="set of rank files",
+        candidates=[os.path.join(path, name) for name in names],
+        argument="path",
     )
 
 
@@ -218,7 +233,7 @@ def open_megatron(path: str, open_member: OpenMember) -> Checkpoint:
     ranks = sorted(filter(_MEGATRON_RANK.fullmatch, names))
     if len(ranks) > 1:
         raise CheckpointFormatError(
-            f"{path} is a Megatron-LM checkpoint of {len(ranks)} tensor- or pipeline-parallel ranks ({ranks[0]}, "
+            f"{path} is a Megatron checkpoint folder of {len(ranks)} tensor- or pipeline-parallel ranks ({ranks[0]}, "
             f"{ranks[1]}, …). How their parts make up the model only Megatron-LM knows. In it, run 'python "
             "tools/checkpoint/convert.py --target-tensor-parallel-size 1 --target-pipeline-parallel-size 1', or save "
             "with --ckpt-format torch_dist, which is read here as it is.",
@@ -239,7 +254,11 @@ def _iteration_folder(path: str) -> str:
     text = pointer_text(pointer)
     folder = f"iter_{int(text):07d}" if text.isascii() and text.isdigit() and len(text) < 20 else "release"
     if folder == "release" and text != "release":
-        raise CorruptCheckpointError(f"{pointer} names {text[:80]!r}, not an iteration.", path=path)
+        raise CorruptCheckpointError(
+            f"{path} is a Megatron checkpoint folder, but its {_MEGATRON_POINTER} names {text[:80]!r}, not an iteration.",
+            path=path,
+            found="Megatron checkpoint folder",
+        )
     if not os.path.isdir(os.path.join(path, folder)):
         raise CheckpointNotFoundError(
             f"{pointer} names the iteration {text}, but there is no folder {folder}. Copy it, or give another one.",
