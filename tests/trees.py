@@ -41,4 +41,6 @@ def tree(value: Any) -> Any:
 
 def wanted(model: torch.nn.Module, **changes: Any) -> Wanted:
     """A model as `select` sees it."""
-    return Wanted({name: tuple(value.shape) for name, value in model.state_dict().items()}, **changes)
+    buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return Wanted(shapes, buffers=buffers, **changes)

@@ -113,7 +113,6 @@ def _revised(
         else:
             unexpected.append(source)
     consumed = {source for source in entries.values() if source not in used}
-    filled = {id(target.by_name[name]) for name in pairs if name in target.by_name}
     mismatched = {}
     for name, source in pairs.items():
         slot, entry = target.by_name.get(name), leaves[source]
@@ -125,11 +124,6 @@ def _revised(
         selection,
         leaves=leaves,
         pairs=pairs,
-        missing=[
-            name
-            for name in dict.fromkeys([*selection.missing, *before])
-            if name in target.by_name and name not in pairs and id(target.by_name[name]) not in filled
-        ],
         mismatched=mismatched,
         unexpected=[name for name in selection.unexpected if name not in consumed and name not in used]
         + [name for name in unexpected if name not in selection.unexpected and name not in selection.outside],

@@ -35,6 +35,7 @@ class Wanted:
         ties: Name → representative of the names that share its storage; names that share none are absent.
         skipped: Names that the caller wants left alone.
         optional: Names that may stay as they are without a word (state that only torch's own hooks fill).
+        buffers: Names of buffers, as against parameters.
         skip_pattern: What `skipped` was derived from, for the checkpoint's names.
     """
 
@@ -42,7 +43,23 @@ class Wanted:
     ties: Mapping[str, str] = field(default_factory=dict)
     skipped: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
+    buffers: frozenset[str] = frozenset()
     skip_pattern: re.Pattern[str] | None = None
+
+    def may_lack(self, name: str) -> bool:
+        """Whether it is known to be harmless if nothing fills a name."""
+        return name in self.buffers and (row := BENIGN_MISSING.get(_last(name))) is not None and row.covers(name, None)
+
+    def lacks(self, pairs: Mapping[str, str], spare: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+        """What is left unfilled by `pairs`: the names that matter, and those that are known to be harmless."""
+        filled = {self.ties.get(name, name) for name in pairs}
+        passed = {*spare, *self.skipped, *self.optional}
+        lacking = [
+            name
+            for name in self.shapes
+            if name not in pairs and name not in passed and self.ties.get(name, name) not in filled
+        ]
+        return [name for name in lacking if not self.may_lack(name)], [name for name in lacking if self.may_lack(name)]
 
     def skips(self, name: str) -> bool:
         """Whether the caller wants a name, of either side, left alone."""
@@ -143,7 +160,7 @@ def select(
         candidates = _candidates(places, wanted, prefix, rename, _needed(wanted), strict)
         if fitting := [candidate for candidate in candidates if candidate.fits]:
             return _best(fitting, root, path, strict)
-    partial = list(_candidates(places, wanted, prefix, rename, 1, strict))
+    partial = list(_candidates(places, wanted, prefix, rename, 1, strict=False))
     if not partial:
         raise _nothing(places, wanted, prefix, path)
     if not strict:
@@ -298,23 +315,39 @@ def _nodes(tree: Node, least: int, own_places: frozenset[str]) -> Iterator[tuple
 
 
 def _model_views(wanted: Wanted, strict: bool) -> list[tuple[str, Node]]:
-    """The model's names, whole and below a prefix that all of them share (the file may lack it)."""
+    """The model's names, whole and below a prefix that all of them share (the file may lack it).
+
+    A name outside the prefix counts as below it if it is tied to one there (GPT-2's ``lm_head`` beside
+    ``transformer``), or need not be filled.
+    """
     node = tree_of(name for name in wanted.shapes if name not in wanted.skipped)
     views = [("", node)]
     path = ""
-    while len(node.children) == 1:
-        ((label, node),) = node.children.items()
-        if node.is_tensor:
-            break
-        path = f"{path}.{label}" if path else label
+    while (label := _only_child(node, wanted)) is not None:
+        node = node.children[label]
+        path = _joined(path, label)
         views.append((path, node))
     if not strict:  # a part of the model may be what the file has: a base model without its head
-        views += [
-            (f"{path}.{label}" if path else label, inner)
-            for label, inner in node.children.items()
-            if len(inner.names) > 1
-        ]
+        views += [(_joined(path, label), inner) for label, inner in node.children.items() if len(inner.names) > 1]
     return views
+
+
+def _only_child(node: Node, wanted: Wanted) -> str | None:
+    """The child below which everything lies that has to be filled, if there is one."""
+    if not node.children:
+        return None
+    label, child = max(node.children.items(), key=lambda item: len(item[1].names))
+    if child.is_tensor or len(child.names) == 1 < len(node.names):
+        return None
+    outside = len(node.names) - len(child.names)
+    if outside:
+        if outside > len(wanted.ties) + len(wanted.buffers) + len(wanted.optional):
+            return None
+        inside = set(child.names.values())
+        missing, _ = wanted.lacks({name: name for name in inside})
+        if not set(missing).isdisjoint(node.names.values()):
+            return None
+    return label
 
 
 def _judge(
@@ -331,21 +364,13 @@ def _judge(
         shape, found = wanted.shapes[name], getattr(leaves[source], "shape", None)
         if shape is not None and found is not None and shape != found and not (shape == () and found == (1,)):
             mismatched[name] = (found, shape)
-    filled = {wanted.ties.get(name, name) for name in alignment.pairs}
-    missing: list[str] = []
-    tolerated: list[str] = []
-    spare = set(alignment.spare)
-    for name in wanted.shapes:
-        if name in alignment.pairs or name in wanted.skipped or name in wanted.optional or name in spare:
-            continue
-        if wanted.ties.get(name, name) not in filled:
-            (tolerated if _last(name) in BENIGN_MISSING else missing).append(name)
+    missing, tolerated = wanted.lacks(alignment.pairs, alignment.spare)
     used = set(alignment.pairs.values())
     elsewhere = set(alignment.outside)
     unexpected: list[str] = []
     outside: list[str] = []
     inside = set(node.names.values())
-    for name in leaves:
+    for name, leaf in leaves.items():
         if name in used:
             continue
         if (
@@ -355,7 +380,7 @@ def _judge(
             or wanted.skips(name)
         ):
             outside.append(name)
-        elif _last(name) in BENIGN_UNEXPECTED:
+        elif (row := BENIGN_UNEXPECTED.get(_last(name))) and row.covers(name, getattr(leaf, "shape", None)):
             tolerated.append(name)
         else:
             unexpected.append(name)
@@ -380,16 +405,12 @@ def _judge(
 
 def _needed(wanted: Wanted) -> int:
     """How many tensors a candidate must have at least to fill the model."""
-    return (
-        len(
-            {
-                wanted.ties.get(name, name)
-                for name in wanted.shapes
-                if name not in wanted.skipped and name not in wanted.optional and _last(name) not in BENIGN_MISSING
-            }
-        )
-        or 1
-    )
+    needed = {
+        wanted.ties.get(name, name)
+        for name in wanted.shapes
+        if name not in wanted.skipped and name not in wanted.optional and not wanted.may_lack(name)
+    }
+    return len(needed) or 1
 
 
 def _joined(*parts: str) -> str:
@@ -465,15 +486,27 @@ def standing_in_company(candidate: Candidate, others: Iterable[Candidate], root:
     top = root if isinstance(root, Mapping) else {}
     if candidate.key == "ema_state_dict" and "message_hub" in top:
         return Standing.ARBITRARY  # mmengine's EMAHook swaps when it saves: these are the raw weights
-    if "teacher" in candidate.path.split("."):
+    teacher = _network(candidate, "teacher")
+    if teacher is not None:
         # Self-distillation (DINO, iBOT, mean teacher): two copies of one network, of which the teacher is the average.
-        # A student of another architecture, or a teacher alone, says nothing of the kind.
-        for other in others:
-            if other.path.replace("student", "teacher").replace("module.", "") == candidate.path.replace("module.", ""):
-                twin = {name.removeprefix("module.") for name in other.leaves}
-                if other is not candidate and twin == {name.removeprefix("module.") for name in candidate.leaves}:
-                    return Standing.AVERAGE
+        # A student of another make, or a teacher alone, says nothing of the kind.
+        if any(_network(other, "student") == teacher for other in others):
+            return Standing.AVERAGE
     return candidate.standing
+
+
+def _network(candidate: Candidate, name: str) -> dict[str, object] | None:
+    """Names and shapes of all that stands below the segment `name` of a candidate's path, without wrappers."""
+    segments = candidate.path.split(".")
+    if name not in segments:
+        return None
+    above = _joined(*segments[: segments.index(name) + 1]) + "."
+    full = ((_joined(candidate.key, leaf), value) for leaf, value in candidate.leaves.items())
+    return {
+        leaf.removeprefix(above).removeprefix("module."): getattr(value, "shape", None)
+        for leaf, value in full
+        if leaf.startswith(above)
+    }
 
 
 def _ambiguous(equals: list[Selection], path: str) -> AmbiguousCheckpointError:

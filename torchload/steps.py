@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torchload import hooks
@@ -22,23 +23,23 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
     shapes = {name: slot.shape for name, slot in target.by_name.items()}
     shapes.update(dict.fromkeys(target.extra_state))
     ties = {name: slot.name for slot in target.slots if len(slot.names) > 1 for name in slot.names}
-    left_alone = frozenset(name for name in shapes if skipped.match(name)) if skipped else frozenset()
-    wanted = Wanted(shapes, ties, left_alone, skip_pattern=skipped)
+    skips = frozenset(name for name in shapes if skipped.match(name)) if skipped else frozenset()
+    buffers = frozenset(name for name, slot in target.by_name.items() if not slot.is_parameter)
+    wanted = Wanted(shapes, ties, skips, buffers=buffers, skip_pattern=skipped)
     hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
+    if not hooked:
+        return select(checkpoint.root, wanted, path=checkpoint.path, strict=strict, **choice)
     try:
         selection = select(checkpoint.root, wanted, path=checkpoint.path, strict=strict, **choice)
+        second = not selection.fits
     except IncompatibleCheckpointError:
-        if not hooked:
-            raise
-        selection = None
-    if hooked:
-        if selection is None or not selection.fits:
-            theirs = frozenset(name for name in shapes if name.startswith(hooked))
-            wanted = Wanted(shapes, ties, left_alone, theirs, skipped)
-            selection = select(checkpoint.root, wanted, path=checkpoint.path, strict=strict, **choice)
-            selection.missing = [name for name in shapes if name not in selection.pairs and name not in left_alone]
-        selection = hooks.run_pre_hooks(target, selection, map_entry)
-    assert selection is not None
+        second = True
+    if second:
+        theirs = replace(wanted, optional=frozenset(name for name in shapes if name.startswith(hooked)))
+        selection = select(checkpoint.root, theirs, path=checkpoint.path, strict=strict, **choice)
+    selection = hooks.run_pre_hooks(target, selection, map_entry)
+    selection.missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
+    selection.tolerated = list(dict.fromkeys([*selection.tolerated, *harmless]))
     return selection
 
 

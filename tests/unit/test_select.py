@@ -10,6 +10,7 @@ from tests.trees import tree, wanted
 from torchload.errors import AmbiguousCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError
 from torchload.index import Container
 from torchload.keys.rewrite import renamer
+from torchload.keys.tables import BENIGN_MISSING, BENIGN_UNEXPECTED
 from torchload.select import select
 
 
@@ -131,6 +132,13 @@ def test_a_student_and_a_teacher_of_different_make_are_ambiguous_and_twins_are_n
         choose(unlike)
 
 
+def test_a_student_and_a_teacher_as_prefixes():
+    state = {**prefixed(fresh(), "student.module.backbone."), **prefixed(fresh(), "teacher.backbone.")}
+    assert choose({"model": state}).prefix == "teacher.backbone"
+    with pytest.raises(AmbiguousCheckpointError):
+        choose({"model": {**state, "student.head.w": torch.zeros(1)}})
+
+
 def test_the_same_data_under_two_names_is_no_ambiguity():
     state = fresh()
     assert choose({"a": state, "b": dict(state)}).fits
@@ -210,6 +218,68 @@ def test_a_missing_batch_counter_is_tolerated_and_listed():
     found = choose(state)
     assert found.fits
     assert found.tolerated == ["body.1.num_batches_tracked"]
+
+
+@pytest.mark.parametrize("last", sorted(BENIGN_UNEXPECTED))
+def test_every_benign_leftover_is_tolerated_in_its_shape_only(last):
+    row = BENIGN_UNEXPECTED[last]
+    name = f"body.{row.parent}.{last}" if row.parent else f"body.{last}"
+    shape = [3 if size is None else size for size in row.shape or ()]
+    found = choose({**fresh(), name: torch.zeros(shape)})
+    assert found.fits
+    assert found.tolerated == [name]
+    if row.shape is not None:
+        assert choose({**fresh(), name: torch.zeros([*shape, 2])}).unexpected == [name]
+
+
+@pytest.mark.parametrize("last", sorted(BENIGN_MISSING))
+def test_a_constant_buffer_may_be_missing_and_a_parameter_of_its_name_may_not(last):
+    model = Net()
+    state = fresh()
+    model.body.register_buffer(last, torch.zeros(2))
+    assert choose(state, model).tolerated == [f"body.{last}"]
+    assert choose(state, model).fits
+    other = Net()
+    other.body.register_parameter(last, nn.Parameter(torch.zeros(2)))
+    assert choose(state, other).missing == [f"body.{last}"]
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(8, 4)
+        self.h = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+
+class WithHead(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.transformer = Base()
+        self.lm_head = nn.Linear(4, 8, bias=False)
+        self.ties = {}
+        if tied:
+            self.lm_head.weight = self.transformer.wte.weight
+            self.ties = dict.fromkeys(["transformer.wte.weight", "lm_head.weight"], "transformer.wte.weight")
+
+
+def test_a_base_model_fills_one_whose_head_is_tied_to_it():
+    model = WithHead(tied=True)
+    found = select(tree(Base().state_dict()), wanted(model, ties=model.ties), path="x")
+    assert found.fits
+    assert found.added == "transformer"
+
+
+def test_a_base_model_does_not_fill_one_with_a_head_of_its_own_unless_it_is_skipped():
+    model = WithHead(tied=False)
+    assert choose(Base().state_dict(), model).missing == ["lm_head.weight"]
+    found = select(tree(Base().state_dict()), wanted(model, skipped=frozenset({"lm_head.weight"})), path="x")
+    assert found.fits
+    assert choose(Base().state_dict(), model, strict=False).pairs["transformer.h.1.bias"] == "h.1.bias"
+
+
+def test_a_base_model_takes_its_part_of_a_larger_one():
+    found = choose(WithHead(tied=False).state_dict(), Base())
+    assert (found.prefix, found.outside) == ("transformer", ["lm_head.weight"])
 
 
 def test_index_buffers_of_older_versions_are_tolerated_and_listed():

@@ -13,6 +13,7 @@ __all__ = [
     "RENAMES",
     "WRAPPERS",
     "WRAPPER_STATE",
+    "Benign",
     "Rename",
     "Standing",
     "container_standing",
@@ -34,21 +35,59 @@ WRAPPERS: dict[str, str] = {
 # Tensors that such a wrapper keeps beside what it wraps: not the model's, so their presence or absence is no error.
 WRAPPER_STATE: dict[str, str] = {"n_averaged": "torch.optim.swa_utils.AveragedModel"}
 
-# Last segments whose absence from a checkpoint changes nothing that was learned.
-BENIGN_MISSING: dict[str, str] = {
-    "num_batches_tracked": "BatchNorm before torch 0.4.1 had none; torch's own upgrade leaves it as it is",
+
+@dataclass(frozen=True, slots=True)
+class Benign:
+    """A tensor that may be there or not without changing what was learned.
+
+    Attributes:
+        source: Who writes it, and why it doesn't matter.
+        shape: What its shape must be for that to be so; a size of ``None`` stands for any, ``None`` alone
+            for any shape.
+        parent: Last segment of the module that it must be in, or ``""`` for any.
+    """
+
+    source: str
+    shape: tuple[int | None, ...] | None = None
+    parent: str = ""
+
+    def covers(self, name: str, shape: tuple[int, ...] | None) -> bool:
+        """Whether a tensor of this name, whose last segment is that of the row, and shape is meant."""
+        if self.parent and name.split(".")[-2:-1] != [self.parent]:
+            return False
+        if self.shape is None or shape is None:
+            return self.shape is None
+        return len(shape) == len(self.shape) and all(want in (None, have) for want, have in zip(self.shape, shape))
+
+
+# Last segments of buffers that a model has and a checkpoint may lack: constants that the constructor computes.
+BENIGN_MISSING: dict[str, Benign] = {
+    "num_batches_tracked": Benign("BatchNorm before torch 0.4.1 had none; torch's upgrade leaves it as it is"),
+    "position_ids": Benign("transformers since 4.31 doesn't save this constant index"),
+    "token_type_ids": Benign("transformers: a buffer of zeros"),
+    "relative_position_index": Benign("Swin, BEiT: constant index, not saved by newer timm"),
+    "relative_coords_table": Benign("Swin v2: constant table, not saved by newer timm"),
+    "attn_mask": Benign("Swin, CLIP: constant mask, not saved by newer timm and open_clip"),
 }
 
-# Last segments that old checkpoints carry and newer modules no longer have (or keep out of the state dict).
-BENIGN_UNEXPECTED: dict[str, str] = {
-    "num_batches_tracked": "BatchNorm without running statistics, FrozenBatchNorm",
-    "position_ids": "constant index buffers that transformers made non-persistent in 4.31",
-    "inv_freq": "rotary embedding constants, non-persistent since transformers 4.32",
-    "attn_mask": "the causal mask of CLIP's text tower, non-persistent in open_clip",
-    "input_resolution": "OpenAI's CLIP archives carry their configuration as scalars",
-    "context_length": "OpenAI's CLIP archives",
-    "vocab_size": "OpenAI's CLIP archives",
-    "masked_bias": "constant of GPT-2's attention, dropped in transformers 4.28",
+# Last segments of tensors that checkpoints carry and a model may not have.
+BENIGN_UNEXPECTED: dict[str, Benign] = {
+    "num_batches_tracked": Benign("BatchNorm without running statistics, FrozenBatchNorm"),
+    "position_ids": Benign("constant index that transformers made non-persistent in 4.31"),
+    "token_type_ids": Benign("transformers: a buffer of zeros"),
+    "inv_freq": Benign("rotary embedding constants, non-persistent since transformers 4.32"),
+    "relative_position_index": Benign("Swin, BEiT: constant index, non-persistent in newer timm"),
+    "relative_coords_table": Benign("Swin v2: constant table, non-persistent in newer timm"),
+    "attn_mask": Benign("the causal mask of CLIP's text tower, Swin's window mask"),
+    "bias": Benign("GPT-2, nanoGPT: the causal mask that old versions saved as attn.bias", (1, 1, None, None), "attn"),
+    "masked_bias": Benign("constant of GPT-2's attention, dropped in transformers 4.28", ()),
+    "input_resolution": Benign("OpenAI's CLIP archives carry their configuration as scalars", ()),
+    "context_length": Benign("OpenAI's CLIP archives", ()),
+    "vocab_size": Benign("OpenAI's CLIP archives", ()),
+    "total_ops": Benign("left behind by the profiler thop", (1,)),
+    "total_params": Benign("left behind by the profiler thop", (1,)),
+    "_float_tensor": Benign("fairseq's sinusoidal positions: a marker of dtype and device", (1,)),
+    "version": Benign("fairseq's transformer: format marker", (1,)),
 }
 
 
