@@ -13,17 +13,47 @@ import typing as _typing
 if _typing.TYPE_CHECKING:
     from torchload import errors
     from torchload.api import smart_load
+    from torchload.contents import CheckpointInfo, ContainerInfo, TensorInfo, inspect_checkpoint
     from torchload.placement import best_device
+    from torchload.reading import read_state_dict
     from torchload.report import LoadReport
+    from torchload.saving import SaveReport, smart_save
+    from torchload.verification import Difference, VerifyReport, verify_weights
 
 __version__ = "0.1.0"
 
-__all__ = ["LoadReport", "__version__", "best_device", "errors", "smart_load"]
+__all__ = [
+    "CheckpointInfo",
+    "ContainerInfo",
+    "Difference",
+    "LoadReport",
+    "SaveReport",
+    "TensorInfo",
+    "VerifyReport",
+    "__version__",
+    "best_device",
+    "errors",
+    "inspect_checkpoint",
+    "read_state_dict",
+    "smart_load",
+    "smart_save",
+    "verify_weights",
+]
 
 _HOME = {
+    "CheckpointInfo": "contents",
+    "ContainerInfo": "contents",
+    "Difference": "verification",
     "LoadReport": "report",
+    "SaveReport": "saving",
+    "TensorInfo": "contents",
+    "VerifyReport": "verification",
     "best_device": "placement",
+    "inspect_checkpoint": "contents",
+    "read_state_dict": "reading",
     "smart_load": "api",
+    "smart_save": "saving",
+    "verify_weights": "verification",
 }
 
 

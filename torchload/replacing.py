@@ -36,8 +36,8 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     Example:
         >>> with replacing("weights.bin") as file:
         ...     _ = file.write(b"all of it")
-        >>> open("weights.bin", "rb").read()
-        b'all of it'
+        >>> os.path.getsize("weights.bin")
+        9
     """
     final = os.path.realpath(path)
     folder, name = os.path.split(final)

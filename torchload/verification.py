@@ -217,9 +217,10 @@ def _pairs(target: Target, selection: Selection) -> tuple[list[_Pair], list[Diff
         slot, leaf = target.by_name.get(name), selection.leaves[source]
         if slot is None:
             continue  # extra state: not a tensor
-        if (reason := _incomparable(name, slot, leaf, selection)) is not None:
-            numel = 0 if slot.is_lazy else slot.tensor.numel()
-            differing.append(Difference(name, source, numel, numel, reason=reason))
+        reason = _incomparable(name, slot, leaf, selection)
+        if reason is not None or not isinstance(leaf, TensorEntry):
+            numel = math.prod(slot.shape or ())
+            differing.append(Difference(name, source, numel, numel, reason=reason or ""))
         else:
             pairs.append(_Pair(name, source, slot, leaf))
     return pairs, differing
@@ -233,7 +234,7 @@ def _incomparable(name: str, slot: Slot, leaf: object, selection: Selection) -> 
         return f"the file holds {leaf.reason}"
     if not isinstance(leaf, TensorEntry):
         return f"the file holds a {type(leaf).__name__}, not a tensor"
-    if slot.is_lazy or slot.tensor.is_meta:
+    if slot.shape is None or slot.tensor.is_meta:
         return "the model has no values for it yet"
     return None
 
@@ -317,8 +318,6 @@ def _look(theirs: torch.Tensor, ours: torch.Tensor, tallies: dict[int, _Tally], 
         return
     differs = _bits(wanted) != _bits(ours)
     left, right = _numbers(theirs if became_infinite else wanted), _numbers(ours)
-    if ours.dtype.is_complex:
-        differs = differs.view(left.shape)
     if theirs.dtype is not ours.dtype:
         differs &= ~(left.isnan() & right.isnan())  # a cast may change what kind of NaN it is
     if became_infinite:

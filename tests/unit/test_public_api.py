@@ -12,11 +12,21 @@ from torchload import errors
 
 def test_exported_names() -> None:
     assert sorted(torchload.__all__) == [
+        "CheckpointInfo",
+        "ContainerInfo",
+        "Difference",
         "LoadReport",
+        "SaveReport",
+        "TensorInfo",
+        "VerifyReport",
         "__version__",
         "best_device",
         "errors",
+        "inspect_checkpoint",
+        "read_state_dict",
         "smart_load",
+        "smart_save",
+        "verify_weights",
     ]
     for name in torchload.__all__:
         assert hasattr(torchload, name)
@@ -50,6 +60,25 @@ def test_signature_of_smart_load() -> None:
         "mmap": False,
         "progress": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "positional", "keywords"),
+    [
+        ("inspect_checkpoint", ["path"], {}),
+        ("read_state_dict", ["path", "device"], {"dtype": None, "key": None, "mmap": False}),
+        (
+            "smart_save",
+            ["model", "path"],
+            {"dtype": None, "keep_fp32": (), "metadata": None, "distributed": True},
+        ),
+        ("verify_weights", ["model", "path"], {"key": None, "prefix": None, "rename": None, "skip": ()}),
+    ],
+)
+def test_signatures_of_the_companions(name: str, positional: list[str], keywords: dict[str, object]) -> None:
+    parameters = inspect.signature(getattr(torchload, name)).parameters.values()
+    assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
+    assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == keywords
 
 
 @pytest.mark.parametrize("name", torchload.__all__)

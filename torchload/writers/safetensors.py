@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import torch
@@ -16,7 +17,9 @@ __all__ = ["check", "order", "write"]
 
 _HEADER_ALIGNMENT_BYTES = 8
 _CODES: dict[torch.dtype, str] = {
-    getattr(torch, name): code for code, (bits, name) in DTYPES.items() if bits % 8 == 0 and hasattr(torch, name or "")
+    dtype: code
+    for code, (bits, name) in DTYPES.items()
+    if bits % 8 == 0 and isinstance(dtype := getattr(torch, str(name), None), torch.dtype)
 }
 
 
@@ -27,7 +30,8 @@ def check(content: Content) -> list[str]:
         if block.dtype not in _CODES:
             dtype = str(block.dtype).removeprefix("torch.")
             reasons.append(f"{block.name} is {dtype}, which safetensors does not have: save as .pth")
-    for name, value in content.metadata.items():
+    metadata: Mapping[Any, Any] = content.metadata
+    for name, value in metadata.items():
         if not (isinstance(name, str) and isinstance(value, str)):
             reasons.append(f"metadata[{name!r}] is a {type(value).__name__}; in safetensors it must be text")
     if sys.byteorder != "little":
