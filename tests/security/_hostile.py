@@ -56,7 +56,7 @@ def contained(action: Callable[[], object]) -> str:
                 outcome = str(error)
             os.write(writer, outcome.encode(errors="replace")[:4096])
             status = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - a forked child must not run on
             traceback.print_exc(file=sys.stderr)
         finally:
             os._exit(status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,8 @@ def _system(command: str) -> list[bytes]:
         PROTO + named("code", "InteractiveInterpreter") + b")R" + named("builtins", "getattr") + b"2" + b"0.",
         # classes that act when they are made, by each opcode that makes one
         PROTO + named("subprocess", "Popen") + b"]" + text("sh") + b"a" + text("-c") + b"a" + argument + b"a\x85\x81.",
-        b"\x80\x04" + named("subprocess", "Popen") + b")}" + text("args") + argument + b"s" + text("shell") + b"\x88s\x92.",
+        b"\x80\x04" + named("subprocess", "Popen") + b")}" + text("args") + argument + b"s" + text("shell") + b"\x88s"
+        b"\x92.",
         PROTO + named("subprocess", "check_output") + argument + b"\x85R.",
         PROTO + named("copyreg", "_reconstructor") + named("subprocess", "Popen") + run + argument + b"\x87R.",
         PROTO + named("copyreg", "__newobj__") + named("subprocess", "Popen") + argument + b"\x86R.",
@@ -79,10 +81,8 @@ def _system(command: str) -> list[bytes]:
 def test_no_call_is_made(number: int, tmp_path: Path) -> None:
     marker = tmp_path / "called"
     stream = _system(f"touch {marker}")[number]
-    try:
+    with suppress(CorruptCheckpointError):
         read_pickle(stream, name="hostile")
-    except CorruptCheckpointError:
-        pass
     assert not marker.exists()
 
 
@@ -94,10 +94,8 @@ def test_the_streams_above_do_call_when_read_by_pickle(tmp_path: Path) -> None:
         stream = _system(f"touch {marker}")[number]
         if b"torch" in stream:
             continue
-        try:
+        with suppress(Exception):
             pickle.loads(stream)
-        except Exception:  # noqa: BLE001 - whatever it comes to
-            pass
         working += marker.exists()
     assert working >= 12
 

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 MAX_KEY_PARTS = 32  # of a tuple that is a dictionary key
+MAX_KEY_BITS = 4096  # of an integer that is one
 UNRESOLVED: Any = type("Unresolved", (), {"__slots__": ()})()
 AS_RECORD: Any = type("AsRecord", (), {"__slots__": ()})()  # what a converter returns for a call it can't interpret
 
@@ -256,22 +257,23 @@ def check_key(mapping: dict[Any, Any], key: Any) -> None:
     Raises:
         TypeError: It is a tuple with too many parts, a huge integer, or one of many made to collide.
     """
-    kind = type(key)
-    if kind is int:
-        if not -(1 << 64) < key < 1 << 64:
-            raise TypeError("a dictionary key is an integer of more than 64 bits")
-    elif kind is tuple:
-        parts = [key]
-        for part in parts:  # grows while it runs, to the limit
-            if type(part) is tuple:
-                parts.extend(part[: MAX_KEY_PARTS + 1])
-            elif type(part) is int and not -(1 << 64) < part < 1 << 64:
-                raise TypeError("a dictionary key has an integer of more than 64 bits")
-            if len(parts) > MAX_KEY_PARTS:
-                raise TypeError(f"a dictionary key is a tuple of more than {MAX_KEY_PARTS} parts")
-        count = len(mapping)
-        # Hashes of tuples of numbers can be forged to collide, which makes each access linear.
-        if count >= 8 and count & (count - 1) == 0:
-            tuples = [hash(other) for other in mapping if type(other) is tuple]
-            if 2 * len(set(tuples)) < len(tuples):
-                raise TypeError("a dictionary's keys all have the same hash")
+    if not _is_forgeable(key):
+        return
+    parts = [key]
+    for part in parts:  # grows while it runs, to the limit
+        if type(part) is tuple:
+            parts.extend(part[: MAX_KEY_PARTS + 1])
+        elif type(part) is int and part.bit_length() > MAX_KEY_BITS:
+            raise TypeError(f"a dictionary key is an integer of more than {MAX_KEY_BITS} bits")
+        if len(parts) > MAX_KEY_PARTS:
+            raise TypeError(f"a dictionary key is a tuple of more than {MAX_KEY_PARTS} parts")
+    count = len(mapping)
+    if count >= 8 and count & (count - 1) == 0:
+        hashes = [hash(other) for other in mapping if _is_forgeable(other)]
+        if 2 * len(set(hashes)) < len(hashes):
+            raise TypeError("a dictionary's keys all have the same hash")
+
+
+def _is_forgeable(key: Any) -> bool:
+    """Whether many different keys of the kind can be made to have one hash, so that each access is linear."""
+    return type(key) is tuple or (type(key) is int and not -(1 << 64) < key < 1 << 64)
