@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
 from torchload.copies import Copy
 from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.source import Source
-from torchload.transfer.crew import Crew, Worker, available_cores, can_limit_intra_op
+from torchload.transfer.crew import Crew, available_cores, can_limit_intra_op
+from torchload.transfer.cuda import CudaLane, Ring, RingWorker
 from torchload.transfer.host import HostWorker, decode
 from torchload.transfer.memory import memory_at
 from torchload.transfer.overflow import OverflowFoundError, largest_finite, overflow_error
@@ -61,15 +62,17 @@ def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progres
         if progress is not None:
             progress(done_bytes, total_bytes)
 
-    def new_worker() -> Worker[Job]:
-        return HostWorker(reader)
-
     if threads is None:
         threads = default_threads(total_bytes, computes=not all(job.is_direct for job in jobs))
-    crew = Crew(jobs, new_worker, threads, report if progress is not None else None)
+    rings = _new_rings({job.device for job in jobs}, threads)
+    crew = Crew(jobs, lambda: _Worker(reader, rings), threads, report if progress is not None else None)
     try:
         check_unchanged(sources)
-        crew.run()
+        try:
+            crew.run()
+        finally:
+            for ring in rings.values():
+                ring.drain()
         check_unchanged(sources)
     except BaseException as error:
         touched = {id(piece.copy) for job in crew.started for piece in job.pieces}
@@ -83,6 +86,28 @@ def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progres
         reader.close()
     _note_writes(copies)
     return crew.done_bytes
+
+
+class _Worker:
+    """Does any job, each in the way of its device; one for each thread."""
+
+    def __init__(self, reader: Reader, rings: Mapping[torch.device, Ring]) -> None:
+        self._host = HostWorker(reader)
+        self._by_device = {device: RingWorker(reader, ring) for device, ring in rings.items()}
+
+    def __call__(self, job: Job) -> int:
+        worker = self._by_device.get(job.device)
+        return self._host(job) if worker is None else worker(job)
+
+
+def _new_rings(devices: Iterable[torch.device], threads: int) -> dict[torch.device, Ring]:
+    """A ring for each device that copies on its own."""
+
+    def ring(device: torch.device) -> Ring:
+        stream = torch.cuda.current_stream(device)  # the caller's, where the targets come from
+        return Ring(lambda: CudaLane(device, stream), 2 * threads)
+
+    return {device: ring(device) for device in devices if device.type == "cuda"}
 
 
 def default_threads(total_bytes: int, *, computes: bool) -> int:

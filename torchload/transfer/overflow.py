@@ -14,7 +14,7 @@ import torch
 from torchload.copies import Copy
 from torchload.errors import CastOverflowError
 
-__all__ = ["OverflowFoundError", "largest_finite", "overflow_error", "overflows"]
+__all__ = ["OverflowFoundError", "largest_finite", "may_overflow", "out_of_range", "overflow_error", "overflows"]
 
 _SUMMABLE = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes whose sum is cheaper than the range of what they were cast from."""
@@ -55,10 +55,21 @@ def overflows(source: torch.Tensor, result: torch.Tensor) -> bool:
         low, high = torch.aminmax(_computable(source))
         if -limit <= low.item() and high.item() <= limit:  # never true with a NaN
             return False
-    source, lost = _computable(source), ~torch.isfinite(_computable(result))
-    if result.dtype.itemsize == 1:
-        lost |= source.abs() > _largest_rounded_down(result.dtype)  # some float8 casts saturate
-    return bool((torch.isfinite(source) & lost).any())
+    return bool(out_of_range(source, result))
+
+
+def may_overflow(source: torch.dtype, result: torch.dtype) -> bool:
+    """Whether any finite value of one dtype lies beyond the range of another."""
+    return _limit(source, result) is not None
+
+
+def out_of_range(source: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """The answer of `overflows` as a tensor (bool, 0-dim) on the tensors' device, by looking at each element."""
+    source, dtype = _computable(_real(source)), result.dtype
+    lost = ~torch.isfinite(_computable(_real(result)))
+    if dtype.itemsize == 1:
+        lost |= source.abs() > _largest_rounded_down(dtype)  # some float8 casts saturate
+    return (torch.isfinite(source) & lost).any()
 
 
 def largest_finite(source: torch.Tensor) -> float:
