@@ -49,3 +49,30 @@ def test_any_wrapping_on_either_side_reconciles_to_the_identity(case):
     assert align(tree_of(first), tree_of(plain)).pairs == dict(zip(plain, first))
     assert align(tree_of(plain), tree_of(second)).pairs == dict(zip(second, plain))
     assert align(tree_of(first), tree_of(second)).pairs == dict(zip(second, first))
+
+
+@given(trees)
+@settings(max_examples=200)
+def test_an_unrelated_model_never_matches(tree):
+    names = list(flatten(tree))
+    others = [f"{name}_other" for name in names]  # the same modules, no tensor in common
+    found = align(tree_of(others), tree_of(names))
+    assert found.pairs == {}
+    assert set(found.ambiguous) == set()
+
+
+@given(trees, st.data())
+@settings(max_examples=400)
+def test_names_that_are_the_models_to_the_letter_are_never_taken_for_others(tree, data):
+    names = list(flatten(tree))
+    kept = data.draw(st.lists(st.sampled_from(names), unique=True))
+    assert align(tree_of(kept), tree_of(names)).pairs == {name: name for name in kept}
+    assert align(tree_of(names), tree_of(kept)).pairs == {name: name for name in kept}
+
+
+@given(tree_and_two_wrappings())
+@settings(max_examples=200)
+def test_no_name_is_used_twice_whatever_the_two_sides(case):
+    plain, first, _ = case
+    pairs = align(tree_of([*first, *plain]), tree_of(plain)).pairs
+    assert len(set(pairs.values())) == len(pairs)

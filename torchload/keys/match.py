@@ -156,7 +156,10 @@ def _pair_children(
         return {}, {}
     if source.is_tensor and model.is_tensor:
         result.pairs[model.names[""]] = source.names[""]
-    ours, theirs = _agree(result, _Chain.below(source), _Chain.below(model))
+    if source.names.keys() <= model.names.keys() or source.names.keys() >= model.names.keys():
+        ours, theirs = source.children, model.children  # names that are the model's to the letter are never others
+    else:
+        ours, theirs = _agree(result, _Chain.below(source), _Chain.below(model))
     extra = {label: ours[label] for label in ours if label not in theirs}
     lacking = {label: theirs[label] for label in theirs if label not in ours}
     work.extend((ours[label], theirs[label]) for label in ours if label in theirs)
