@@ -162,13 +162,11 @@ def _find_central(source: Source) -> tuple[int, int, int]:
             end64 = _END64.unpack(source.read(end64_position, _END64.size))
             if end64[0] != b"PK\x06\x06" or end64_position + 12 + end64[1] != locator_position:
                 _damaged(source, "its zip64 end record is not where its locator says")
-            wide = end64[4:6], *end64[6:]
-            narrow = (disk, central_disk), disk_count, count, size, offset
-            limits = None, _LIMIT16, _LIMIT16, _LIMIT32, _LIMIT32
-            for value, wide_value, limit in zip(narrow[1:], wide[1:], limits[1:]):
-                if value not in (wide_value, limit):
-                    _damaged(source, "its two end records disagree")
-            (disk, central_disk), disk_count, count, size, offset = wide
+            narrow = disk, central_disk, disk_count, count, size, offset
+            limits = (_LIMIT16,) * 4 + (_LIMIT32,) * 2
+            if any(value not in (wide, limit) for value, wide, limit in zip(narrow, end64[4:], limits)):
+                _damaged(source, "its two end records disagree")
+            disk, central_disk, disk_count, count, size, offset = end64[4:]
             end_position = end64_position
     if disk or central_disk or disk_count != count:
         raise CheckpointFormatError(
@@ -306,15 +304,14 @@ def _located(source: Source, rows: list[_Row], limit: int) -> Iterator[ZipRecord
         ):
             _damaged(source, f"its record {name!r} has another name, method or flags in its own header")
         offset = header + header_size + name_size + extra_size
+        if _LIMIT32 in (local_size, local_stored_size):
+            extra = source.read(offset - extra_size, extra_size)
+            local_size, local_stored_size = _wide(source, extra, local_size, local_stored_size)
+        before = None
         if flags & _HAS_DESCRIPTOR and local_crc32 == local_stored_size == local_size == 0:
             before = row
-        else:
-            before = None
-            if _LIMIT32 in (local_size, local_stored_size):
-                extra = source.read(offset - extra_size, extra_size)
-                local_size, local_stored_size = _wide(source, extra, local_size, local_stored_size)
-            if (local_crc32, local_stored_size, local_size) != (crc32, stored_size, size):
-                _damaged(source, f"its record {name!r} has another size or checksum in its own header")
+        elif (local_crc32, local_stored_size, local_size) != (crc32, stored_size, size):
+            _damaged(source, f"its record {name!r} has another size or checksum in its own header")
         end = offset + stored_size
         if end > limit:
             _damaged(source, f"its record {name!r} overlaps another one or the directory")
