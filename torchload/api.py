@@ -162,7 +162,7 @@ def _report(
         missing_keys=selection.missing,
         unexpected_keys=selection.unexpected,
         mismatched=selection.mismatched,
-        skipped=tuple(name for name in target.names if name in selection.skipped),
+        skipped=tuple(selection.skipped),
         outside=tuple(selection.outside),
         tolerated=tuple(selection.tolerated),
         seconds=seconds,

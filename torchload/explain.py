@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -61,15 +62,16 @@ def incompatible(
     """The error that says everything that keeps a checkpoint from fitting a model."""
     model = type(target.model).__name__
     where = f" (looked at {selection.path!r})" if selection.path else ""
+    near: dict[str, str] = {}
     lines = [f"{path} does not fit this {model}{where}. Nothing was loaded; the model is unchanged."]
     if selection.mismatched:
         lines.append(f"  {plural(len(selection.mismatched), 'tensor')} {_have(selection.mismatched)} another shape")
         lines += _shapes(selection.mismatched)
     if selection.missing:
-        lines.append(
-            f"  {plural(len(selection.missing), 'tensor')} of the model {_is(selection.missing)} not in the file"
-        )
-        lines += _listing(selection.missing, _near(selection.missing, selection.unexpected))
+        count = plural(len(selection.missing), "tensor")
+        lines.append(f"  {count} of the model {_is(selection.missing)} not in the file")
+        near = _near(target, selection)
+        lines += _listing(selection.missing, near)
     if selection.unexpected:
         count = plural(len(selection.unexpected), "tensor")
         lines.append(f"  {count} of the file {_have(selection.unexpected)} no place in the model")
@@ -77,7 +79,7 @@ def incompatible(
     lines += [f"  {problem}" for problem in problems]
     fitting = len(selection.pairs) - len(selection.mismatched)
     lines.append(f"  {fitting:,} of {plural(len(target.names), 'tensor')} fit.")
-    lines += _advice(target, selection, problems)
+    lines += _advice(target, selection, near, problems)
     return IncompatibleCheckpointError(
         "\n".join(lines),
         path=path,
@@ -88,7 +90,7 @@ def incompatible(
     )
 
 
-def _advice(target: Target, selection: Selection, problems: Sequence[str]) -> list[str]:
+def _advice(target: Target, selection: Selection, near: dict[str, str], problems: Sequence[str]) -> list[str]:
     lacking = [*selection.mismatched, *selection.missing]
     if problems or not (lacking or selection.unexpected):
         return []
@@ -97,9 +99,24 @@ def _advice(target: Target, selection: Selection, problems: Sequence[str]) -> li
         return [f"  To leave these out: smart_load(..., skip={_globs(surplus, target.names)})"]
     fitting = [name for name in selection.pairs if name not in selection.mismatched]
     globs = _globs(lacking, fitting)
+    advice = []
+    if near:
+        advice.append(f"  If that is the same part under another name: smart_load(..., rename={_renaming(near)})")
     if len(globs) <= _MOST_GLOBS and len(lacking) <= len(fitting):
-        return [f"  For a part that is meant to be new: smart_load(..., skip={globs})"]
-    return ["  If the names only differ in spelling: smart_load(..., rename={r'^old\\.': 'new.'})"]
+        advice.append(f"  For a part that is meant to be new: smart_load(..., skip={globs})")
+    return advice
+
+
+def _renaming(near: dict[str, str]) -> str:
+    """The `rename` that turns leftovers of the file into the names that the model misses."""
+    rules: dict[str, str] = {}
+    for name, source in near.items():
+        ours, theirs = name.split("."), source.split(".")
+        while len(ours) > 1 and len(theirs) > 1 and ours[-1] == theirs[-1]:
+            ours.pop()
+            theirs.pop()
+        rules[r"\b" + re.escape(theirs[-1]) + r"\b"] = ours[-1]
+    return "{" + ", ".join(f"r'{pattern}': '{new}'" for pattern, new in list(rules.items())[:_MOST_GLOBS]) + "}"
 
 
 _MOST_GLOBS = 4
@@ -131,13 +148,20 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _near(missing: Sequence[str], unexpected: Sequence[str]) -> dict[str, str]:
-    """Missing name → a leftover of the file that looks like it."""
-    if len(missing) * len(unexpected) > 20_000:
+def _near(target: Target, selection: Selection) -> dict[str, str]:
+    """Missing name → a leftover of the file that looks like it, or is the only one of its shape and last segment."""
+    leftovers = [*selection.unexpected, *selection.outside]
+    if len(selection.missing) * len(leftovers) > 20_000:
         return {}
+    by_form: dict[tuple[str, object], list[str]] = {}
+    for name in leftovers:
+        form = name.rpartition(".")[2], getattr(selection.leaves.get(name), "shape", None)
+        by_form.setdefault(form, []).append(name)
     near = {}
-    for name in missing[: 4 * _MOST_LINES]:
-        if close := difflib.get_close_matches(name, unexpected, n=1, cutoff=0.75):
+    for name in selection.missing[: 4 * _MOST_LINES]:
+        shape = target.by_name[name].shape if name in target.by_name else None
+        same = by_form.get((name.rpartition(".")[2], shape), [])
+        if close := difflib.get_close_matches(name, leftovers, n=1, cutoff=0.75) or (same if len(same) == 1 else []):
             near[name] = close[0]
     return near
 

@@ -35,7 +35,7 @@ class LoadReport:
         missing_keys: Model names that nothing filled (empty after a strict load).
         unexpected_keys: Checkpoint names inside the model's modules without a place (empty after a strict load).
         mismatched: Model name → (shape in the file, shape in the model), left alone by ``strict=False``.
-        skipped: Model names left alone because of ``skip``.
+        skipped: Names left alone because of ``skip``: the model's, then those that only the file has.
         outside: Checkpoint names that belong to other models beside this one.
         tolerated: Names on either side whose absence or presence is known to be harmless.
         seconds: Time from the call to the return, in seconds.

@@ -16,7 +16,7 @@ from torchload.errors import AmbiguousCheckpointError, CorruptCheckpointError, I
 from torchload.index import OpaqueTensor, Shape, TensorEntry
 from torchload.keys.match import Alignment, Node, align, is_path, tree_of
 from torchload.keys.rewrite import Rename, renamer
-from torchload.keys.tables import BENIGN_MISSING, BENIGN_UNEXPECTED, Standing, container_standing
+from torchload.keys.tables import BENIGN_MISSING, BENIGN_UNEXPECTED, WRAPPERS, Standing, container_standing
 
 __all__ = ["Leaf", "Selection", "Wanted", "flatten", "select"]
 
@@ -83,7 +83,7 @@ class Selection:
         tolerated: Differences known to be harmless: names of either side.
         rivals: Paths of other candidates that would have fitted as well.
         crossed: Whether names were taken out of a container inside this one, which is a candidate of its own.
-        skipped: Model names that the caller wanted left alone.
+        skipped: Names that the caller wanted left alone: the model's, then those that only the file has.
         added: Prefix that all of the model's names have and the file's lack.
         alignment: The matcher's account.
         standing: How strongly the path speaks for these weights.
@@ -102,7 +102,7 @@ class Selection:
     alignment: Alignment
     standing: Standing = Standing.CONVENTIONAL
     crossed: bool = False
-    skipped: frozenset[str] = frozenset()
+    skipped: list[str] = field(default_factory=list)
     added: str = ""
     rivals: tuple[str, ...] = ()
 
@@ -287,7 +287,7 @@ def _candidates(
                 yield _judge(place, "", leaves, tree, alignment, wanted, "")
         spare = len(leaves)
         for below, node in _nodes(tree, least, place.inner if rename is None else frozenset()):
-            if prefix is not None and below != prefix.rstrip("."):
+            if prefix is not None and not _is_prefix(below, prefix.rstrip(".")):
                 continue
             for added, view in views:
                 if added and _last(_joined(place.path if searched else "", below)) == _last(added):
@@ -360,25 +360,26 @@ def _judge(
     added: str,
 ) -> Selection:
     mismatched: dict[str, tuple[Shape, Shape]] = {}
-    for name, source in alignment.pairs.items():
-        shape, found = wanted.shapes[name], getattr(leaves[source], "shape", None)
-        if shape is not None and found is not None and shape != found and not (shape == () and found == (1,)):
-            mismatched[name] = (found, shape)
+    for name, shape in wanted.shapes.items():
+        if name in alignment.pairs:
+            found = getattr(leaves[alignment.pairs[name]], "shape", None)
+            if shape is not None and found is not None and shape != found and not (shape == () and found == (1,)):
+                mismatched[name] = (found, shape)
     missing, tolerated = wanted.lacks(alignment.pairs, alignment.spare)
     used = set(alignment.pairs.values())
     elsewhere = set(alignment.outside)
     unexpected: list[str] = []
     outside: list[str] = []
+    skipped = [name for name in wanted.shapes if name in wanted.skipped]
     inside = set(node.names.values())
     for name, leaf in leaves.items():
         if name in used:
             continue
-        if (
-            name not in inside
-            or name in elsewhere
-            or wanted.skips(alignment.leftover.get(name, name))
-            or wanted.skips(name)
-        ):
+        here = alignment.leftover.get(name, name)
+        if wanted.skips(here) or wanted.skips(name):
+            if here not in wanted.skipped:
+                skipped.append(name)
+        elif name not in inside or name in elsewhere:
             outside.append(name)
         elif (row := BENIGN_UNEXPECTED.get(_last(name))) and row.covers(name, getattr(leaf, "shape", None)):
             tolerated.append(name)
@@ -398,7 +399,7 @@ def _judge(
         alignment=alignment,
         standing=_standing(place.path, prefix),
         crossed=not prefix and any(side == "file" and label in place.inner for side, label in alignment.dropped),
-        skipped=wanted.skipped,
+        skipped=skipped,
         added=added,
     )
 
@@ -411,6 +412,11 @@ def _needed(wanted: Wanted) -> int:
         if name not in wanted.skipped and name not in wanted.optional and not wanted.may_lack(name)
     }
     return len(needed) or 1
+
+
+def _is_prefix(below: str, prefix: str) -> bool:
+    """Whether a path in the file is the prefix that the caller gave, wrappers aside."""
+    return below == prefix or [part for part in below.split(".") if part not in WRAPPERS] == prefix.split(".")
 
 
 def _joined(*parts: str) -> str:

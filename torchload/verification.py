@@ -194,7 +194,7 @@ def verify_weights(
         differing=tuple(sorted(differing, key=lambda difference: order[difference.name])),
         missing_keys=selection.missing,
         unexpected_keys=selection.unexpected,
-        skipped=tuple(name for name in target.names if name in selection.skipped),
+        skipped=tuple(selection.skipped),
         casts=casts,
         seconds=time.perf_counter() - started,
     )

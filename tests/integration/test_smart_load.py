@@ -223,6 +223,7 @@ def test_skip_names_a_replaced_head(path, trained):
     assert torch.equal(model.head.weight, head)
     assert torch.equal(model.conv.weight, trained.conv.weight)
     assert report.skipped == ("head.weight", "head.bias")
+    assert report.outside == ()
     with pytest.raises(errors.IncompatibleCheckpointError, match=r"skip=\['head\.\*'\]"):
         smart_load(Net(classes=9), path)
 

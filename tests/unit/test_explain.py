@@ -76,6 +76,20 @@ def test_spelling(tmp_path):
     assert any("did you mean" in line for line in lines)
 
 
+def test_a_renamed_head_is_recognised_by_its_shape(tmp_path):
+    model = nn.ModuleDict({"body": nn.Linear(3, 3), "fc": nn.Linear(3, 7)})
+    lines = explain(tmp_path, lambda state: {k.replace("fc.", "classifier."): v for k, v in state.items()}, model)
+    assert "    fc.weight    did you mean classifier.weight, which the file has?" in lines
+    assert r"rename={r'\bclassifier\b': 'fc'}" in lines[-2]
+    smart_load(model, tmp_path / "x.pth", rename={r"\bclassifier\b": "fc"})
+
+
+def test_shapes_alone_bring_no_advice_about_spelling(tmp_path):
+    lines = explain(tmp_path, lambda state: {k: torch.zeros([*v.shape, 1]) for k, v in state.items()})
+    assert not any("rename" in line for line in lines)
+    assert lines[2].startswith("    0.{weight, bias}    file")
+
+
 def test_the_place_that_was_looked_at_is_named(tmp_path):
     lines = explain(tmp_path, lambda state: {"epoch": 1, "net": {k: v for k, v in state.items() if k != "0.bias"}})
     assert lines[0].startswith("x.pth does not fit this Sequential (looked at 'net').")

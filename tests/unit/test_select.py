@@ -292,6 +292,9 @@ def test_key_and_prefix_choose():
     value = {"a": fresh(), "b": {"c": {**prefixed(fresh(), "x."), **prefixed(fresh(), "y.")}}}
     assert choose(value, key="a").key == "a"
     assert choose(value, key="b.c", prefix="y.").prefix == "y"
+    wrapped = {**prefixed(fresh(), "module.x."), **prefixed(fresh(), "module.y.")}
+    assert choose(wrapped, prefix="y.").prefix == "module.y"
+    assert choose(wrapped, prefix="module.y.").prefix == "module.y"
     assert choose(value, prefix="x").path == "b.c.x"
 
 
