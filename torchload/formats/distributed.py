@@ -98,6 +98,7 @@ class _Index:
         self.tensors: dict[str, _Tensor] = {}
         self.values: dict[str, _Place] = {}
         self.paths: dict[str, tuple[str | int, ...]] = {}
+        self.taken: set[tuple[str, int]] = set()  # file and offset of every chunk's item
         self.budget = 0  # more chunks than this can only be the same list in many places
 
     # --- reading ---
@@ -226,6 +227,11 @@ class _Index:
             raise self.refuse(f"the {len(regions)} chunks of {_short(name)} {problem} (its shape is {list(shape)})")
         boxes: list[Box] = []
         for (origin, size), place in tensor.chunks.values():
+            # Only in a safetensors file, where sizes are those of the data alone, do items begin at the same byte.
+            begin = (place.file_name, place.offset)
+            if begin in self.taken and place.size != math.prod(size) * dtype.itemsize:
+                raise self.refuse(f"a chunk of {_short(name)} is said to lie where another one lies")
+            self.taken.add(begin)
             if place.transforms:
                 return OpaqueTensor(f"a tensor written through {', '.join(place.transforms)[:200]}", shape)
             boxes.append(ItemBox(reader, self._item(name, place, files), dtype, size, origin))

@@ -160,7 +160,7 @@ def check_stream(
                 if size >= BLOB_BYTES and opcode in _BLOBS:
                     scan.take_blob(opcode, position, payload, size)
                 position = payload + size
-    except IndexError:
+    except (IndexError, OverflowError):  # a length of eight bytes may lie beyond what can be an index
         raise CorruptCheckpointError(
             f"{name} is incomplete: its pickle runs past the end at byte {len(data)}. Download or copy it again.",
             path=name,

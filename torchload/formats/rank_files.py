@@ -193,14 +193,14 @@ def _refuse_plain(path: str, names: Sequence[str]) -> CheckpointFormatError | Am
     what = f"{path} holds the files of {len(names)} ranks ({listed}), with tensors that don't say which part they are."
     if _LLAMA_FILE.fullmatch(names[0]):
         return CheckpointFormatError(
-            f"{what} They are the tensor-parallel parts of a Llama as Meta publishes it; convert them with transformers' "
-            "convert_llama_weights_to_hf.py, or download the converted model.",
+            f"{what} They are the tensor-parallel parts of a Llama as Meta publishes it; convert them with "
+            "transformers' convert_llama_weights_to_hf.py, or download the converted model.",
             path=path,
             found="tensor-parallel Llama",
         )
     return AmbiguousCheckpointError(
-        f"{what} If each holds the same, give the path of one. If each holds its part of a tensor- or pipeline-parallel "
-        "model, or FSDP's local (flat) state, gather the model in the job that saved it, with "
+        f"{what} If each holds the same, give the path of one. If each holds its part of a tensor- or "
+        "pipeline-parallel model, or FSDP's local (flat) state, gather the model in the job that saved it, with "
         "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True.",
         path=path,
         candidates=[os.path.join(path, name) for name in names],
@@ -255,7 +255,8 @@ def _iteration_folder(path: str) -> str:
     folder = f"iter_{int(text):07d}" if text.isascii() and text.isdigit() and len(text) < 20 else "release"
     if folder == "release" and text != "release":
         raise CorruptCheckpointError(
-            f"{path} is a Megatron checkpoint folder, but its {_MEGATRON_POINTER} names {text[:80]!r}, not an iteration.",
+            f"{path} is a Megatron checkpoint folder, but its {_MEGATRON_POINTER} names {text[:80]!r}, "
+            "not an iteration.",
             path=path,
             found="Megatron checkpoint folder",
         )
