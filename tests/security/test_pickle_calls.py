@@ -174,6 +174,18 @@ def test_a_storage_cannot_be_changed(change: bytes) -> None:
         read_pickle(PROTO + STORAGE + change + b".", name="hostile")
 
 
+def test_what_a_format_supplies_cannot_be_changed() -> None:
+    from torchload.formats.unpickle import unpickle
+
+    entry = TensorEntry(torch.float32, (0,), ())
+    changes = (b"(K\x01K\x02K\x03K\x04lb", b"}" + text("shape") + b"K\x07sb", b"N}" + text("shape") + b"K\x07s\x86b")
+    for change in (*changes, b"K\x00K\x01s", b"K\x01a"):
+        with pytest.raises(CorruptCheckpointError):
+            unpickle(PROTO + text("id") + b"Q" + change + b".", name="hostile", outside=lambda pid: entry).finish()
+    assert unpickle(PROTO + text("id") + b"Q.", name="format", outside=lambda pid: entry).finish() is entry
+    assert entry.shape == (0,)
+
+
 def test_a_payload_left_in_the_file_cannot_be_moved() -> None:
     payload = b"B" + (5000).to_bytes(4, "little") + b"x" * 5000
     for change in (b"}" + text("index") + b"K\x07sb", b"N}" + text("index") + b"K\x07s\x86b", b"(K\x00K\x07lb"):

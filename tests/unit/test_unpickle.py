@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.unit.entries import assert_holds, read_entry
-from torchload.errors import CorruptCheckpointError
+from torchload.errors import CorruptCheckpointError, TorchLoadError
 from torchload.formats import torch_zip
 from torchload.formats.unpickle import read_pickle, unpickle
 from torchload.index import Container, Extent, OpaqueTensor, Record, TensorEntry, record_fields
@@ -315,6 +315,34 @@ def test_a_storage_by_itself_is_a_vector() -> None:
     assert_holds(tree["untyped"], torch.arange(3, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_tensors_that_were_pickled_without_torch_save(protocol: int) -> None:
+    base = torch.arange(12.0)
+    value = {
+        "small": base.view(3, 4),
+        "view": base[5:],
+        "parameter": nn.Parameter(torch.ones(2)),
+        "large": torch.rand(3000),
+        "half": torch.ones(3).half(),
+        "unsigned": torch.arange(5).to(torch.uint8),
+        "empty": torch.empty(0, 2),
+    }
+    data = pickle.dumps(value, protocol=protocol)
+    tree = read_pickle(data, name="test", source=MemorySource(data))
+    assert_holds(tree, value)
+    assert tree["parameter"].is_parameter
+
+
+@pytest.mark.parametrize("nested", [b"", b"N.", pickle.dumps(1) * 5, pickle.dumps(torch.ones(2)), b"PK\x03\x04"])
+def test_nested_streams_that_hold_no_storage_are_refused(nested: bytes) -> None:
+    stream = (
+        b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\n(ctorch.storage\n_load_from_bytes\nB"
+        + len(nested).to_bytes(4, "little") + nested + b"\x85RK\x00K\x01\x85K\x01\x85\x89NtR."
+    )  # fmt: skip
+    with pytest.raises(TorchLoadError):
+        read_pickle(stream, name="test")
+
+
 def test_an_optimizer_beside_the_weights() -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
@@ -559,9 +587,9 @@ def test_the_pickler_in_python_reads_the_same(monkeypatch: pytest.MonkeyPatch) -
         for name in ("find_class", "new_class", "attribute", "persistent_load", "new_storage")
     })  # fmt: skip
 
-    def construct(self: Any, stream: Any, name: str) -> None:
+    def construct(self: Any, stream: Any, name: str, outside: Any = None) -> None:
         pickle._Unpickler.__init__(self, module._File(stream.code), encoding="utf-8", errors="surrogateescape")  # type: ignore[attr-defined]
-        self.name, self.blobs, self.classes, self.storages = name, stream.blobs, {}, {}
+        self.name, self.blobs, self.classes, self.storages, self.outside = name, stream.blobs, {}, {}, outside
 
     reader.__init__ = construct  # type: ignore[method-assign]
     value = {"a": [1, (2, {3})], "b": argparse.Namespace(x=1), "c": np.arange(3.0), "d": b"y" * 9000}

@@ -28,6 +28,7 @@ __all__ = [
     "Call",
     "Inert",
     "MappingStandIn",
+    "Outside",
     "RecordStandIn",
     "SetStandIn",
     "StandInType",
@@ -244,6 +245,15 @@ class BlobReference(Inert):
 
     def __init__(self, index: int) -> None:
         self.index = index
+
+
+class Outside(Inert):
+    """What a format supplies for a persistent id of its own. In the open, BUILD could change it."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 def new_stand_in(base: type, qualified: str, **attributes: Any) -> StandInType:

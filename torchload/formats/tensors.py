@@ -91,7 +91,7 @@ def strided_tensor(
         shape, strides: As torch gives them, in elements.
     """
     if isinstance(storage, Call):
-        storage = walk.value(storage)
+        storage = _storage_over(walk.value(storage))
     if type(storage) is not Storage:
         walk.fail("has no storage")
     shape = shape if type(shape) is tuple else walk.value(shape)
@@ -122,6 +122,27 @@ def strided_tensor(
     extent = walk.extent(storage)
     box = Box(extent, first + offset * itemsize, shape, strides, (0,) * len(shape))
     return TensorEntry(dtype, shape, (box,))
+
+
+def _storage_over(vector: Any) -> Any:
+    """A storage that a nested stream holds, as `_nested_storage` left it."""
+    if type(vector) is not TensorEntry or len(vector.shape) != 1:
+        return None
+    storage = Storage(object, vector.dtype, "", "", vector.shape[0])
+    if vector.boxes:
+        storage.extent = vector.boxes[0].extent
+    return storage
+
+
+def _nested_storage(call: Call, walk: Walk) -> Any:
+    """``torch.storage._load_from_bytes(data)``: how tensors are pickled without `torch.save`."""
+    from torchload.formats import legacy
+
+    extent = walk.extent_of_bytes(call.args[0], big_endian=False)
+    if extent is None:
+        return AS_RECORD
+    walk.charge(20 + extent.nbytes // 16)
+    return legacy.open(extent.source.slice(extent.offset, extent.nbytes), walk.name).root
 
 
 _QUANTIZED = frozenset(dtype for name, dtype in _DTYPES.items() if name.startswith(("qint", "quint")))
@@ -171,7 +192,9 @@ def as_parameter(entry: Any) -> Any:
 
 
 def _parameter(call: Call, walk: Walk) -> Any:
-    entry = as_parameter(walk.value(call.args[0]))
+    # Before torch 0.1.11 the tensor was the first of five parts of a state.
+    is_oldest = not call.args and type(call.state) is tuple and len(call.state) == 5
+    entry = as_parameter(walk.value(call.state[0] if is_oldest else call.args[0]))
     return entry if type(entry) in (TensorEntry, OpaqueTensor) else AS_RECORD
 
 
@@ -270,6 +293,7 @@ KNOWN_CALLS: dict[str, Callable[[Call, Walk], Any]] = {
     "torch.nn.parameter.UninitializedBuffer": _opaque("an uninitialized buffer"),
     "torch._utils._rebuild_device_tensor_from_numpy": _from_array,
     "torch._utils._rebuild_xla_tensor": _from_array,
+    "torch.storage._load_from_bytes": _nested_storage,
     "torch.Size": _size,
     "torch.device": _device,
     "torch.serialization._get_layout": _first_text,

@@ -23,6 +23,7 @@ from torchload.formats.standins import (
     BlobReference,
     Call,
     MappingStandIn,
+    Outside,
     RecordStandIn,
     SetStandIn,
     StandInType,
@@ -97,6 +98,7 @@ def unpickle(
     name: str,
     source: Source | None = None,
     allowance_bytes: int = BASE_ALLOWANCE_BYTES,
+    outside: Callable[[str], Any] | None = None,
 ) -> Unpickled:
     """Check and read one pickle, without asking where its storages are yet.
 
@@ -106,6 +108,7 @@ def unpickle(
         name: What to call the stream in messages.
         source: The same bytes as `data`, if they are in a file.
         allowance_bytes: What the objects may take in memory.
+        outside: What a persistent id that is text refers to, in a format that has such; a finished leaf of the tree.
 
     Returns:
         What was recorded; call its `finish` once.
@@ -114,7 +117,7 @@ def unpickle(
         CorruptCheckpointError: The stream is damaged or hostile.
     """
     stream = check_stream(data, start, name=name, allowance_bytes=allowance_bytes)
-    reader = _Reader(stream, name)
+    reader = _Reader(stream, name, outside)
     try:
         root = reader.load()
     except _MALFORMED as error:
@@ -199,13 +202,14 @@ class _File:
 class _Reader(pickle.Unpickler):
     """The C unpickler, with its three ways out of the stream closed."""
 
-    def __init__(self, stream: PickleStream, name: str) -> None:
+    def __init__(self, stream: PickleStream, name: str, outside: Callable[[str], Any] | None) -> None:
         # Text of Python 2 is bytes or ASCII; this way it can be turned back into the bytes that it was.
         super().__init__(_File(stream.code), encoding="utf-8", errors="surrogateescape")
         self.name = name
         self.blobs = stream.blobs
         self.classes: dict[str, Any] = {}
         self.storages: dict[str, Storage] = {}
+        self.outside = outside
 
     def find_class(self, module: str, name: str) -> Any:
         if len(module) + len(name) > MAX_GLOBAL_LENGTH:
@@ -247,12 +251,16 @@ class _Reader(pickle.Unpickler):
                 return _collection(*pid)
             if len(pid) == 4 and pid[0] == "module":  # legacy files keep the source text beside a class
                 return pid[1]
+            if len(pid) == 3 and self.outside is not None:  # as do tar archives, older still
+                return pid[0]
         elif pid is None:
             return MappingStandIn()
         elif pid is False:
             return SetStandIn()
         elif type(pid) is int and 0 <= pid < len(self.blobs):
             return BlobReference(pid)
+        elif type(pid) is str and self.outside is not None:
+            return Outside(self.outside(pid))
         raise TypeError("it refers to something outside it that is no storage")
 
     def new_storage(self, pid: tuple[Any, ...]) -> Storage:

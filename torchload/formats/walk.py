@@ -19,6 +19,7 @@ from torchload.formats.standins import (
     BlobReference,
     Call,
     MappingStandIn,
+    Outside,
     RecordStandIn,
     SetStandIn,
     StandInType,
@@ -268,6 +269,8 @@ class Walk:
                 self._encoded[key] = ("", data)
             data = self._encoded[key][1]
             return data.decode("utf-8", "surrogateescape") if blob.text else data
+        if kind is Outside:
+            return item.value
         if kind is Storage:
             if item.value is None:
                 item.value = self._storage_as_tensor(item)
