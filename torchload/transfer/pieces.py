@@ -20,7 +20,7 @@ from torchload.copies import Copy
 from torchload.index import Extent, Shape, box_end_bytes
 from torchload.source import Source
 
-__all__ = ["CAST", "RAW", "STAGED_BYTES", "VIEW", "Job", "Piece", "cut", "needs_swap", "schedule"]
+__all__ = ["CAST", "RAW", "STAGED_BYTES", "STRIDED_BYTES", "VIEW", "Job", "Piece", "cut", "needs_swap", "schedule"]
 
 _BIG_ENDIAN = sys.byteorder == "big"
 
@@ -33,8 +33,10 @@ VIEW = 2
 
 DIRECT_BYTES = 8 << 20
 """Read straight into place at most this much at once."""
-STAGED_BYTES = 1 << 20
-"""Read into scratch memory at most this much at once: it should stay in the cache nearest to a core."""
+STAGED_BYTES = 4 << 20
+"""Read into scratch memory at most this much at once: much less, and the price of a job shows."""
+STRIDED_BYTES = 1 << 20
+"""The same for what is rearranged, which should stay in the cache nearest to a core."""
 DEVICE_BYTES = 4 << 20
 """The same on the way to another device, where each copy has a price of its own."""
 SMALL_BYTES = 64 << 10
@@ -114,7 +116,7 @@ def cut(copy: Copy, pieces: list[Piece]) -> None:
     offset = extent.offset + box.start
     strides = box.strides
     kind, flat = _classify(copy)
-    limit = DEVICE_BYTES if not target.is_cpu else DIRECT_BYTES if kind == RAW else STAGED_BYTES
+    limit = (DIRECT_BYTES, STAGED_BYTES, STRIDED_BYTES)[kind] if target.is_cpu else DEVICE_BYTES
     if nbytes <= limit and (flat or kind == RAW):  # most tensors
         pieces.append(_new_tuple(Piece, (copy, kind, offset, nbytes, target, 0, shape, strides)))
         return
@@ -184,7 +186,7 @@ def _split(target: torch.Tensor, shape: Shape, strides: Shape, limit: int) -> It
 
 def _batch(device: torch.device, source: Source, pieces: Sequence[Piece]) -> Iterator[Job]:
     """Let neighbours share a read."""
-    limit = STAGED_BYTES if device.type == "cpu" else DEVICE_BYTES
+    limit = STRIDED_BYTES if device.type == "cpu" else DEVICE_BYTES
     members: list[Piece] = []
     start = end = 0
     for piece in pieces:
