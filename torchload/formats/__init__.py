@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torchload.errors import TorchLoadError
 from torchload.formats import safetensors
 from torchload.formats.locate import path_text, source_of_file, source_of_object, status_of
-from torchload.formats.magic import HEAD_BYTES, is_legacy, is_pickle, is_zip
+from torchload.formats.magic import HEAD_BYTES, is_legacy, is_pickle, is_ustar, is_zip
 from torchload.index import Checkpoint
 from torchload.source import Source
 
@@ -58,6 +58,12 @@ def _open_legacy(source: Source, path: str) -> Checkpoint:
     return legacy.open(source, path)
 
 
+def _open_tar(source: Source, path: str) -> Checkpoint:
+    from torchload.formats import tar
+
+    return tar.open(source, path)
+
+
 def _open_pickle(source: Source, path: str) -> Checkpoint:
     from torchload.formats import numpy_files
 
@@ -65,12 +71,13 @@ def _open_pickle(source: Source, path: str) -> Checkpoint:
 
 
 def _never(source: Source) -> bool:
-    return False  # pickles hold anything; beside other files, one is not what was meant
+    return False  # it may hold anything; in a folder of several files, it is not what was meant
 
 
 FORMATS: tuple[Format, ...] = (
     Format("zip archive", is_zip, _open_zip, _is_zip_checkpoint),
     Format("legacy checkpoint", is_legacy, _open_legacy),
+    Format("tar archive", is_ustar, _open_tar, _never),
     Format("pickle", is_pickle, _open_pickle, _never),
     Format("safetensors", safetensors.recognizes, safetensors.open),
 )

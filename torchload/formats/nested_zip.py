@@ -6,7 +6,7 @@ A stored member is opened where it lies; a compressed one is unpacked into memor
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats.magic import HEAD_BYTES
@@ -14,7 +14,7 @@ from torchload.formats.zip_directory import STORED, ZipDirectory, ZipRecord
 from torchload.index import Checkpoint, Container
 from torchload.source import MemorySource, Source
 
-__all__ = ["open_directory", "source_of_record"]
+__all__ = ["MAX_MEMBERS", "open_directory", "open_members", "source_of_record"]
 
 MAX_MEMBERS = 10_000  # that are looked at
 MAX_CHECKPOINTS = 100
@@ -27,7 +27,7 @@ def open_directory(
     open_inside: Callable[[Source, str], Checkpoint],
     is_candidate: Callable[[bytes], bool],
 ) -> Checkpoint | None:
-    """Index every checkpoint in an archive without reading tensor data.
+    """Index every checkpoint in a zip archive without reading tensor data.
 
     Args:
         directory: The archive.
@@ -43,22 +43,30 @@ def open_directory(
         CheckpointFormatError: One of them is compressed and too large to be unpacked, or there are too many.
         CorruptCheckpointError: One of them is truncated, damaged or hostile.
     """
+    members = _candidates(directory, path, is_candidate)
+    return open_members(members, directory.source, path, open_inside, "zip archive")
+
+
+def open_members(
+    members: Iterable[tuple[str, Source]],
+    archive: Source,
+    path: str,
+    open_inside: Callable[[Source, str], Checkpoint],
+    kind: str,
+) -> Checkpoint | None:
+    """Index those members of an archive that are checkpoints; arguments and errors as above.
+
+    Args:
+        members: Name and content of those that may be.
+        archive: What they are in.
+        kind: What to call that.
+    """
     found: dict[str, Checkpoint] = {}
-    unpacked_bytes = 0
-    for record in list(directory.records.values())[:MAX_MEMBERS]:
-        if not is_candidate(_head(directory.source, record)):
-            continue
-        unpacked_bytes += 0 if record.method == STORED else record.size
-        if unpacked_bytes > MAX_UNPACKED_BYTES or len(found) >= MAX_CHECKPOINTS:
-            raise CheckpointFormatError(
-                f"{path} holds more checkpoints than are read through a zip archive. Unpack it and give the path of "
-                "the one you want.",
-                path=path,
-                found="zip archive with checkpoints inside",
-            )
-        member = source_of_record(directory, record.name)
+    for name, member in members:
+        if len(found) >= MAX_CHECKPOINTS:
+            raise _too_much(path)
         try:
-            found[record.name] = open_inside(member, f"{path}/{record.name}")
+            found[name] = open_inside(member, f"{path}/{name}")
         except CorruptCheckpointError:
             raise
         except CheckpointFormatError:
@@ -67,7 +75,28 @@ def open_directory(
         return None
     root = Container({_label(name, found): checkpoint.root for name, checkpoint in found.items()})
     has_checksums = any(checkpoint.checksums for checkpoint in found.values())
-    return Checkpoint(path, "checkpoints in a zip archive", root, (directory.source,), checksums=has_checksums)
+    return Checkpoint(path, f"checkpoints in a {kind}", root, (archive,), checksums=has_checksums)
+
+
+def _candidates(
+    directory: ZipDirectory, path: str, is_candidate: Callable[[bytes], bool]
+) -> Iterator[tuple[str, Source]]:
+    unpacked_bytes = 0
+    for record in list(directory.records.values())[:MAX_MEMBERS]:
+        if is_candidate(_head(directory.source, record)):
+            unpacked_bytes += 0 if record.method == STORED else record.size
+            if unpacked_bytes > MAX_UNPACKED_BYTES:
+                raise _too_much(path)
+            yield record.name, source_of_record(directory, record.name)
+
+
+def _too_much(path: str) -> CheckpointFormatError:
+    return CheckpointFormatError(
+        f"{path} holds more checkpoints than are read through an archive. Unpack it and give the path of "
+        "the one you want.",
+        path=path,
+        found="archive with checkpoints inside",
+    )
 
 
 def source_of_record(directory: ZipDirectory, name: str) -> Source:
