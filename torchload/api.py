@@ -141,12 +141,12 @@ def _report(
     target: Target, checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, nbytes: int, seconds: float
 ) -> LoadReport:
     filled = [slot for slot in target.slots if slot.persistent]
-    devices = dict.fromkeys(str(slot.tensor.device) for slot in filled)
+    devices = dict.fromkeys(slot.tensor.device for slot in filled)
     loaded = len(plan.assignments) + sum(len(slots) for _, slots in plan.own_loaders)
     return LoadReport(
         path=checkpoint.path,
         model=type(target.model).__name__,
-        device=", ".join(devices) or "no device",
+        device=", ".join(map(str, devices)) or "no device",
         format=checkpoint.format,
         key=selection.key,
         prefix=selection.prefix,

@@ -11,7 +11,7 @@ from torchload.index import Box
 __all__ = ["Copy"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Copy:
     """Move one box to one place.
 

@@ -3,6 +3,9 @@
 A checkpoint is a tree of plain containers (`Container`, `list`, `tuple`) whose leaves are `TensorEntry`, plain Python
 values, or inert `Record`s of objects that were never built. A tensor lies on disk as one or more `Box`es, each an
 axis-aligned region of it, inside an `Extent`, a run of bytes of one `Source`.
+
+What is made for every tensor (`TensorEntry`, `Box`, `Extent`, and later `Assignment` and `Copy`) is never changed once
+made, but not frozen either: freezing doubles the cost of making it, which shows where a file has 200,000 tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ __all__ = [
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Extent:
     """A run of bytes in a source: one storage as some writer laid it down.
 
@@ -53,7 +56,7 @@ class Extent:
     big_endian: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Box:
     """One axis-aligned region of a tensor, as it lies inside one extent.
 
@@ -82,7 +85,7 @@ class Box:
         return id(self.extent.source), self.extent.offset + self.start, self.shape, self.strides
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class TensorEntry:
     """A tensor in a checkpoint: what it is and where its data lies.
 

@@ -48,7 +48,7 @@ class Options:
     path: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Assignment:
     """One slot of the model and the checkpoint tensor that fills it.
 
