@@ -13,12 +13,13 @@ import typing as _typing
 if _typing.TYPE_CHECKING:
     from torchload import errors
     from torchload.api import smart_load
+    from torchload.comparison import Difference
     from torchload.contents import CheckpointInfo, ContainerInfo, TensorInfo, inspect_checkpoint
     from torchload.placement import best_device
     from torchload.reading import read_state_dict
     from torchload.report import LoadReport
     from torchload.saving import SaveReport, smart_save
-    from torchload.verification import Difference, VerifyReport, verify_weights
+    from torchload.verification import VerifyReport, verify_weights
 
 __version__ = "0.1.0"
 
@@ -43,7 +44,7 @@ __all__ = [
 _HOME = {
     "CheckpointInfo": "contents",
     "ContainerInfo": "contents",
-    "Difference": "verification",
+    "Difference": "comparison",
     "LoadReport": "report",
     "SaveReport": "saving",
     "TensorInfo": "contents",

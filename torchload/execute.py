@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 from torchload import hooks
+from torchload.comparison import Pair, compare
 from torchload.copies import Copy
 from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.index import Extent
-from torchload.plan import Assignment, LoadPlan, copies_into
+from torchload.plan import Assignment, Conversion, LoadPlan, copies_into
 from torchload.select import Selection
-from torchload.target import Target
+from torchload.target import Target, settle
 from torchload.transfer import allocate, map_entries, map_entry, run, same_data
 
 __all__ = ["carry_out", "compare_landed", "compare_ties", "extents_of"]
@@ -61,8 +62,17 @@ def carry_out(plan: LoadPlan, target: Target, selection: Selection, progress: Pr
             if (data := fresh.get(id(item))) is not None:
                 item.slot.install(data)
         for conversion in plan.conversions:
-            conversion.slot.install(conversion.slot.tensor.detach().to(conversion.device, conversion.dtype))
+            conversion.slot.install(_converted(conversion))
+        settle([item.slot for item in plan.assignments if id(item) in fresh] + [item.slot for item in plan.conversions])
     return nbytes + sum(item.entry.nbytes for item in mapped)
+
+
+def _converted(conversion: Conversion) -> torch.Tensor:
+    """What a slot holds, elsewhere or in another dtype."""
+    tensor = conversion.slot.tensor.detach()
+    if tensor.is_meta:
+        return torch.zeros(tensor.shape, dtype=conversion.dtype, device=conversion.device)
+    return tensor.to(conversion.device, conversion.dtype)
 
 
 def _move(assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], progress: Progress | None) -> int:
@@ -152,12 +162,9 @@ def compare_ties(plan: LoadPlan, path: str) -> None:
 
 def compare_landed(plan: LoadPlan, path: str) -> None:
     """Read back what was loaded and compare it with the file, tensor by tensor."""
-    for item in plan.assignments:
-        want = map_entry(item.entry).reshape(_shape(item)).to(item.dtype)
-        have = item.slot.tensor.detach().to("cpu")
-        if not torch.equal(
-            want.view(torch.uint8) if want.dim() else want, have.view(torch.uint8) if want.dim() else have
-        ):
-            raise TorchLoadError(
-                f"{item.name} arrived with other values than {path} holds; the memory or bus is at fault."
-            )
+    pairs = [Pair(item.name, item.source, item.slot, item.entry) for item in plan.assignments]
+    if differing := compare(pairs):
+        more = f" (and {len(differing) - 1:,} more)" if len(differing) > 1 else ""
+        raise TorchLoadError(
+            f"{path} did not arrive as it was read: {differing[0]}{more}. The memory or a bus is at fault.", path=path
+        )

@@ -4,62 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from torchload.copies import Copy
+from torchload.comparison import Difference, Pair, compare
 from torchload.explain import group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
-from torchload.index import Box, OpaqueTensor, Shape, TensorEntry
+from torchload.index import OpaqueTensor, TensorEntry
 from torchload.keys.rewrite import Rename
-from torchload.plan import Assignment, copies_into, glob_matcher
+from torchload.plan import glob_matcher
 from torchload.report import format_bytes, format_seconds
 from torchload.select import Selection
 from torchload.steps import collector_paused, select_for
 from torchload.target import Slot, Target, describe_model
-from torchload.transfer import allocate, run
-from torchload.transfer.overflow import overflows
 
 __all__ = ["Difference", "VerifyReport", "verify_weights"]
 
-_BATCH_BYTES = 16 << 20
-_CPU = torch.device("cpu")
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHOWN = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A tensor of the model that isn't what the file has.
-
-    Attributes:
-        name: The model's name for it.
-        source: The checkpoint's name.
-        count: Number of elements that differ.
-        numel: Number of elements in all.
-        largest: Largest absolute difference between numbers; 0 where only the bits differ (``0.0`` and ``-0.0``, two
-            kinds of NaN), infinity where just one side is infinite.
-        nans: Number of elements that are NaN on one side only; they don't enter `largest`.
-        reason: Why the values could not be compared (another shape, no values); empty where they were.
-    """
-
-    name: str
-    source: str
-    count: int
-    numel: int
-    largest: float = 0.0
-    nans: int = 0
-    reason: str = ""
-
-    def __str__(self) -> str:
-        if self.reason:
-            return f"{self.name}: {self.reason}"
-        nans = f", {self.nans:,} are NaN on one side only" if self.nans else ""
-        return f"{self.name}: {self.count:,} of {self.numel:,} elements differ, by {self.largest:.3g} at most{nans}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +142,7 @@ def verify_weights(
             target, checkpoint, glob_matcher(skip), strict=True, key=key, prefix=prefix, rename=rename
         )
         pairs, differing = _pairs(target, selection)
-        differing += _compare(pairs)
+        differing += compare(pairs)
     order = {name: position for position, name in enumerate(target.names)}
     casts: dict[tuple[str, str], int] = {}
     for pair in pairs:
@@ -200,18 +165,9 @@ def verify_weights(
     )
 
 
-class _Pair(NamedTuple):
-    """A tensor of the model and what the file has for it."""
-
-    name: str
-    source: str
-    slot: Slot
-    entry: TensorEntry
-
-
-def _pairs(target: Target, selection: Selection) -> tuple[list[_Pair], list[Difference]]:
+def _pairs(target: Target, selection: Selection) -> tuple[list[Pair], list[Difference]]:
     """What can be compared, and what differs before any data is looked at."""
-    pairs: list[_Pair] = []
+    pairs: list[Pair] = []
     differing: list[Difference] = []
     for name, source in selection.pairs.items():
         slot, leaf = target.by_name.get(name), selection.leaves[source]
@@ -222,7 +178,7 @@ def _pairs(target: Target, selection: Selection) -> tuple[list[_Pair], list[Diff
             numel = math.prod(slot.shape or ())
             differing.append(Difference(name, source, numel, numel, reason=reason or ""))
         else:
-            pairs.append(_Pair(name, source, slot, leaf))
+            pairs.append(Pair(name, source, slot, leaf))
     return pairs, differing
 
 
@@ -237,116 +193,6 @@ def _incomparable(name: str, slot: Slot, leaf: object, selection: Selection) -> 
     if slot.shape is None or slot.tensor.is_meta:
         return "the model has no values for it yet"
     return None
-
-
-# --- the data ---
-
-
-class _Piece(NamedTuple):
-    """A part of a pair, small enough to be read at once."""
-
-    pair: int
-    box: Box
-    ours: torch.Tensor
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What was found in one tensor so far."""
-
-    count: int = 0
-    largest: float = 0.0
-    nans: int = 0
-
-
-def _compare(pairs: list[_Pair]) -> list[Difference]:
-    tallies: dict[int, _Tally] = {}
-    for batch in _batches(pairs):
-        theirs = allocate([(piece.box.shape, pairs[piece.pair].entry.dtype) for piece in batch], _CPU)
-        run([Copy(pairs[piece.pair].name, piece.box, tensor.dtype, tensor) for piece, tensor in zip(batch, theirs)])
-        for piece, tensor in zip(batch, theirs):
-            _look(tensor, piece.ours.to(_CPU), tallies, piece.pair)
-    return [
-        Difference(pair.name, pair.source, tally.count, pair.entry.numel, tally.largest, tally.nans)
-        for index, tally in tallies.items()
-        for pair in (pairs[index],)
-    ]
-
-
-def _batches(pairs: list[_Pair]) -> Iterator[list[_Piece]]:
-    """All data in pieces, as many together as are worth one read."""
-    batch: list[_Piece] = []
-    nbytes = 0
-    for index, (name, source, slot, entry) in enumerate(pairs):
-        ours = slot.tensor
-        assignment = Assignment(slot, name, source, entry, ours.dtype, ours.device, fresh=False)
-        limit = _BATCH_BYTES // max(entry.dtype.itemsize, ours.dtype.itemsize)
-        for copy in copies_into(assignment, ours):
-            for box, view in _split(copy.box, copy.target, entry.dtype.itemsize, limit):
-                batch.append(_Piece(index, box, view))
-                nbytes += view.numel() * entry.dtype.itemsize
-                if nbytes >= _BATCH_BYTES:
-                    yield batch
-                    batch, nbytes = [], 0
-    if batch:
-        yield batch
-
-
-def _split(box: Box, view: torch.Tensor, itemsize: int, limit: int) -> Iterator[tuple[Box, torch.Tensor]]:
-    """A box and the view that it belongs to, in parts of at most `limit` elements."""
-    numel = math.prod(box.shape)
-    if numel <= limit:
-        if numel:
-            yield box, view
-        return
-    dimension = next(index for index, size in enumerate(box.shape) if size > 1)
-    size = box.shape[dimension]
-    rows = max(limit * size // numel, 1)
-    for first in range(0, size, rows):
-        count = min(rows, size - first)
-        shape: Shape = (*box.shape[:dimension], count, *box.shape[dimension + 1 :])
-        start = box.start + first * box.strides[dimension] * itemsize
-        part = Box(box.extent, start, shape, box.strides, (0,) * len(shape))
-        yield from _split(part, view.narrow(dimension, first, count), itemsize, limit)
-
-
-def _look(theirs: torch.Tensor, ours: torch.Tensor, tallies: dict[int, _Tally], index: int) -> None:
-    """Compare one piece and note what differs."""
-    wanted = theirs.to(ours.dtype)
-    became_infinite = overflows(theirs, wanted)
-    if torch.equal(_bits(wanted), _bits(ours)) and not became_infinite:
-        return
-    differs = _bits(wanted) != _bits(ours)
-    left, right = _numbers(theirs if became_infinite else wanted), _numbers(ours)
-    if theirs.dtype is not ours.dtype:
-        differs &= ~(left.isnan() & right.isnan())  # a cast may change what kind of NaN it is
-    if became_infinite:
-        differs |= left.isfinite() & right.isinf()
-    left, right = left[differs], right[differs]
-    one_nan = left.isnan() != right.isnan()
-    apart = (left - right).abs()
-    numbers = apart[~apart.isnan()]
-    count = int(differs.reshape(*ours.shape, -1).any(-1).sum()) if ours.dtype.is_complex else int(differs.sum())
-    if not count:
-        return
-    tally = tallies.setdefault(index, _Tally())
-    tally.count += count
-    tally.nans += int(one_nan.sum())
-    tally.largest = max(tally.largest, float(numbers.max()) if numbers.numel() else 0.0)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as integers; two for a complex one."""
-    tensor = tensor.detach().contiguous()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.view(_BITS[tensor.dtype.itemsize])
-
-
-def _numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as float64; two for a complex one."""
-    tensor = tensor.detach()
-    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).to(torch.float64)
 
 
 def _listing(names: list[str]) -> str:

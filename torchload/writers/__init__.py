@@ -53,11 +53,9 @@ def format_of(path: Any) -> FileFormat:
         >>> format_of("model.safetensors").name
         'safetensors'
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path is the name of the file to write, not {type(path).__name__}")
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
-        raise TypeError("path is text, not bytes: os.fsdecode(path) converts it")
+        raise TypeError(f"path is the name of the file to write, not {type(text).__name__}")
     suffix = os.path.splitext(text)[1].lower()
     for kind in FORMATS:
         if suffix in kind.suffixes:
