@@ -17,6 +17,7 @@ import torch
 from torchload.copies import Copy
 from torchload.explain import incompatible, short_dtype
 from torchload.index import Box, OpaqueTensor, Shape, TensorEntry
+from torchload.keys.tables import BENIGN_MISSING
 from torchload.placement import Placement, check_room
 from torchload.select import Selection
 from torchload.shards import Region, is_ordinary, local_region
@@ -73,7 +74,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conversion:
-    """A slot that no source fills but that must move or change its dtype with the rest."""
+    """A slot that no source fills but that must move or change its dtype with the rest; from meta it becomes zeros."""
 
     slot: Slot
     dtype: torch.dtype
@@ -158,6 +159,9 @@ def _plan_unfilled(
 ) -> None:
     tensor = slot.tensor
     if slot.shape is None:
+        return
+    if tensor.is_meta and slot.name.rpartition(".")[2] in BENIGN_MISSING:
+        plan.conversions.append(Conversion(slot, tensor.dtype, device))  # zeros, as in torch's own upgrade
         return
     if tensor.is_meta:
         what = "isn't in the file" if slot.persistent else "is a non-persistent buffer, which no checkpoint holds"

@@ -6,7 +6,7 @@ model happens here (`Slot.install`), after the plan was accepted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from torchload.index import Shape
 
-__all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders"]
+__all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders", "settle"]
 
 # Classes of torch whose `_load_from_state_dict` only tolerates what older versions saved; `keys.tables` covers that.
 _HARMLESS_OVERRIDES = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm)
@@ -79,6 +79,9 @@ class Slot:
             fresh.__dict__.update(tensor.__dict__)
         else:
             fresh = data
+        for module, _ in self.places:
+            if isinstance(module, nn.RNNBase):
+                module._flat_weight_refs = []  # weak references, which `settle` makes anew
         try:
             torch.utils.swap_tensors(tensor, fresh)
         except RuntimeError:  # something holds a weak reference to it: the object itself can't be kept
@@ -228,6 +231,13 @@ def _address(tensor: torch.Tensor) -> int:
 
 def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (one.dtype, one.shape, one.stride(), one.device) == (other.dtype, other.shape, other.stride(), other.device)
+
+
+def settle(slots: Iterable[Slot]) -> None:
+    """Let modules that keep lists of their own parameters, as recurrent ones do, take note of new memory."""
+    recurrent = {module for slot in slots for module, _ in slot.places if isinstance(module, nn.RNNBase)}
+    for module in recurrent:
+        module._init_flat_weights()  # on a GPU this also puts them into one piece of memory
 
 
 def own_loaders(target: Target) -> list[tuple[HookedModule, list[Slot]]]:
