@@ -6,6 +6,7 @@ Each becomes an `OpaqueTensor` with its `parts`: one process alone can't fill a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +82,8 @@ def _mesh_shape(mesh: dict[str, Any], walk: Walk) -> Shape | None:
     """Sizes of a recorded device mesh; how they are kept has changed with torch 2.9 and again with 2.13."""
     layout = record_fields(mesh["_layout"]) if isinstance(mesh.get("_layout"), Record) else {}
     if "axes" in layout:
-        axes = [record_fields(axis).get("shape") for axis in walk.allow(layout["axes"])]
-        return tuple(size for axis in axes for size in _shape(axis, walk))
+        axes = [record_fields(axis)["shape"] for axis in walk.allow(layout["axes"])]
+        return tuple(math.prod(_shape(axis, walk)) for axis in axes)  # an axis of size 1 has the shape ()
     if "shape" in layout:
         sizes = layout["shape"]
         return (sizes,) if type(sizes) is int else _shape(sizes, walk)
