@@ -84,6 +84,7 @@ _OPCODE_COSTS = {
     b"\x87": 72,
     b"\x94": 16,
 }
+_COSTLY = b"".join(_OPCODE_COSTS)
 _COST_PER_BYTE = 5
 _REPLACEMENT_COST = 400  # a set with the stand-in that it was
 
@@ -275,12 +276,14 @@ class _Scan:
 
 def _cost_bytes(code: bytes | memoryview, allowance_bytes: int) -> int:
     """An upper bound of the memory that the objects of a stream take; rough where that is enough."""
-    rough = len(code) * (_COST_PER_BYTE + max(_OPCODE_COSTS.values()))
-    if rough <= allowance_bytes:
-        return rough
-    return _COST_PER_BYTE * len(code) + sum(
-        part.count(byte) * cost for part in _parts(code) for byte, cost in _OPCODE_COSTS.items()
-    )
+    plain = _COST_PER_BYTE * len(code)
+    costly = len(code)
+    highest = max(_OPCODE_COSTS.values())
+    if plain + highest * costly > allowance_bytes:
+        costly -= sum(len(part.translate(None, _COSTLY)) for part in _parts(code))
+    if plain + highest * costly <= allowance_bytes:
+        return plain + highest * costly
+    return plain + sum(part.count(byte) * cost for part in _parts(code) for byte, cost in _OPCODE_COSTS.items())
 
 
 def _parts(code: bytes | memoryview) -> Iterator[bytes]:
