@@ -31,6 +31,8 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
+    if not one.numel():
+        return True
     first, second = (
         tensor.detach().contiguous().resolve_conj().reshape(-1).view(torch.uint8) for tensor in (one, other)
     )
