@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -122,40 +121,22 @@ class ItemBox(Box):
     Looking up twice in two threads gives the same result.
     """
 
-    __slots__ = ("_dtype", "_found", "_item", "_reader")
-
-    _dtype: torch.dtype
-    _found: Box | None
-    _item: Item
-    _reader: ItemReader
+    __slots__ = ("_dtype", "_item", "_reader")
 
     def __init__(self, reader: ItemReader, item: Item, dtype: torch.dtype, shape: Shape, origin: Shape) -> None:
-        assign: Callable[[object, str, Any], None] = object.__setattr__  # a box is frozen
-        assign(self, "shape", shape)
-        assign(self, "origin", origin)
-        assign(self, "_reader", reader)
-        assign(self, "_item", item)
-        assign(self, "_dtype", dtype)
-        assign(self, "_found", None)
+        self.shape = shape
+        self.origin = origin
+        self._reader = reader
+        self._item = item
+        self._dtype = dtype
 
-    def _look_up(self) -> Box:
-        found = self._found
-        if found is None:
-            found = self._reader.tensor(self._item, self._dtype, self.shape)
-            object.__setattr__(self, "_found", found)
-        return found
-
-    @property
-    def extent(self) -> Extent:
-        return self._look_up().extent
-
-    @property
-    def start(self) -> int:
-        return self._look_up().start
-
-    @property
-    def strides(self) -> Shape:
-        return self._look_up().strides
+    def __getattr__(self, name: str) -> Any:
+        # Only called for what has no value yet.
+        if name not in {"extent", "start", "strides"}:
+            raise AttributeError(name)
+        found = self._reader.tensor(self._item, self._dtype, self.shape)
+        self.extent, self.start, self.strides = found.extent, found.start, found.strides
+        return getattr(found, name)
 
     @property
     def location(self) -> tuple[int, int, Shape, Shape]:

@@ -20,7 +20,7 @@ from torchload.errors import (
 )
 from torchload.formats.locate import pointer_text
 from torchload.formats.tiling import Region, TooManyCornersError, tiles
-from torchload.index import Box, Checkpoint, Container, OpaqueTensor, TensorEntry
+from torchload.index import Box, Checkpoint, Container, OpaqueTensor, Shape, TensorEntry
 
 __all__ = ["is_megatron", "is_rank_set", "is_single_part", "open_megatron", "open_part", "open_rank_set"]
 
@@ -126,13 +126,13 @@ class _Merger:
         first = trees[0]
         if depth > MAX_DEPTH:
             raise CorruptCheckpointError(f"{self.path} is nested too deeply at {name[:200]!r}.", path=self.path)
-        if isinstance(first, OpaqueTensor) and first.parts:
+        if any(isinstance(tree, OpaqueTensor) and tree.parts for tree in trees):
             return self.join(name, trees)
         if isinstance(first, Container) and all(isinstance(tree, Container) for tree in trees):
             return Container(
                 {
                     key: self.merge([tree[key] for tree in trees if key in tree], f"{name}.{key}", depth + 1)
-                    for key in first
+                    for key in dict.fromkeys(key for tree in trees for key in tree)
                 },
                 metadata=first.metadata,
                 origin=first.origin,
@@ -144,7 +144,9 @@ class _Merger:
     def join(self, name: str, values: Sequence[Any]) -> TensorEntry:
         """One tensor of the parts that each rank has."""
         name = name.lstrip(".")
-        shape = values[0].shape
+        shape: Shape | None = getattr(values[0], "shape", None)
+        if shape is None:
+            raise self.refuse(name, "its shape isn't known")
         parts: dict[str, tuple[Region, TensorEntry]] = {}  # by text: hashes of tuples of numbers can be made to collide
         for value in values:
             if not isinstance(value, OpaqueTensor) or value.shape != shape:
