@@ -143,6 +143,7 @@ def test_a_file_is_named_for_what_it_is(tmp_path: Path, name: str, content: byte
 ZIPS = {
     "Keras model": ["metadata.json", "config.json", "model.weights.h5"],
     "stable-baselines3 agent": ["data", "policy.pth", "_stable_baselines3_version"],
+    "TorchScript archive of torch < 1.4": ["m/version", "m/code/m.py", "m/model.json", "m/tensors/0"],
     "office document": ["[Content_Types].xml", "word/document.xml"],
     "Java archive or Android package": ["META-INF/MANIFEST.MF", "A.class"],
     "Python package": ["p/__init__.py", "p-1.dist-info/METADATA"],

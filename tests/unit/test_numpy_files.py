@@ -6,6 +6,7 @@ import io
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,24 @@ def test_no_stored_array_is_read() -> None:
         assert checkpoint.format == "numpy archive"
         (box,) = checkpoint.root["w"].boxes
         assert box.extent.nbytes == 4 << 20
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_checksums_are_those_of_the_elements(size: int) -> None:
+    array = np.random.rand(size).astype("f4")
+    with open_checkpoint(npz(w=array)) as checkpoint:
+        assert checkpoint.checksums
+        assert checkpoint.root["w"].boxes[0].extent.crc32 == zlib.crc32(array.tobytes())
+
+
+def test_damage_is_found_by_verifying() -> None:
+    model = nn.Linear(3, 2)
+    data = npz(**{name: value.numpy() for name, value in model.state_dict().items()}).getvalue()
+    smart_load(model, io.BytesIO(data), verify=True)
+    damaged = data.replace(model.weight.detach().numpy().tobytes(), b"\1" * 24)
+    smart_load(nn.Linear(3, 2), io.BytesIO(damaged))
+    with pytest.raises(CorruptCheckpointError):
+        smart_load(model, io.BytesIO(damaged), verify=True)
 
 
 def test_names_keep_their_dots_and_other_arrays_are_inert() -> None:

@@ -230,6 +230,13 @@ _ZIP_KINDS: tuple[tuple[str, Callable[[frozenset[str]], bool], str], ...] = (
         lambda names: "_stable_baselines3_version" in names,
         "Unpack it and give the path of policy.pth inside.",
     ),
+    (
+        "a TorchScript archive of torch < 1.4",
+        lambda names: (
+            any(name.endswith("/model.json") for name in names) and any("/tensors/" in name for name in names)
+        ),
+        "Load it with torch.jit.load and save its state_dict() with torch.save.",
+    ),
     ("an office document", lambda names: bool({"[Content_Types].xml", "mimetype"} & names), _NO_WEIGHTS),
     ("a Java archive or Android package", lambda names: "META-INF/MANIFEST.MF" in names, _NO_WEIGHTS),
     (

@@ -32,7 +32,7 @@ def is_legacy(head: bytes) -> bool:
 
 def is_pickle(head: bytes) -> bool:
     """Whether it is a pickle of any protocol."""
-    # The length of a safetensors header can begin as a pickle does (640 is 80 02), but then four zeros and a brace follow.
+    # The length of a safetensors header can begin as a pickle does (640 is 80 02); then four zeros and a brace follow.
     return _PICKLE.match(head) is not None and head[4:9] != b"\0\0\0\0{"
 
 

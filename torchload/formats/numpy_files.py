@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -79,11 +80,14 @@ def open_npz(directory: ZipDirectory, path: str) -> Checkpoint:
                     path=path,
                     found="compressed numpy archive",
                 )
-        root[name] = _array(source_of_record(directory, record.name), name, path)
-    return Checkpoint(path, "numpy archive", root, (directory.source,))
+        # What was unpacked has been checked already.
+        checksum = record.crc32 if record.method == STORED else 0
+        root[name] = _array(source_of_record(directory, record.name), checksum, name, path)
+    return Checkpoint(path, "numpy archive", root, (directory.source,), checksums=True)
 
 
-def _array(source: Source, name: str, path: str) -> TensorEntry | Record:
+def _array(source: Source, checksum: int, name: str, path: str) -> TensorEntry | Record:
+    """An array, given the checksum of its file (0 for none)."""
     header = _read_header(source, name, path)
     element = dtype_of_code(header.code)
     if element is None:
@@ -94,7 +98,8 @@ def _array(source: Source, name: str, path: str) -> TensorEntry | Record:
         _damaged(
             path, f"the array {name[:200]!r} should have {nbytes} bytes, and has {source.size - header.size_bytes}"
         )
-    return _entry(Extent(source, header.size_bytes, nbytes, None, is_big_endian), dtype, header)
+    crc32 = _crc32_after(source.read(0, header.size_bytes), nbytes, checksum) if checksum else None
+    return _entry(Extent(source, header.size_bytes, nbytes, crc32, is_big_endian), dtype, header)
 
 
 def _entry(extent: Extent, dtype: torch.dtype, header: _Header) -> TensorEntry:
@@ -105,6 +110,33 @@ def _entry(extent: Extent, dtype: torch.dtype, header: _Header) -> TensorEntry:
     if header.is_fortran:
         strides = contiguous_strides(shape[::-1])[::-1]
     return TensorEntry(dtype, shape, (Box(extent, 0, shape, strides, (0,) * len(shape)),))
+
+
+def _crc32_after(head: bytes, rest_bytes: int, checksum: int) -> int:
+    """The CRC-32 of the rest of a run of bytes, given its beginning, the rest's length and the checksum of it all.
+
+    Checksums are polynomials over two elements: that of a whole is that of its head, times x for every bit that
+    follows, plus that of the rest. The number of multiplications grows with the logarithm of the length.
+    """
+    shifted = zlib.crc32(head)
+    power = 1 << 23  # x to the eighth; the highest bit is the lowest power
+    while rest_bytes:
+        if rest_bytes & 1:
+            shifted = _product(shifted, power)
+        power = _product(power, power)
+        rest_bytes >>= 1
+    return checksum ^ shifted
+
+
+def _product(one: int, other: int) -> int:
+    """Of two polynomials, modulo that of CRC-32."""
+    product = 0
+    while one:
+        if one & 0x80000000:
+            product ^= other
+        one = (one << 1) & 0xFFFFFFFF
+        other = (other >> 1) ^ (0xEDB88320 if other & 1 else 0)
+    return product
 
 
 def _read_header(source: Source, name: str, path: str) -> _Header:
