@@ -304,6 +304,8 @@ CONTRADICTIONS: dict[str, Callable[[Any, Any], object]] = {
     "name_no_text": lambda model, state: model["param_shapes"][0].update({5: (7, 5)}),
     "a_parameter_more": lambda model, state: model["param_shapes"][0].update({"x": (9,)}),
     "a_parameter_less": lambda model, state: model["param_shapes"][0].pop("embed.weight"),
+    "a_group_twice": lambda model, state: model["param_shapes"].append(model["param_shapes"][0]),
+    "many_dimensions": lambda model, state: model["param_shapes"][0].update({"x": (1,) * 60}),
     "no_shapes": lambda model, state: model.pop("param_shapes"),
     "no_module": lambda model, state: model.pop("module"),
     "no_weights": lambda model, state: state.pop("fp32_flat_groups"),

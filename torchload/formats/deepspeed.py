@@ -35,6 +35,7 @@ from torchload.source import Source
 __all__ = ["MASTER_KEY", "open_folder"]
 
 MASTER_KEY = "master_fp32"
+MAX_DIMENSIONS = 16  # of a parameter
 
 _MODEL_FILE = re.compile(r"mp_rank_(?P<part>\d+)_model_states\.pt")
 _RANK_MODEL_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<part>\d+)_model_states\.pt")
@@ -247,11 +248,15 @@ class _Ranks:
     # --- checks ---
 
     def shapes(self, groups: Sequence[Any]) -> Iterator[tuple[str, Shape]]:
+        seen: set[str] = set()
         for group in groups:
             for name, shape in group.items():
-                good = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
-                if type(name) is not str or not good or len(shape) > 64 or math.prod(shape) >= 1 << 62:
+                good = isinstance(shape, tuple) and all(type(size) is int and 0 <= size < 1 << 62 for size in shape)
+                if type(name) is not str or not good or len(shape) > MAX_DIMENSIONS or math.prod(shape) >= 1 << 62:
                     self.refuse(f"the shape of {str(name)[:200]!r} is none")
+                if name in seen:
+                    self.refuse(f"{name[:200]!r} is in two groups")
+                seen.add(name)
                 yield name, shape
 
     def vector(self, parts: Any) -> _Vector:

@@ -27,6 +27,7 @@ __all__ = ["is_megatron", "is_rank_set", "is_single_part", "open_megatron", "ope
 OpenMember = Callable[[str], Checkpoint]
 
 MAX_DEPTH = 100
+MAX_VALUES = 1_000_000
 
 _WEIGHTS_SUFFIX = re.compile(r".+\.(?:pt|pth|bin|ckpt)")
 _RANK_FILE = re.compile(r"(?P<before>(?:.*[_.-])?rank[_-]?)(?P<rank>\d{1,6})(?P<after>\.(?:pt|pth|bin|ckpt))")
@@ -120,12 +121,22 @@ class _Merger:
     def __init__(self, path: str) -> None:
         self.path = path
         self.joined = 0
+        self.merged: dict[tuple[int, ...], Any] = {}  # by identity: what occurs twice is merged once
 
     def merge(self, trees: Sequence[Any], name: str = "", depth: int = 0) -> Any:
         """The tree of the first rank with its sharded tensors completed from the others."""
+        if not isinstance(trees[0], (Container, OpaqueTensor, TensorEntry)):
+            return trees[0]
+        identity = tuple(map(id, trees))
+        if identity not in self.merged:
+            if depth > MAX_DEPTH or len(self.merged) > MAX_VALUES:
+                raise CorruptCheckpointError(f"{self.path} is nested too deeply at {name[:200]!r}.", path=self.path)
+            self.merged[identity] = self.merge_new(trees, name, depth)
+        return self.merged[identity]
+
+    def merge_new(self, trees: Sequence[Any], name: str, depth: int) -> Any:
+        """`merge`, for values that were not met before."""
         first = trees[0]
-        if depth > MAX_DEPTH:
-            raise CorruptCheckpointError(f"{self.path} is nested too deeply at {name[:200]!r}.", path=self.path)
         if any(isinstance(tree, OpaqueTensor) and tree.parts for tree in trees):
             return self.join(name, trees)
         if isinstance(first, Container) and all(isinstance(tree, Container) for tree in trees):
