@@ -17,7 +17,6 @@ import torch
 from torchload.copies import Copy
 from torchload.explain import incompatible, short_dtype
 from torchload.index import Box, OpaqueTensor, Shape, TensorEntry
-from torchload.keys.tables import BENIGN_MISSING
 from torchload.placement import Placement, check_room
 from torchload.select import Selection
 from torchload.shards import Region, is_ordinary, local_region
@@ -26,6 +25,7 @@ from torchload.target import HookedModule, Slot, Target, own_loaders
 __all__ = ["Assignment", "DtypeSpec", "LoadPlan", "Options", "copies_into", "glob_matcher", "make_plan"]
 
 DtypeSpec = torch.dtype | Literal["auto"] | None
+_ZERO_AT_FIRST = frozenset({"num_batches_tracked"})  # buffers that begin as zeros, which torch's own upgrade fills in
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,8 @@ def _plan_unfilled(
     tensor = slot.tensor
     if slot.shape is None:
         return
-    if tensor.is_meta and slot.name.rpartition(".")[2] in BENIGN_MISSING:
-        plan.conversions.append(Conversion(slot, tensor.dtype, device))  # zeros, as in torch's own upgrade
+    if tensor.is_meta and slot.name.rpartition(".")[2] in _ZERO_AT_FIRST:
+        plan.conversions.append(Conversion(slot, tensor.dtype, device))
         return
     if tensor.is_meta:
         what = "isn't in the file" if slot.persistent else "is a non-persistent buffer, which no checkpoint holds"

@@ -16,7 +16,14 @@ from torchload.errors import AmbiguousCheckpointError, CorruptCheckpointError, I
 from torchload.index import OpaqueTensor, Shape, TensorEntry
 from torchload.keys.match import Alignment, Node, align, is_path, tree_of
 from torchload.keys.rewrite import Rename, renamer
-from torchload.keys.tables import BENIGN_MISSING, BENIGN_UNEXPECTED, WRAPPERS, Standing, container_standing
+from torchload.keys.tables import (
+    BENIGN_MISSING,
+    BENIGN_UNEXPECTED,
+    WRAPPER_STATE,
+    WRAPPERS,
+    Standing,
+    container_standing,
+)
 
 __all__ = ["Leaf", "Selection", "Wanted", "flatten", "select"]
 
@@ -409,7 +416,10 @@ def _needed(wanted: Wanted) -> int:
     needed = {
         wanted.ties.get(name, name)
         for name in wanted.shapes
-        if name not in wanted.skipped and name not in wanted.optional and not wanted.may_lack(name)
+        if name not in wanted.skipped
+        and name not in wanted.optional
+        and not wanted.may_lack(name)
+        and _last(name) not in WRAPPER_STATE
     }
     return len(needed) or 1
 
