@@ -226,6 +226,13 @@ def test_a_joblib_file_is_named() -> None:
     assert caught.value.found == "joblib file"
 
 
+def test_the_only_weights_in_a_folder_are_meant(tmp_path: Path) -> None:
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"w": np.ones(3)}))
+    (tmp_path / "args.pkl").write_bytes(pickle.dumps({"epochs": 3}))
+    (tmp_path / "metrics.json").write_text("{}")
+    assert read_tree(tmp_path)["w"].tolist() == [1, 1, 1]
+
+
 def test_a_pickle_beside_a_checkpoint_is_not_meant(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "model.pth")
     (tmp_path / "data.pkl").write_bytes(pickle.dumps({"x": np.ones(3)}))

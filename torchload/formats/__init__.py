@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torchload.errors import TorchLoadError
+from torchload.errors import CheckpointNotFoundError, TorchLoadError
 from torchload.formats import safetensors
 from torchload.formats.locate import path_text, source_of_file, source_of_object, status_of
 from torchload.formats.magic import HEAD_BYTES, is_legacy, is_pickle, is_ustar, is_zip
@@ -127,7 +127,14 @@ def open_checkpoint(path: Any) -> Checkpoint:
 def _open_folder(path: str) -> Checkpoint:
     from torchload.formats import folder, sharded
 
-    choice = folder.choose(path, _is_checkpoint)
+    try:
+        choice = folder.choose(path, _is_checkpoint)
+    except CheckpointNotFoundError as nothing:
+        # Files that may hold anything, such as pickles, count where there is nothing else.
+        try:
+            choice = folder.choose(path, _opens)
+        except CheckpointNotFoundError:
+            raise nothing from None
     if choice.opener is not None:
         return choice.opener(path, _open_member)
     if len(choice.files) == 1:
@@ -189,6 +196,15 @@ def _is_checkpoint(path: str) -> bool:
         return False
     finally:
         source.close()
+
+
+def _opens(path: str) -> bool:
+    """Whether a file turns out to hold a checkpoint when it is opened."""
+    try:
+        _open_shard(path).close()
+    except (TorchLoadError, OSError):
+        return False
+    return True
 
 
 def _required_path(part: object) -> str:
