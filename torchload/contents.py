@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from torchload.collector import collector_paused
 from torchload.explain import plural, short_dtype
 from torchload.formats import open_checkpoint
 from torchload.index import Checkpoint, OpaqueTensor, Record, Shape, TensorEntry
 from torchload.keys.tables import WRAPPERS
 from torchload.report import format_bytes
 from torchload.select import Place, as_mapping, find_places
-from torchload.steps import collector_paused
 
 __all__ = ["CheckpointInfo", "ContainerInfo", "TensorInfo", "inspect_checkpoint"]
 

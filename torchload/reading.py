@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from torchload.collector import collector_paused
 from torchload.copies import Copy
 from torchload.errors import CastOverflowError, IncompatibleCheckpointError
 from torchload.explain import group_names
@@ -17,7 +18,6 @@ from torchload.index import Box, OpaqueTensor, TensorEntry, contiguous_strides
 from torchload.placement import check_room, resolve_device
 from torchload.sharing import Layout, Run, shared_runs
 from torchload.state_dicts import StateDict, find_state_dict
-from torchload.steps import collector_paused
 from torchload.transfer import allocate, map_entries, run
 
 __all__ = ["read_state_dict"]

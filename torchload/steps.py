@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +12,7 @@ from torchload.select import Selection, Wanted, select
 from torchload.target import Target
 from torchload.transfer import map_entry
 
-__all__ = ["collector_paused", "select_for"]
+__all__ = ["select_for"]
 
 
 def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: bool, **choice: Any) -> Selection:
@@ -41,15 +38,3 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
     selection.missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
     selection.tolerated = list(dict.fromkeys([*selection.tolerated, *harmless]))
     return selection
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Planning makes many objects and no garbage; collections in between would take most of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

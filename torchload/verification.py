@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchload.collector import collector_paused
 from torchload.comparison import Difference, Pair, compare
 from torchload.explain import group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
@@ -19,7 +20,7 @@ from torchload.keys.rewrite import Rename
 from torchload.plan import glob_matcher
 from torchload.report import format_bytes, format_seconds
 from torchload.select import Selection
-from torchload.steps import collector_paused, select_for
+from torchload.steps import select_for
 from torchload.target import Slot, Target, describe_model
 
 __all__ = ["Difference", "VerifyReport", "verify_weights"]

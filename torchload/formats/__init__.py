@@ -7,13 +7,12 @@ not need is imported when it is needed.
 
 from __future__ import annotations
 
-import gc
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torchload.collector import collector_paused
 from torchload.errors import CheckpointNotFoundError, TorchLoadError
 from torchload.formats import safetensors
 from torchload.formats.locate import path_text, source_of_file, source_of_object, status_of
@@ -110,7 +109,7 @@ def open_checkpoint(path: Any) -> Checkpoint:
         ...     checkpoint.root["weight"].shape
         (2, 3)
     """
-    with _collector_paused():
+    with collector_paused():
         if isinstance(path, (list, tuple)):
             from torchload.formats import sharded
 
@@ -212,15 +211,3 @@ def _required_path(part: object) -> str:
     if text is None:
         raise TypeError(f"a list of shards holds paths, not {type(part).__name__}")
     return os.fspath(text)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Indexing makes many objects and no garbage; collections in between would take most of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
