@@ -112,7 +112,7 @@ class FileSource(Source):
         self._check(offset, len(buffer))
         position = self.base + offset
         while len(buffer):
-            count = os.preadv(self._descriptor.number, [buffer], position)
+            count = read_at(self._descriptor.number, buffer, position)
             if count == 0:
                 raise CorruptCheckpointError(
                     f"{self.name} became shorter while it was read: nothing at byte {position}. Nobody may write to a "
@@ -133,6 +133,36 @@ class FileSource(Source):
 
     def close(self) -> None:
         self._descriptor.close()
+
+
+def _preadv(descriptor: int, buffer: memoryview, position: int) -> int:
+    return os.preadv(descriptor, [buffer], position)
+
+
+def _pread(descriptor: int, buffer: memoryview, position: int) -> int:
+    data = os.pread(descriptor, min(len(buffer), _STREAM_CHUNK_BYTES), position)
+    buffer[: len(data)] = data
+    return len(data)
+
+
+_seeking = threading.Lock()
+
+
+def _seek_and_read(descriptor: int, buffer: memoryview, position: int) -> int:
+    """For systems without reads at a position (Windows): no two of ours may move a descriptor at once."""
+    with _seeking:
+        before = os.lseek(descriptor, 0, os.SEEK_CUR)
+        try:
+            os.lseek(descriptor, position, os.SEEK_SET)
+            data = os.read(descriptor, min(len(buffer), _STREAM_CHUNK_BYTES))
+        finally:
+            os.lseek(descriptor, before, os.SEEK_SET)  # it may be the caller's, too
+    buffer[: len(data)] = data
+    return len(data)
+
+
+read_at = _preadv if hasattr(os, "preadv") else _pread if hasattr(os, "pread") else _seek_and_read
+"""``read_at(descriptor, buffer, position)`` reads what it can, and returns how many bytes that was; 0 at the end."""
 
 
 class _Descriptor:
