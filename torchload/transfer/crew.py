@@ -71,15 +71,19 @@ class Crew(Generic[JobT]):
         running: list[threading.Thread] = []
         try:
             for helper in self._helpers:
-                with contextlib.suppress(RuntimeError):  # no more threads to be had: work with those there are
+                running.append(helper)  # first: an interrupt in `start` leaves a thread that runs
+                try:
                     helper.start()
-                    running.append(helper)
+                except RuntimeError:  # no more threads to be had: work with those there are
+                    running.pop()
+                    break
             self._work(0)
         except BaseException as error:  # noqa: BLE001 - raised again once all have stopped
             self._fail(error)
         while running:
             try:
-                running[-1].join()
+                if running[-1].ident is not None:  # else it was never started, or will find nothing to do
+                    running[-1].join()
                 running.pop()
             except BaseException as error:  # noqa: BLE001 - interrupted while waiting
                 self._fail(error)
