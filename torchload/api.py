@@ -6,23 +6,25 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from torchload import hooks
+from torchload.collector import collector_paused
 from torchload.execute import carry_out, compare_landed, compare_ties, extents_of
 from torchload.explain import group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
-from torchload.index import Checkpoint, Record, TensorEntry
+from torchload.index import Checkpoint, Extent, Record, TensorEntry
 from torchload.keys.rewrite import Rename
 from torchload.placement import DeviceSpec, Placement
 from torchload.plan import DtypeSpec, LoadPlan, Options, glob_matcher, make_plan
 from torchload.progress import progress_reporter
-from torchload.report import LoadReport
+from torchload.report import LoadReport, format_bytes
 from torchload.select import Selection
-from torchload.steps import collector_paused, select_for
+from torchload.steps import select_for
 from torchload.target import Target, describe_model
 from torchload.transfer import verify_extents
 
@@ -44,7 +46,7 @@ def smart_load(
     rename: Rename | None = None,
     skip: Iterable[str] = (),
     verify: bool = False,
-    atomic: bool = False,
+    atomic: bool | AbstractContextManager[object] = False,
     mmap: bool = False,
     progress: bool | Callable[[int, int], None] = False,
 ) -> LoadReport:
@@ -74,7 +76,9 @@ def smart_load(
         skip: Globs of names to leave alone on either side, such as a head that is replaced: ``["fc.*"]``.
         verify: Also check the checksums that the file records for its data, before anything is written, and compare
             what landed with the file.
-        atomic: Stage everything in fresh memory, then swap: a failing disk leaves the model as it was.
+        atomic: Stage everything in fresh memory, then swap: whatever fails leaves the model as it was, and other
+            threads may go on using it. A lock that these take for each forward pass may be given instead of ``True``:
+            it is held for the swap alone, so that no pass sees old and new weights side by side.
         mmap: Parameters on the CPU become private views of the file: no copy, memory shared between processes.
         progress: ``True`` draws a bar where `tqdm` is installed; a callable receives ``(bytes_done, bytes_total)``.
 
@@ -103,10 +107,10 @@ def smart_load(
         True
     """
     started = time.perf_counter()
-    _check_arguments(model, dtype, skip, keep_fp32)
+    _check_arguments(model, dtype, skip, keep_fp32, atomic)
     placement = Placement(device)
     with collector_paused(), open_checkpoint(path) as checkpoint:
-        options = Options(placement, dtype, tuple(keep_fp32), strict, atomic, checkpoint.path)
+        options = Options(placement, dtype, tuple(keep_fp32), strict, atomic is not False, checkpoint.path)
         target = describe_model(model)
         skipped = glob_matcher(skip)
         selection = select_for(target, checkpoint, skipped, strict, key=key, prefix=prefix, rename=rename)
@@ -115,16 +119,18 @@ def smart_load(
             verify_extents(extents_of(plan))
         compare_ties(plan, checkpoint.path)
         with progress_reporter(progress, checkpoint.path) as report_progress:
-            nbytes = carry_out(plan, target, selection, report_progress, mmap=mmap)
+            guard = None if isinstance(atomic, bool) else atomic
+            nbytes = carry_out(plan, target, selection, report_progress, mmap=mmap, atomic=options.atomic, guard=guard)
         if verify:
             compare_landed(plan, checkpoint.path)
         hooks.run_post_hooks(target, selection.missing, selection.unexpected)
-        report = _report(target, checkpoint, selection, plan, nbytes, time.perf_counter() - started)
+        notes = tuple(_notes(checkpoint, selection, plan, verify))
+        report = _report(target, checkpoint, selection, plan, nbytes, notes, time.perf_counter() - started)
     _tell(report, strict)
     return report
 
 
-def _check_arguments(model: nn.Module, dtype: Any, skip: Any, keep_fp32: Any) -> None:
+def _check_arguments(model: nn.Module, dtype: Any, skip: Any, keep_fp32: Any, atomic: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the first argument is the model, an nn.Module, not {type(model).__name__}")
     if dtype not in (None, "auto") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -132,13 +138,21 @@ def _check_arguments(model: nn.Module, dtype: Any, skip: Any, keep_fp32: Any) ->
     for name, globs in (("skip", skip), ("keep_fp32", keep_fp32)):
         if isinstance(globs, str):
             raise TypeError(f"{name} is a list of globs: {name}=[{globs!r}]")
+    if not isinstance(atomic, (bool, AbstractContextManager)):
+        raise TypeError(f"atomic is a bool or a lock, not {type(atomic).__name__}")
 
 
 # --- the account ---
 
 
 def _report(
-    target: Target, checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, nbytes: int, seconds: float
+    target: Target,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    plan: LoadPlan,
+    nbytes: int,
+    notes: tuple[str, ...],
+    seconds: float,
 ) -> LoadReport:
     filled = [slot for slot in target.slots if slot.persistent]
     devices = dict.fromkeys(slot.tensor.device for slot in filled)
@@ -167,7 +181,7 @@ def _report(
         tolerated=tuple(selection.tolerated),
         seconds=seconds,
         training=target.model.training,
-        notes=tuple(_notes(checkpoint, selection, plan)),
+        notes=notes,
     )
 
 
@@ -203,14 +217,28 @@ def _rewrites(selection: Selection) -> Iterator[str]:
         yield f"renamed {plural(count, 'tensor')} ({rule})"
 
 
-def _notes(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan) -> Iterator[str]:
+def _notes(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verify: bool) -> Iterator[str]:
     yield from checkpoint.notes
+    if verify:
+        yield from _unverified(extents_of(plan))
     rivals = ", ".join(repr(rival) for rival in selection.rivals)
     if selection.averaged and rivals:
         yield f"took the averaged weights; {rivals} would fit too (key= chooses)"
     elif rivals:
         yield f"{rivals} would fit too (key= or prefix= chooses)"
     yield from plan.notes
+
+
+def _unverified(extents: list[Extent]) -> Iterator[str]:
+    """What `verify` can't promise: data that changed on its way to this file shows only in a checksum."""
+    lacking = [extent for extent in extents if extent.crc32 is None and extent.nbytes]
+    if lacking:
+        part = (
+            "its data"
+            if len(lacking) == len(extents)
+            else f"{format_bytes(sum(e.nbytes for e in lacking))} of its data"
+        )
+        yield f"the file records no checksums for {part}: damage that keeps its size can't be told from other weights"
 
 
 def _tell(report: LoadReport, strict: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -13,7 +14,8 @@ from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.index import Extent
 from torchload.plan import Assignment, Conversion, LoadPlan, copies_into
 from torchload.select import Selection
-from torchload.target import Target, settle
+from torchload.swap import swap
+from torchload.target import Target
 from torchload.transfer import allocate, map_entries, map_entry, run, same_data
 
 __all__ = ["carry_out", "compare_landed", "compare_ties", "extents_of"]
@@ -21,7 +23,16 @@ __all__ = ["carry_out", "compare_landed", "compare_ties", "extents_of"]
 Progress = Callable[[int, int], None]
 
 
-def carry_out(plan: LoadPlan, target: Target, selection: Selection, progress: Progress | None, *, mmap: bool) -> int:
+def carry_out(
+    plan: LoadPlan,
+    target: Target,
+    selection: Selection,
+    progress: Progress | None,
+    *,
+    mmap: bool,
+    atomic: bool = False,
+    guard: AbstractContextManager[object] | None = None,
+) -> int:
     """Move the bytes. Fresh memory is shown to the model only when everything has arrived.
 
     What can fail because of the data itself (a cast that overflows) goes into fresh memory first; memory of the model's
@@ -33,6 +44,8 @@ def carry_out(plan: LoadPlan, target: Target, selection: Selection, progress: Pr
         selection: Where modules that load themselves find their tensors.
         progress: Receives (bytes done, bytes in all).
         mmap: Whether fresh CPU memory may be a private view of the file.
+        atomic: Whether the model may be in use while new memory is shown to it.
+        guard: What to hold while that happens.
 
     Returns:
         Number of bytes taken from the file.
@@ -44,6 +57,7 @@ def carry_out(plan: LoadPlan, target: Target, selection: Selection, progress: Pr
     """
     undo = hooks.Undo()
     fresh: dict[int, torch.Tensor] = {}
+    arrived: list[str] = []
     try:
         hooks.set_extra_states(target, selection, map_entry, undo)
         for loader in plan.own_loaders:
@@ -53,17 +67,17 @@ def carry_out(plan: LoadPlan, target: Target, selection: Selection, progress: Pr
         moved = [item for item in plan.assignments if id(item) not in fresh] if mapped else plan.assignments
         fresh.update(_fresh_memory(moved))
         nbytes = _move(moved, fresh, progress)
+        arrived.extend(item.name for item in moved)
+        changes = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
+        changes += [(item.slot, _converted(item)) for item in plan.conversions]
+        interrupt = swap(changes, live=atomic, guard=guard)
     except BaseException as error:
         undo.roll_back()
-        _name_written(error, plan)
+        _name_written(error, plan, arrived)
         raise
-    with torch.no_grad():
-        for item in plan.assignments:
-            if (data := fresh.get(id(item))) is not None:
-                item.slot.install(data)
-        for conversion in plan.conversions:
-            conversion.slot.install(_converted(conversion))
-        settle([item.slot for item in plan.assignments if id(item) in fresh] + [item.slot for item in plan.conversions])
+    if interrupt is not None:
+        interrupt.written = tuple(name for item in plan.assignments for name in item.slot.names)  # type: ignore[attr-defined]
+        raise interrupt
     return nbytes + sum(item.entry.nbytes for item in mapped)
 
 
@@ -91,15 +105,24 @@ def _move(assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], prog
         if progress is not None:
             progress(min(done + now, total), total)
 
-    for copies in phases:
-        done += run(copies, progress=report if progress is not None else None)
-    report(total, total)
+    written: list[str] = []
+    copies: list[Copy] = []
+    try:
+        for copies in phases:
+            done += run(copies, progress=report if progress is not None else None)
+            written.extend(copy.name for copy in copies)
+        report(total, total)
+    except BaseException as error:
+        # An interrupt just before or after the work has no account of it: then all of this phase may be written.
+        now = getattr(error, "written", None)
+        error.written = (*written, *([copy.name for copy in copies] if now is None else now))  # type: ignore[attr-defined]
+        raise
     return done
 
 
-def _name_written(error: BaseException, plan: LoadPlan) -> None:
+def _name_written(error: BaseException, plan: LoadPlan, arrived: list[str]) -> None:
     """Let an error name the model's tensors that it left changed, under all their names."""
-    touched = set(getattr(error, "written", ()))
+    touched = {*getattr(error, "written", ()), *arrived}
     if touched:
         changed = [item.slot for item in plan.assignments if not item.fresh and item.name in touched]
         names = [name for slot in changed for name in slot.names]

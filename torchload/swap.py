@@ -1,0 +1,145 @@
+"""Let a model show new memory, all of it, while other threads may be using it.
+
+Three things must not happen. Half of a model: an interrupt (Ctrl-C) reaches the main thread only, so the swap runs in
+another one, to its end. A crash: an operator that another thread has begun reads the old memory without owning it, for
+torch keeps the *tensor* that it was given, not what the tensor showed then; so old memory is kept until it is done. A
+forward pass that sees some layers old and some new: only a lock that forward passes take as well can prevent that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+
+from torchload.target import Slot, settle
+
+__all__ = ["swap"]
+
+PATIENCE_SECONDS = 2.0
+"""How long old memory is kept for operators of other threads. Few run as long on the CPU, and what an unfinished
+backward graph holds is held for longer."""
+_PAUSE_SECONDS = 0.0005
+
+Change = tuple[Slot, torch.Tensor]
+
+
+def swap(
+    changes: Sequence[Change], *, live: bool = False, guard: AbstractContextManager[object] | None = None
+) -> BaseException | None:
+    """Install new memory in slots of a model.
+
+    Args:
+        changes: (slot, what it shows from now on).
+        live: Whether the model may be in use: if one slot fails, all show again what they showed before, and old
+            memory is kept until operators that other threads began earlier are done with it.
+        guard: What to hold meanwhile, such as a lock that forward passes take.
+
+    Returns:
+        An interrupt that came too late: the model is changed, and the caller has yet to raise it.
+    """
+    if not changes:
+        return None
+    before = [(slot, tensor, tensor.detach()) for slot, tensor in _tensors(changes)] if live else []
+    with guard if guard is not None else contextlib.nullcontext():
+        interrupt = _uninterrupted(partial(_install, changes, before))
+    try:
+        if before and threading.active_count() > 1:
+            _outlast([tensor for _, tensor, _ in before])
+    except BaseException as error:  # noqa: BLE001 - left to the caller
+        interrupt = error
+    return interrupt
+
+
+def _tensors(changes: Sequence[Change]) -> list[tuple[Slot, torch.Tensor]]:
+    return [(slot, tensor) for slot, _ in changes for tensor in (slot.tensor, *slot.twins) if _has_memory(slot)]
+
+
+def _has_memory(slot: Slot) -> bool:
+    return slot.shape is not None and not slot.tensor.is_meta
+
+
+def _install(changes: Sequence[Change], before: Sequence[tuple[Slot, torch.Tensor, torch.Tensor]]) -> None:
+    try:
+        with torch.no_grad():
+            for slot, data in changes:
+                slot.install(data)
+            settle([slot for slot, _ in changes])
+    except BaseException:
+        with torch.no_grad():
+            for slot, _, data in before:
+                slot.install(data)
+        raise
+
+
+def _uninterrupted(action: Callable[[], object]) -> BaseException | None:
+    """Do something that must not stop half-way.
+
+    Returns:
+        An interrupt that came meanwhile. One that comes before is raised, and nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        action()
+        return None
+    turn = [action]  # who takes it out decides: the helper, or an interrupt before it
+    done = threading.Event()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            turn.pop()()
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            errors.append(error)
+        finally:
+            done.set()
+
+    interrupt = _start(threading.Thread(target=work, name="torchload-swap", daemon=True), turn)
+    while not done.is_set():
+        try:
+            done.wait()
+        except BaseException as error:  # noqa: BLE001 - left to the caller
+            interrupt = error
+    try:
+        if errors:
+            raise errors[0]
+    finally:
+        errors.clear()  # its traceback holds this frame
+    return interrupt
+
+
+def _start(helper: threading.Thread, turn: list[Callable[[], object]]) -> BaseException | None:
+    """Start the helper.
+
+    Returns:
+        An interrupt that came too late to stop it.
+    """
+    try:
+        helper.start()
+    except BaseException as error:
+        try:
+            action = turn.pop()
+        except IndexError:
+            return error
+        if not isinstance(error, RuntimeError):
+            raise
+        turn.append(action)  # no thread is to be had: do it here
+        helper.run()
+    return None
+
+
+def _outlast(tensors: Sequence[Any]) -> None:
+    """Wait until operators that other threads began before now are done with these tensors.
+
+    An operator holds a reference to each tensor it was given. Once no one but Python does, none is left.
+    """
+    busy = [tensor for tensor in tensors if tensor._use_count() > 1]
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while busy and time.monotonic() < deadline:
+        time.sleep(_PAUSE_SECONDS)
+        busy = [tensor for tensor in busy if tensor._use_count() > 1]
