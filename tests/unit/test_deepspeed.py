@@ -151,6 +151,12 @@ def test_zero3_is_put_together(tmp_path: Path, ranks: int) -> None:
     assert_same(tensors(zero3(tmp_path, state, PARAMETERS, ranks)), state)
 
 
+def test_one_ranks_file_stands_for_all(tmp_path: Path) -> None:
+    state = module_state()
+    zero3(tmp_path, state, PARAMETERS, 2)
+    assert_same(tensors(tmp_path / "zero_pp_rank_1_mp_rank_00_model_states.pt"), state)
+
+
 def test_zero3_in_subgroups(tmp_path: Path) -> None:
     state = module_state()
     assert_same(tensors(zero3(tmp_path, state, PARAMETERS, 2, subgroups=3)), state)

@@ -238,6 +238,22 @@ def test_the_layout_of_torch_2_0(tmp_path: Path) -> None:
         assert torch.equal(dense(checkpoint.root["weight"]), torch.arange(6.0).reshape(2, 3))
 
 
+def test_one_file_of_the_folder_stands_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder()
+    folder.add_tensor("grid", torch.randn(6, 7), GRID)
+    folder.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / ".metadata", tmp_path / "__1_0.distcp", Path("__0_0.distcp")):
+        with open_checkpoint(path) as checkpoint:
+            assert checkpoint.root.keys() == {"grid"}
+    with pytest.raises(CheckpointNotFoundError, match=r"__7_0\.distcp does not exist"):
+        open_checkpoint("__7_0.distcp")
+    (tmp_path / ".metadata").unlink()
+    for path in (tmp_path, tmp_path / "__0_0.distcp"):
+        with pytest.raises(CheckpointNotFoundError, match="the save was cut short"):
+            open_checkpoint(path)
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     folder = Folder()
     folder.add_tensor("grid", torch.randn(6, 7), GRID)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torchload.collector import collector_paused
 from torchload.errors import CheckpointNotFoundError, TorchLoadError
 from torchload.formats import safetensors
-from torchload.formats.locate import path_text, source_of_file, source_of_object, status_of
+from torchload.formats.locate import folder_around, path_text, source_of_file, source_of_object, status_of
 from torchload.formats.magic import HEAD_BYTES, is_legacy, is_pickle, is_ustar, is_zip
 from torchload.index import Checkpoint
 from torchload.source import Source
@@ -149,6 +149,9 @@ def _open_member(path: str) -> Checkpoint:
 
 
 def _open_file(path: str) -> Checkpoint:
+    if (folder := folder_around(path)) is not None:
+        status_of(path)  # what was named must be there
+        return _open_folder(folder)
     return _open_source(source_of_file(path), path)
 
 

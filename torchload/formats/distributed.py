@@ -55,6 +55,12 @@ def open_folder(path: str) -> Checkpoint:
     """
     index = _Index(path)
     names = sorted(filter(METADATA_NAME.fullmatch, os.listdir(path)))
+    if not names:
+        raise CheckpointNotFoundError(
+            f"{path} has files of torch.distributed.checkpoint, but not the .metadata that says what is in them. It is "
+            "written last: the save was cut short, or the file, which a leading dot hides, was not copied along.",
+            path=path,
+        )
     for name in names[:1] if ".metadata" in names else names:
         index.add(os.path.join(path, name))
     files = _open_files(path, index.file_names())

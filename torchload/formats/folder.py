@@ -104,7 +104,11 @@ def _open_deepspeed(path: str, open_member: OpenMember) -> Checkpoint:
 
 
 _WHOLE_FOLDERS: tuple[_WholeFolder, ...] = (
-    _WholeFolder("torch.distributed.checkpoint folder", _any_match(r"(?:__\d+)?\.metadata"), opener=_open_distributed),
+    _WholeFolder(
+        "torch.distributed.checkpoint folder",
+        _any_match(r"(?:__\d+)?\.metadata|__\d+_\d+\.distcp"),
+        opener=_open_distributed,
+    ),
     _WholeFolder(
         "DeepSpeed checkpoint folder",
         lambda names: bool(

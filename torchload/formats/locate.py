@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchload.source import FileSource, MemorySource, Source, StreamSource
 
 __all__ = [
     "UNFINISHED_SUFFIXES",
+    "folder_around",
     "path_inside",
     "path_text",
     "pointer_text",
@@ -30,6 +32,11 @@ UNFINISHED_SUFFIXES = (".part", ".partial", ".crdownload", ".incomplete", ".down
 _MAX_LISTED = 10_000  # directory entries looked at for near names
 
 _MAX_POINTER_BYTES = 4096
+
+# Of torch.distributed.checkpoint; of DeepSpeed under ZeRO 3, where the parameters in them are empty.
+_MEMBER_OF_FOLDER = re.compile(
+    r"(?:__\d+)?\.metadata | __\d+_\d+\.distcp | (?:bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt", re.VERBOSE
+)
 
 _SPECIAL_KINDS = (
     (stat.S_ISFIFO, "a FIFO (named pipe)"),
@@ -118,6 +125,14 @@ def source_of_file(path: str) -> Source:
             f"{path} is empty (0 bytes): the download or the save never wrote to it.", path=path, found="empty file"
         )
     return source
+
+
+def folder_around(path: str) -> str | None:
+    """The folder of a file that is nothing without the others in it, such as one rank's; ``None`` for other files."""
+    folder, name = os.path.split(path)
+    if not _MEMBER_OF_FOLDER.fullmatch(name):
+        return None
+    return folder or os.curdir
 
 
 def pointer_text(path: str) -> str:
