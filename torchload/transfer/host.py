@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from torchload.transfer.arena import allocate
-from torchload.transfer.memory import memory_at, move
+from torchload.transfer.memory import memory_at, move, move_much
 from torchload.transfer.overflow import OverflowFoundError, overflows
-from torchload.transfer.pieces import CAST, RAW, STAGED_BYTES, Job, Piece, needs_swap
+from torchload.transfer.pieces import CAST, GAP_BYTES, RAW, STAGED_BYTES, Job, Piece, needs_swap
 from torchload.transfer.reader import Reader
 
 __all__ = ["HostWorker", "decode"]
@@ -17,6 +17,8 @@ _PACKED_BYTES = 1 << 20
 _PACKABLE_BYTES = 64 << 10
 _LENT_BYTES = 64 << 10
 """Less than this is copied faster than it is lent."""
+_MUCH_BYTES = 64 << 10
+"""From this size on other threads may run while bytes are moved."""
 _ALIGNMENT_BYTES = 64
 
 _CPU = torch.device("cpu")
@@ -46,9 +48,21 @@ class HostWorker:
             piece = job.pieces[0]
             memory = memory_at(piece.target.data_ptr() + piece.skip_bytes, piece.nbytes)
             self._reader.readinto(job.source, job.offset, memory)
-            return job.nbytes
-        self._place(job, self._fetch(job))
+        elif not (job.can_scatter and self._scatter(job)):
+            self._place(job, self._fetch(job))
         return job.nbytes
+
+    def _scatter(self, job: Job) -> bool:
+        """Let the kernel put a job's pieces into place, and what lies between them into scratch memory, if it can."""
+        scratch = self._scratch_of(GAP_BYTES).data_ptr()
+        places: list[int] = []
+        position = job.offset
+        for _, _, offset, nbytes, target, _, _, _ in job.pieces:
+            if offset != position:
+                places += (scratch, offset - position)
+            places += (target.data_ptr(), nbytes)
+            position = offset + nbytes
+        return self._reader.scatter(job.source, job.offset, job.nbytes, places)
 
     def _fetch(self, job: Job) -> torch.Tensor:
         """A job's bytes, uint8, to be read before the next job."""
@@ -68,7 +82,7 @@ class HostWorker:
         for piece in job.pieces:
             _, kind, offset, nbytes, target, skip_bytes, _, _ = piece
             if kind == RAW and on_cpu:
-                move(target.data_ptr() + skip_bytes, base + offset, nbytes)
+                (move if nbytes < _MUCH_BYTES else move_much)(target.data_ptr() + skip_bytes, base + offset, nbytes)
             elif kind == CAST and nbytes <= _PACKABLE_BYTES:
                 if packer is None:
                     packer = self._packer = self._packer or _Packer()

@@ -5,16 +5,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from array import array
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["address_of", "advise", "is_resident", "memory_at", "move"]
+__all__ = ["address_of", "advise", "is_resident", "memory_at", "move", "move_much", "scatter"]
 
 move = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
 )
 """``move(target_address, source_address, nbytes)``: `ctypes.memmove` for little data, holding the GIL: to pass it to
 another thread and get it back takes longer than the copy."""
+
+move_much = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
+"""The same for much data: other threads run meanwhile."""
 
 _WRITABLE = 0x200  # PyBUF_WRITE
 _from_memory = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
@@ -28,9 +35,27 @@ def memory_at(address: int, nbytes: int) -> memoryview:
     return view
 
 
-def address_of(mapping: mmap.mmap) -> int:
-    """Where a writable mapping begins."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+def address_of(buffer: mmap.mmap | memoryview) -> int:
+    """Where a writable buffer begins."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def scatter(descriptor: int, position: int, places: Sequence[int]) -> int:
+    """Read from a file into several places with one system call; `os.preadv` wants an object for each of them.
+
+    Args:
+        descriptor: The file.
+        position: Where in the file to begin, in bytes.
+        places: Address and length in bytes of each place, one after the other; at most 1024 places.
+
+    Returns:
+        Number of bytes read, which may be fewer than there is room for; -1 for an error, or where there is no such call.
+    """
+    read = _preadv()
+    if read is None:
+        return -1
+    vectors = array("L", places)
+    return int(read(descriptor, vectors.buffer_info()[0], len(vectors) // 2, position))
 
 
 def advise(address: int, nbytes: int, advice: int) -> bool:
@@ -55,6 +80,17 @@ def is_resident(address: int, nbytes: int) -> bool:
     if mincore is None or mincore(address - head, nbytes + head, result) != 0:
         return False
     return 0 not in pages
+
+
+@lru_cache(maxsize=1)
+def _preadv() -> Any:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        function = ctypes.CDLL(None).preadv
+        function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_long)
+        function.restype = ctypes.c_ssize_t
+        # Where a long is as wide as an address, so are a file's positions and the fields of an `iovec`.
+        return function if ctypes.sizeof(ctypes.c_long) == ctypes.sizeof(ctypes.c_void_p) == 8 else None
+    return None
 
 
 @lru_cache(maxsize=4)

@@ -1,9 +1,9 @@
 """From copies to jobs: what is cut up because it is large, and what is read together because it is small.
 
 A `Piece` is a part of a copy that is moved in one go; a `Job` is one read and the pieces that it feeds. Large plain
-tensors are cut into jobs whose read goes straight to where the data ends up. All else goes through scratch memory of
-bounded size: neighbours in the file share a read, and a strided box is cut along its widest strides until the bytes
-that a piece spans fit.
+tensors are cut into jobs whose read goes straight to where the data ends up; small ones that are neighbours in the file
+share a read, which the kernel can scatter to their places. All else goes through scratch memory of bounded size: a
+strided box is cut along its widest strides until the bytes that a piece spans fit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,13 @@ SMALL_BYTES = 64 << 10
 """Below this size a plain tensor shares a read with its neighbours."""
 GAP_BYTES = 64 << 10
 """Reading over a gap of this size costs as much as another read."""
+MAX_SHARING = 500
+"""Pieces that share a read at most: the kernel scatters to 1024 places, of which half are for gaps."""
+COLD_BYTES = 8 << 20
+"""From a device that waits for requests, read this much at once, whatever it is made up of."""
+COLD_SMALL_BYTES = 2 << 20
+
+_CPU = torch.device("cpu")
 
 
 class Piece(NamedTuple):
@@ -69,13 +76,23 @@ class Piece(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One read, and the pieces that lie in it."""
+    """One read, and the pieces that lie in it.
+
+    Attributes:
+        device: Where the pieces end up.
+        source: Where the bytes come from.
+        offset: Position of the first of them.
+        nbytes: How many there are, gaps between pieces included.
+        pieces: What they are, in the order of the source.
+        can_scatter: Whether each piece is plain and goes to the CPU, and none overlaps the one before it.
+    """
 
     device: torch.device
     source: Source
     offset: int
     nbytes: int
     pieces: list[Piece]
+    can_scatter: bool = False
 
     @property
     def is_direct(self) -> bool:
@@ -88,20 +105,47 @@ def needs_swap(extent: Extent, dtype: torch.dtype) -> bool:
     return extent.big_endian != _BIG_ENDIAN and dtype.itemsize > 1
 
 
-def schedule(copies: Iterable[Copy]) -> list[Job]:
-    """The jobs that carry out the copies, in the order of the files."""
+def schedule(copies: Iterable[Copy], is_cold: Callable[[Source], bool] = lambda _: False) -> list[Job]:
+    """The jobs that carry out the copies, in the order of the files.
+
+    Args:
+        copies: What goes where.
+        is_cold: Whether a source is best read in large requests to its device.
+    """
     groups: dict[tuple[torch.device, Source], list[Piece]] = {}
+    source: Source | None = None
+    device: torch.device | None = None
+    pieces: list[Piece] = []
     for copy in copies:
-        key = (copy.target.device, copy.box.extent.source)
-        pieces = groups.get(key)
-        if pieces is None:
-            pieces = groups[key] = []
-        cut(copy, pieces)
+        target, extent = copy.target, copy.box.extent
+        its_device = _CPU if target.is_cpu else target.device
+        if extent.source is not source or its_device != device:
+            source, device = extent.source, its_device
+            pieces = groups.setdefault((device, source), [])
+        if its_device is _CPU and _is_plain(copy) and 0 < (nbytes := target.nbytes) <= DIRECT_BYTES:  # most tensors
+            box = copy.box
+            piece = (copy, RAW, extent.offset + box.start, nbytes, target, 0, box.shape, box.strides)
+            pieces.append(_new_tuple(Piece, piece))
+        else:
+            cut(copy, pieces)
     jobs: list[Job] = []
     for (device, source), pieces in groups.items():
         pieces.sort(key=_offset)
-        jobs.extend(_batch(device, source, pieces))
+        jobs.extend(_batch(device, source, pieces, is_cold(source)))
     return jobs
+
+
+def _is_plain(copy: Copy) -> bool:
+    """Whether both sides are row-major and of one dtype. May say no where `_classify` says `RAW`, but is quicker."""
+    target, box = copy.target, copy.box
+    return (
+        target.dtype is copy.dtype
+        and box.strides == target.stride()
+        and target.is_contiguous()
+        and box.extent.big_endian == _BIG_ENDIAN
+        and not target.is_neg()
+        and not target.is_conj()
+    )
 
 
 def cut(copy: Copy, pieces: list[Piece]) -> None:
@@ -184,26 +228,33 @@ def _split(target: torch.Tensor, shape: Shape, strides: Shape, limit: int) -> It
             yield piece, first * stride + start, piece_shape
 
 
-def _batch(device: torch.device, source: Source, pieces: Sequence[Piece]) -> Iterator[Job]:
+def _batch(device: torch.device, source: Source, pieces: Sequence[Piece], cold: bool) -> Iterator[Job]:
     """Let neighbours share a read."""
-    limit = STRIDED_BYTES if device.type == "cpu" else DEVICE_BYTES
+    on_cpu = device.type == "cpu"
+    small, limit = SMALL_BYTES, STRIDED_BYTES if on_cpu else DEVICE_BYTES
+    if cold and on_cpu:
+        small, limit = COLD_SMALL_BYTES, COLD_BYTES
     members: list[Piece] = []
     start = end = 0
+    can_scatter = on_cpu
     for piece in pieces:
-        offset = piece.offset
-        piece_end = offset + piece.nbytes
-        if piece.kind == RAW and piece.nbytes >= SMALL_BYTES:
-            yield Job(device, source, offset, piece.nbytes, [piece])
+        _, kind, offset, nbytes, _, _, _, _ = piece
+        piece_end = offset + nbytes
+        if kind == RAW and nbytes >= small:
+            yield Job(device, source, offset, nbytes, [piece])
             continue
-        if members and (offset - end > GAP_BYTES or max(end, piece_end) - start > limit):
-            yield Job(device, source, start, end - start, members)
-            members = []
+        if members and (offset - end > GAP_BYTES or max(end, piece_end) - start > limit or len(members) == MAX_SHARING):
+            yield Job(device, source, start, end - start, members, can_scatter)
+            members, can_scatter = [], on_cpu
         if not members:
             start = end = offset
+        if kind != RAW or offset < end:
+            can_scatter = False
         members.append(piece)
-        end = max(end, piece_end)
+        if piece_end > end:
+            end = piece_end
     if members:
-        yield Job(device, source, start, end - start, members)
+        yield Job(device, source, start, end - start, members, can_scatter)
 
 
 _offset = operator.attrgetter("offset")

@@ -8,10 +8,11 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 
 from torchload.source import Source
-from torchload.transfer.memory import address_of, advise, is_resident
+from torchload.transfer.memory import address_of, advise, is_resident, scatter
 
 if sys.platform == "linux":
     import fcntl
@@ -32,6 +33,11 @@ class Reader:
     def readinto(self, source: Source, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset` of `source`, wholly; raises like `Source.readinto`."""
         source.readinto(offset, buffer)
+
+    def scatter(self, source: Source, offset: int, nbytes: int, places: Sequence[int]) -> bool:
+        """Fill several places (see `memory.scatter`) with `nbytes` bytes; if False, they must be read in another way."""
+        descriptor = source.fd
+        return descriptor is not None and scatter(descriptor, source.base + offset, places) == nbytes
 
     def lend(self, source: Source, offset: int, nbytes: int) -> int | None:
         """The address of bytes that are in memory already, if they are safe there until the next call; never write.
