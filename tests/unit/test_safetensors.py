@@ -14,7 +14,7 @@ from torch import nn
 from tests.security._handmade import safetensors_bytes, tensor, write
 from torchload.errors import CorruptCheckpointError
 from torchload.formats import open_checkpoint
-from torchload.formats.safetensors import _DTYPES
+from torchload.formats import safetensors as format_module
 from torchload.index import Checkpoint, OpaqueTensor, TensorEntry
 from torchload.source import MemorySource
 
@@ -79,7 +79,7 @@ def test_dtypes_that_torch_lacks_are_opaque(code: str) -> None:
 
 
 def test_the_dtype_table_agrees_with_torch() -> None:
-    for code, (bits, name) in _DTYPES.items():
+    for code, (bits, name) in format_module.DTYPES.items():
         dtype = getattr(torch, name, None) if name else None
         if dtype is not None and bits >= 8:
             assert dtype.itemsize * 8 == bits, code
