@@ -121,5 +121,7 @@ def _own(model: nn.Module, name: str) -> str | None:
 def _gathered(model: nn.Module) -> State:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    # Offloading keeps whole tensors off the accelerator; where there is none, FSDP can't do it.
+    offload = any(parameter.device.type != "cpu" for parameter in model.parameters())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
     return State(dict(get_model_state_dict(model, options=options)), is_gathered=True)

@@ -75,7 +75,7 @@ class VerifyReport:
         if self.ok:
             verdict = f"all {plural(self.tensors, 'tensor')} of the file are in the model"
         else:
-            verdict = f"{plural(len(self.differing), 'tensor')} of {self.tensors:,} differ"
+            verdict = f"{len(self.differing):,} of {plural(self.tensors, 'tensor')} differ"
         lines = [f"{self.path}{took} = {self.model}? {'yes' if self.ok else 'NO'}: {verdict} ({size})"]
         lines += [f"  differs  {difference}" for difference in self.differing[:_SHOWN]]
         if len(self.differing) > _SHOWN:
