@@ -98,7 +98,7 @@ def _move(assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], prog
             phases[0].extend(copies_into(item, memory))
         else:
             phases[1 if item.entry.dtype is not item.dtype else 2].extend(copies_into(item, item.slot.tensor))
-    total = sum(item.entry.nbytes for item in assignments)
+    total = sum(item.entry.nbytes for item in assignments) if progress is not None else 0
     done = 0
 
     def report(now: int, _phase_bytes: int) -> None:
