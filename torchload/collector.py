@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import threading
-from collections.abc import Iterator
 
 __all__ = ["collector_paused"]
 
-_lock = threading.Lock()
-_pauses = 0
+_lock = threading.RLock()
+_holders: set[int] = set()
 _was_enabled = False
 
 
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
+class collector_paused:  # noqa: N801 - used as a context manager, as if it were a function
     """No collections while the block runs, in this thread or others.
 
     The collector belongs to the whole process: where blocks of several threads overlap, the last one to end starts it
-    again, if it ran before the first began.
+    again, if it ran before the first began. An interrupt at any point ends a block, at the latest with this object.
     """
-    global _pauses, _was_enabled  # noqa: PLW0603 - a state of the process
-    with _lock:
-        if _pauses == 0:
-            _was_enabled = gc.isenabled()
-            gc.disable()
-        _pauses += 1
-    try:
-        yield
-    finally:
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        global _was_enabled  # noqa: PLW0603 - a state of the process
         with _lock:
-            _pauses = max(_pauses - 1, 0)
-            if _pauses == 0 and _was_enabled:
+            if not _holders:
+                _was_enabled = gc.isenabled()
+            _holders.add(id(self))
+            gc.disable()
+
+    def __exit__(self, *exc: object) -> None:
+        self.__del__()
+
+    def __del__(self) -> None:
+        with _lock:
+            if id(self) not in _holders:
+                return
+            if len(_holders) == 1 and _was_enabled:
                 gc.enable()
+            _holders.discard(id(self))
 
 
 def _start_again() -> None:
     """In a forked child: blocks of other threads don't exist here."""
-    global _lock, _pauses
-    if _pauses and _was_enabled:
+    global _lock  # noqa: PLW0603
+    _lock = threading.RLock()
+    if _holders and _was_enabled:
         gc.enable()
-    _lock, _pauses = threading.Lock(), 0
+    _holders.clear()
 
 
 if hasattr(os, "register_at_fork"):
