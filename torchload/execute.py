@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
@@ -14,6 +15,7 @@ from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.index import Extent
 from torchload.plan import Assignment, Conversion, LoadPlan, copies_into
 from torchload.select import Selection
+from torchload.shards import is_ordinary, local_region
 from torchload.swap import swap
 from torchload.target import Target
 from torchload.transfer import allocate, map_entries, map_entry, run, same_data
@@ -48,7 +50,7 @@ def carry_out(
         guard: What to hold while that happens.
 
     Returns:
-        Number of bytes taken from the file.
+        Number of bytes that the model took from the file, in the file's dtypes.
 
     Raises:
         CastOverflowError, CorruptCheckpointError, OSError: As the transfer does; the attribute ``written`` names the
@@ -66,7 +68,7 @@ def carry_out(
         fresh.update(zip(map(id, mapped), map_entries([item.entry for item in mapped])))
         moved = [item for item in plan.assignments if id(item) not in fresh] if mapped else plan.assignments
         fresh.update(_fresh_memory(moved))
-        nbytes = _move(moved, fresh, progress)
+        _move(moved, fresh, progress)
         arrived.extend(item.name for item in moved)
         changes = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
         changes += [(item.slot, _converted(item)) for item in plan.conversions]
@@ -78,7 +80,14 @@ def carry_out(
     if interrupt is not None:
         interrupt.written = tuple(name for item in plan.assignments for name in item.slot.names)  # type: ignore[attr-defined]
         raise interrupt
-    return nbytes + sum(item.entry.nbytes for item in mapped)
+    return sum(_held_bytes(item) for item in plan.assignments)
+
+
+def _held_bytes(item: Assignment) -> int:
+    """Bytes of the file's tensor that this process holds: all of them, or a shard's."""
+    if is_ordinary(item.slot.tensor):
+        return item.entry.nbytes
+    return math.prod(local_region(item.slot.tensor)[1].shape) * item.entry.dtype.itemsize
 
 
 def _converted(conversion: Conversion) -> torch.Tensor:
@@ -89,7 +98,7 @@ def _converted(conversion: Conversion) -> torch.Tensor:
     return tensor.to(conversion.device, conversion.dtype)
 
 
-def _move(assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], progress: Progress | None) -> int:
+def _move(assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], progress: Progress | None) -> None:
     """Into fresh memory first, then in place with a cast, which may overflow, then as it is."""
     phases: tuple[list[Copy], list[Copy], list[Copy]] = ([], [], [])
     for item in assignments:
@@ -117,7 +126,6 @@ def _move(assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], prog
         now = getattr(error, "written", None)
         error.written = (*written, *([copy.name for copy in copies] if now is None else now))  # type: ignore[attr-defined]
         raise
-    return done
 
 
 def _name_written(error: BaseException, plan: LoadPlan, arrived: list[str]) -> None:

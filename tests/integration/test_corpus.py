@@ -20,9 +20,7 @@ from torchload.errors import TorchLoadError
 CORPUS = Path(__file__).parents[2] / ".." / "shared" / "corpus"
 
 # Container kinds that are not supported yet, and why: refused clearly until then. One that loads must leave this list.
-NOT_YET: dict[str, str] = {
-    "zip-pickle(Learner object)": "a training object around the model",
-}
+NOT_YET: dict[str, str] = {}
 
 # Single cases, likewise.
 NOT_YET_CASES: dict[str, str] = {}

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.trees import tree, wanted
 from torchload.errors import AmbiguousCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError
-from torchload.index import Container
+from torchload.index import Container, Record
 from torchload.keys.rewrite import renamer
 from torchload.keys.tables import BENIGN_MISSING, BENIGN_UNEXPECTED
 from torchload.select import select
@@ -51,6 +51,19 @@ def test_nested_and_in_sequences():
     assert choose({"state": {"model": fresh()}}).key == "state.model"
     assert choose((fresh(), 7)).key == "0"
     assert choose([{"a": 1}, {"model": fresh()}]).key == "1.model"
+
+
+def test_inside_objects_whose_classes_are_gone():
+    learner = Record("fastai.learner.Learner", state={"model": tree(fresh()), "opt": Record("fastai.Adam"), "lr": 0.1})
+    assert select(learner, wanted(Net()), path="x").key == "model"
+    assert select(Container({"trainer": learner}), wanted(Net()), path="x").key == "trainer.model"
+
+
+def test_a_maze_of_containers_without_tensors_costs_nothing():
+    maze = Container({"lr": 0.1})
+    for _ in range(60):
+        maze = Container({"a": maze, "b": maze})
+    assert select(Container({"config": maze, "model": tree(fresh())}), wanted(Net()), path="x").key == "model"
 
 
 def test_nested_dictionaries_of_tensors_are_one_state_dict():
