@@ -156,7 +156,7 @@ def _report(
 ) -> LoadReport:
     filled = [slot for slot in target.slots if slot.persistent]
     devices = dict.fromkeys(slot.tensor.device for slot in filled)
-    loaded = len(plan.assignments) + sum(len(slots) for _, slots in plan.own_loaders)
+    loaded = sum(item.slot.persistent for item in plan.assignments) + sum(len(slots) for _, slots in plan.own_loaders)
     return LoadReport(
         path=checkpoint.path,
         model=type(target.model).__name__,

@@ -22,7 +22,7 @@ from torchload.select import Selection
 from torchload.shards import Region, is_ordinary, local_region
 from torchload.target import HookedModule, Slot, Target, own_loaders
 
-__all__ = ["Assignment", "DtypeSpec", "LoadPlan", "Options", "copies_into", "glob_matcher", "make_plan"]
+__all__ = ["Assignment", "DtypeSpec", "LoadPlan", "Options", "copies_into", "copies_of", "glob_matcher", "make_plan"]
 
 DtypeSpec = torch.dtype | Literal["auto"] | None
 _ZERO_AT_FIRST = frozenset({"num_batches_tracked"})  # buffers that begin as zeros, which torch's own upgrade fills in
@@ -121,6 +121,8 @@ def make_plan(target: Target, selection: Selection, options: Options) -> LoadPla
         if id(slot) in elsewhere:
             continue
         sources = [(name, pairs[name]) for name in slot.names if name in pairs and name not in mismatched]
+        if slot.tensor.is_meta and slot.name in selection.transient:  # nobody else could give it a value
+            sources = [(slot.name, selection.transient[slot.name])]
         device = options.placement.of(slot.name, slot.tensor.device)
         if not sources:
             _plan_unfilled(plan, problems, slot, device, options, keep_fp32)
@@ -252,15 +254,25 @@ def _fresh_bytes(plan: LoadPlan) -> dict[torch.device, int]:
 
 
 def copies_into(assignment: Assignment, memory: torch.Tensor) -> Iterator[Copy]:
-    """The copies that fill one slot's memory: one as a rule, several where the file or the model is sharded.
+    """The copies that fill one slot's memory.
 
     Args:
         assignment: What to load.
         memory: Where to: the model's own tensor, or fresh memory of the same shape.
     """
-    entry = assignment.entry
-    if len(entry.boxes) == 1 and entry.boxes[0].shape == assignment.slot.shape and is_ordinary(memory):
-        yield Copy(assignment.name, entry.boxes[0], entry.dtype, memory)
+    return copies_of(assignment.name, assignment.entry, memory)
+
+
+def copies_of(name: str, entry: TensorEntry, memory: torch.Tensor) -> Iterator[Copy]:
+    """The copies that fill a tensor: one as a rule, several where the file or the tensor is sharded.
+
+    Args:
+        name: What to call it in messages.
+        entry: What to load.
+        memory: Where to: of the entry's shape, as a whole.
+    """
+    if len(entry.boxes) == 1 and entry.boxes[0].shape == memory.shape and is_ordinary(memory):
+        yield Copy(name, entry.boxes[0], entry.dtype, memory)
         return
     local, region = local_region(memory)
     if region.shape != entry.shape and entry.shape == (1,):  # a scalar that was saved as one element
@@ -271,7 +283,7 @@ def copies_into(assignment: Assignment, memory: torch.Tensor) -> Iterator[Copy]:
             view = local
             for dimension, (start, size) in enumerate(zip(where, piece.shape)):
                 view = view.narrow(dimension, start, size)
-            yield Copy(assignment.name, piece, entry.dtype, view)
+            yield Copy(name, piece, entry.dtype, view)
 
 
 def _intersection(box: Box, region: Region, itemsize: int) -> tuple[Box, Shape] | None:

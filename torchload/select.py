@@ -44,6 +44,7 @@ class Wanted:
         skipped: Names that the caller wants left alone.
         optional: Names that may stay as they are without a word (state that only torch's own hooks fill).
         buffers: Names of buffers, as against parameters.
+        transient: Non-persistent buffers → shape. No checkpoint need have them; older ones, and TorchScript, do.
         skip_pattern: What `skipped` was derived from, for the checkpoint's names.
     """
 
@@ -52,6 +53,7 @@ class Wanted:
     skipped: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
+    transient: Mapping[str, Shape | None] = field(default_factory=dict)
     skip_pattern: re.Pattern[str] | None = None
 
     def may_lack(self, name: str) -> bool:
@@ -92,6 +94,7 @@ class Selection:
         rivals: Paths of other candidates that would have fitted as well.
         crossed: Whether names were taken out of a container inside this one, which is a candidate of its own.
         skipped: Names that the caller wanted left alone: the model's, then those that only the file has.
+        transient: Non-persistent buffer of the model → name in `leaves`, where the file has it all the same.
         added: Prefix that all of the model's names have and the file's lack.
         alignment: The matcher's account.
         standing: How strongly the path speaks for these weights.
@@ -111,6 +114,7 @@ class Selection:
     standing: Standing = Standing.CONVENTIONAL
     crossed: bool = False
     skipped: list[str] = field(default_factory=list)
+    transient: dict[str, str] = field(default_factory=dict)
     added: str = ""
     rivals: tuple[str, ...] = ()
 
@@ -394,6 +398,7 @@ def _judge(
     elsewhere = set(alignment.outside)
     unexpected: list[str] = []
     outside: list[str] = []
+    transient: dict[str, str] = {}
     skipped = [name for name in wanted.shapes if name in wanted.skipped]
     inside = set(node.names.values())
     for name, leaf in leaves.items():
@@ -405,6 +410,9 @@ def _judge(
                 skipped.append(name)
         elif name not in inside or name in elsewhere:
             outside.append(name)
+        elif here in wanted.transient and wanted.transient[here] == getattr(leaf, "shape", None):
+            transient[here] = name
+            tolerated.append(name)
         elif (row := BENIGN_UNEXPECTED.get(_last(name))) and row.covers(name, getattr(leaf, "shape", None)):
             tolerated.append(name)
         else:
@@ -424,6 +432,7 @@ def _judge(
         standing=_standing(place.path, prefix),
         crossed=not prefix and any(side == "file" and label in place.inner for side, label in alignment.dropped),
         skipped=skipped,
+        transient=transient,
         added=added,
     )
 

@@ -22,7 +22,8 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
     ties = {name: slot.name for slot in target.slots if len(slot.names) > 1 for name in slot.names}
     skips = frozenset(name for name in shapes if skipped.match(name)) if skipped else frozenset()
     buffers = frozenset(name for name, slot in target.by_name.items() if not slot.is_parameter)
-    wanted = Wanted(shapes, ties, skips, buffers=buffers, skip_pattern=skipped)
+    transient = {slot.name: slot.shape for slot in target.slots if not slot.persistent}
+    wanted = Wanted(shapes, ties, skips, buffers=buffers, transient=transient, skip_pattern=skipped)
     hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
     if not hooked:
         return select(checkpoint.root, wanted, path=checkpoint.path, strict=strict, **choice)

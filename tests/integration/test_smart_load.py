@@ -186,6 +186,22 @@ def test_a_transient_buffer_left_on_meta_is_refused_by_name(path):
     assert len(caught.value.problems) == 1
 
 
+def test_a_transient_buffer_that_an_old_file_still_has_is_harmless_and_fills_a_meta_model(tmp_path, trained, model):
+    torch.save({**trained.state_dict(), "scratch": torch.tensor([1.5, 2.5])}, tmp_path / "old.pth")
+    kept = model.scratch.clone()
+    report = smart_load(model, tmp_path / "old.pth")
+    assert report.tolerated == ("scratch",)
+    assert torch.equal(model.scratch, kept)
+    with torch.device("meta"):
+        empty = Net()
+    report = smart_load(empty, tmp_path / "old.pth")
+    assert empty.scratch.tolist() == [1.5, 2.5]
+    assert report.tensors == report.total == 11
+    torch.save({**trained.state_dict(), "scratch": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(errors.IncompatibleCheckpointError, match="scratch"):
+        smart_load(model, tmp_path / "other.pth")
+
+
 @pytest.mark.parametrize("name", ["net.safetensors", "misleading.pth"])
 def test_safetensors_whatever_the_suffix(tmp_path, trained, model, name):
     state = trained.state_dict()
