@@ -31,7 +31,8 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     Raises:
         FileNotFoundError: The folder does not exist.
         IsADirectoryError: `path` is a folder.
-        OSError: The disk is full, or the device failed; the message says that the old file is unchanged.
+        OSError: `path` is a device, a pipe or the like; or the disk is full, or the device failed: the message says
+            that the old file is unchanged.
 
     Example:
         >>> with replacing("weights.bin") as file:
@@ -43,6 +44,8 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     folder, name = os.path.split(final)
     if os.path.isdir(final):
         raise IsADirectoryError(errno.EISDIR, "is a folder: give the name of the file to write", path)
+    if os.path.exists(final) and not os.path.isfile(final):  # a rename would take its place
+        raise OSError(errno.EINVAL, "is not a regular file, so it can't be replaced by one", path)
     if not os.path.isdir(folder):
         raise FileNotFoundError(errno.ENOENT, f"the folder {folder} does not exist; create it first", path)
     temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(6)}.tmp")

@@ -5,10 +5,12 @@ A `Source` is a run of bytes with random access. Reads are whole or raise; slice
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
@@ -84,20 +86,23 @@ class FileSource(Source):
         name = os.fspath(path)
         # Without O_NONBLOCK, opening a FIFO waits for its writer; on regular files the flag does nothing.
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-        self._adopt(os.open(name, flags), name)
+        self._descriptor = _Descriptor()
+        self._descriptor.take(os.open, name, flags)
+        self._describe(name)
 
     @classmethod
     def from_descriptor(cls, descriptor: int, name: str) -> FileSource:
         """The file behind a descriptor, which is duplicated: neither it nor its position is touched."""
         source = cls.__new__(cls)
-        source._adopt(os.dup(descriptor), name)
+        source._descriptor = _Descriptor()
+        source._descriptor.take(os.dup, descriptor)
+        source._describe(name)
         return source
 
-    def _adopt(self, descriptor: int, name: str) -> None:
-        self._descriptor = _Descriptor(descriptor)
+    def _describe(self, name: str) -> None:
         self.name = name
         self.base = 0
-        status = os.fstat(descriptor)
+        status = os.fstat(self._descriptor.number)
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise CheckpointFormatError(f"{name} is not a regular file.", path=name, found="special file")
@@ -166,17 +171,28 @@ read_at = _preadv if hasattr(os, "preadv") else _pread if hasattr(os, "pread") e
 
 
 class _Descriptor:
-    """An open file descriptor, shared by a source and its slices; closed once, at the latest with the last of them."""
+    """An open file descriptor, shared by a source and its slices; closed once, at the latest with the last of them.
 
-    __slots__ = ("number",)
+    An interrupt that comes during a call is raised after it, when the number that it returned would be lost, and the
+    file open for good. So numbers go from call to list and back without a step of the interpreter in between.
+    """
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    __slots__ = ("_numbers",)
+
+    def __init__(self) -> None:
+        self._numbers: list[int] = []
+
+    def take(self, function: Callable[..., int], *arguments: object) -> None:
+        """Call a function that opens a descriptor."""
+        self._numbers.extend(map(function, *((argument,) for argument in arguments)))
+
+    @property
+    def number(self) -> int:
+        return self._numbers[0] if self._numbers else -1
 
     def close(self) -> None:
-        number, self.number = self.number, -1
-        if number >= 0:
-            os.close(number)
+        with contextlib.suppress(IndexError):  # closed before
+            any(map(os.close, map(self._numbers.pop, (-1,))))
 
     __del__ = close
 
