@@ -12,11 +12,13 @@ from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.source import Source
 from torchload.transfer.crew import Crew, available_cores, can_limit_intra_op
 from torchload.transfer.cuda import CudaLane, Ring, RingWorker
+from torchload.transfer.direct import REQUESTS_IN_FLIGHT
 from torchload.transfer.host import HostWorker, decode
 from torchload.transfer.memory import memory_at
 from torchload.transfer.overflow import OverflowFoundError, largest_finite, overflow_error
 from torchload.transfer.pieces import Job, Piece, cut, schedule
 from torchload.transfer.reader import Reader
+from torchload.transfer.settings import thread_count
 
 __all__ = ["Progress", "check_unchanged", "default_threads", "run"]
 
@@ -50,20 +52,29 @@ def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progres
         Any error, a KeyboardInterrupt included, has an attribute ``written``: the names of the copies whose targets
         may hold new data in whole or in part, in the order of `copies`.
     """
-    with torch.inference_mode():
-        jobs = schedule(copies)
-    if not jobs:
-        return 0
+    with Reader() as reader:
+        with torch.inference_mode():
+            jobs = schedule(copies, reader.look_at)
+        return _do(copies, jobs, reader, threads, progress) if jobs else 0
+
+
+def _do(
+    copies: Sequence[Copy], jobs: Sequence[Job], reader: Reader, threads: int | None, progress: Progress | None
+) -> int:
+    """Work through the jobs, and account for what they did to the targets."""
     total_bytes = sum(job.nbytes for job in jobs)
     sources = {id(job.source): job.source for job in jobs}.values()
-    reader = Reader()
 
     def report(done_bytes: int) -> None:
         if progress is not None:
             progress(done_bytes, total_bytes)
 
     if threads is None:
-        threads = default_threads(total_bytes, computes=not all(job.is_direct for job in jobs))
+        threads = default_threads(
+            sum(job.nbytes for job in jobs if not job.can_scatter or reader.is_cold),
+            computes=not all(job.is_direct or job.can_scatter for job in jobs),
+            cold=reader.is_cold,
+        )
     rings = _new_rings({job.device for job in jobs}, threads)
     crew = Crew(jobs, lambda: _Worker(reader, rings), threads, report if progress is not None else None)
     try:
@@ -82,8 +93,6 @@ def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progres
             raise _explain(error.copy, written) from None
         error.written = tuple(copy.name for copy in written)  # type: ignore[attr-defined]
         raise
-    finally:
-        reader.close()
     _note_writes(copies)
     return crew.done_bytes
 
@@ -110,14 +119,20 @@ def _new_rings(devices: Iterable[torch.device], threads: int) -> dict[torch.devi
     return {device: ring(device) for device in devices if device.type == "cuda"}
 
 
-def default_threads(total_bytes: int, *, computes: bool) -> int:
+def default_threads(total_bytes: int, *, computes: bool, cold: bool = False) -> int:
     """How many threads are worth starting for so much data.
 
     Args:
         total_bytes: Bytes to read.
         computes: Whether tensor operators run on them.
+        cold: Whether the threads mostly wait for a device.
     """
-    threads = min(available_cores(), MAX_THREADS, 1 + total_bytes // BYTES_PER_THREAD)
+    if (wish := thread_count()) is not None:
+        return wish
+    worth = 1 + total_bytes // BYTES_PER_THREAD
+    if cold:
+        return min(REQUESTS_IN_FLIGHT, worth)
+    threads = min(available_cores(), MAX_THREADS, worth)
     if threads > 1 and computes and not can_limit_intra_op():
         return 1  # torch's own threads share the work of each operator
     return threads

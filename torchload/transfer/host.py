@@ -19,7 +19,8 @@ _LENT_BYTES = 64 << 10
 """Less than this is copied faster than it is lent."""
 _MUCH_BYTES = 64 << 10
 """From this size on other threads may run while bytes are moved."""
-_ALIGNMENT_BYTES = 64
+_ALIGNMENT_BYTES = 4096
+"""What is aligned in the file stays aligned in scratch: elements are seen in their own dtype, blocks read directly."""
 
 _CPU = torch.device("cpu")
 
@@ -34,6 +35,7 @@ class HostWorker:
         self._reader = reader
         self._scratch: torch.Tensor | None = None
         self._packer: _Packer | None = None
+        self._gaps = torch.empty(GAP_BYTES, dtype=torch.uint8, device="cpu")
 
     def __call__(self, job: Job) -> int:
         """Read a job's bytes and put its pieces into place.
@@ -53,13 +55,13 @@ class HostWorker:
         return job.nbytes
 
     def _scatter(self, job: Job) -> bool:
-        """Let the kernel put a job's pieces into place, and what lies between them into scratch memory, if it can."""
-        scratch = self._scratch_of(GAP_BYTES).data_ptr()
+        """Let the kernel put a job's pieces into place, and what lies between them aside, if it can."""
+        gaps = self._gaps.data_ptr()
         places: list[int] = []
         position = job.offset
         for _, _, offset, nbytes, target, _, _, _ in job.pieces:
             if offset != position:
-                places += (scratch, offset - position)
+                places += (gaps, offset - position)
             places += (target.data_ptr(), nbytes)
             position = offset + nbytes
         return self._reader.scatter(job.source, job.offset, job.nbytes, places)
@@ -69,8 +71,7 @@ class HostWorker:
         address = self._reader.lend(job.source, job.offset, job.nbytes) if job.nbytes >= _LENT_BYTES else None
         if address is not None:
             return torch.frombuffer(memory_at(address, job.nbytes), dtype=torch.uint8)
-        # Keep what is aligned in the file aligned in scratch, so that it can be seen in its own dtype.
-        shift = job.offset % _ALIGNMENT_BYTES
+        shift = (job.source.base + job.offset) % _ALIGNMENT_BYTES
         data = self._scratch_of(shift + job.nbytes)[shift : shift + job.nbytes]
         self._reader.readinto(job.source, job.offset, memory_at(data.data_ptr(), job.nbytes))
         return data

@@ -49,7 +49,7 @@ def scatter(descriptor: int, position: int, places: Sequence[int]) -> int:
         places: Address and length in bytes of each place, one after the other; at most 1024 places.
 
     Returns:
-        Number of bytes read, which may be fewer than there is room for; -1 for an error, or where there is no such call.
+        Number of bytes read, fewer where the file ends; -1 for an error, or where the system has no such call.
     """
     read = _preadv()
     if read is None:

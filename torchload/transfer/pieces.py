@@ -251,8 +251,7 @@ def _batch(device: torch.device, source: Source, pieces: Sequence[Piece], cold: 
         if kind != RAW or offset < end:
             can_scatter = False
         members.append(piece)
-        if piece_end > end:
-            end = piece_end
+        end = max(end, piece_end)
     if members:
         yield Job(device, source, start, end - start, members, can_scatter)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from torchload.source import Source
+from torchload.transfer.direct import DIRECT_IO_BYTES, DirectFile
 from torchload.transfer.memory import address_of, advise, is_resident, scatter
 
 if sys.platform == "linux":
@@ -28,15 +29,38 @@ class Reader:
 
     def __init__(self) -> None:
         self._leases: dict[Source, _Lease | None] = {}
+        self._direct: dict[int, DirectFile | None] = {}
         self._lock = threading.Lock()
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether any file that was looked at is cold."""
+        return any(file is not None for file in self._direct.values())
+
+    def look_at(self, source: Source) -> bool:
+        """Whether a source's file is cold, so that it is best read in large requests to its device.
+
+        From then on that is how it is read. To be asked before several threads read.
+        """
+        if source.fd is None:
+            return False
+        if source.fd not in self._direct:
+            self._direct[source.fd] = DirectFile.open(source.fd)
+        return self._direct[source.fd] is not None
 
     def readinto(self, source: Source, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset` of `source`, wholly; raises like `Source.readinto`."""
+        if self._direct and len(buffer) >= DIRECT_IO_BYTES and source.fd is not None:
+            file = self._direct.get(source.fd)
+            if file is not None and file.read(source.base + offset, buffer):
+                return
         source.readinto(offset, buffer)
 
     def scatter(self, source: Source, offset: int, nbytes: int, places: Sequence[int]) -> bool:
-        """Fill several places (see `memory.scatter`) with `nbytes` bytes; if False, they must be read in another way."""
+        """Fill several places (see `memory.scatter`) with `nbytes` bytes; if False, read them in another way."""
         descriptor = source.fd
+        if descriptor is not None and self._direct.get(descriptor) is not None:
+            return False
         return descriptor is not None and scatter(descriptor, source.base + offset, places) == nbytes
 
     def lend(self, source: Source, offset: int, nbytes: int) -> int | None:
@@ -44,7 +68,7 @@ class Reader:
 
         This spares the copy that a read into scratch memory makes.
         """
-        if source.fd is None:
+        if source.fd is None or self._direct.get(source.fd) is not None:
             return None
         with self._lock:
             if source not in self._leases:
@@ -53,7 +77,11 @@ class Reader:
         return None if lease is None else lease.address(source.base + offset, nbytes)
 
     def close(self) -> None:
-        """Give up what was held to lend from."""
+        """Give up what was held to read and lend from."""
+        for file in self._direct.values():
+            if file is not None:
+                file.close()
+        self._direct.clear()
         for lease in self._leases.values():
             if lease is not None:
                 lease.close()

@@ -1,0 +1,143 @@
+"""Reading a cold file past the page cache: large requests, several in flight, at the speed of the device.
+
+Buffered reads from several threads confuse the kernel's readahead, and a single thread spends its time on the page
+cache. Data that is in the page cache, however, is read from there many times faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import sys
+from collections import deque
+
+from torchload.transfer.memory import address_of, is_resident, move_much
+from torchload.transfer.settings import direct_io
+
+__all__ = ["DIRECT_IO_BYTES", "REQUESTS_IN_FLIGHT", "DirectFile"]
+
+REQUESTS_IN_FLIGHT = 8
+DIRECT_IO_BYTES = 1 << 20
+"""Smaller reads are left to the page cache."""
+_MINIMUM_FILE_BYTES = 32 << 20
+"""Smaller files arrive by readahead before threads have started."""
+_BLOCK_BYTES = 4096
+"""What positions, lengths and addresses must be multiples of; a multiple of what any device asks for."""
+_SAMPLES = 16
+
+
+class DirectFile:
+    """A file opened a second time, past the page cache; safe to read from several threads.
+
+    Scratch memory is held for each thread that reads at the same time, as large as the largest read so far.
+    """
+
+    def __init__(self, descriptor: int, probe: mmap.mmap | None) -> None:
+        self._descriptor = descriptor
+        self._probe = probe
+        self._scratch: deque[mmap.mmap] = deque()
+
+    @classmethod
+    def open(cls, descriptor: int) -> DirectFile | None:
+        """The file behind a descriptor; None if most of it is in memory, or where it can't be read in this way."""
+        wish = direct_io()
+        if sys.platform != "linux" or wish is False:
+            return None
+        size_bytes = os.fstat(descriptor).st_size
+        if wish is None and (size_bytes < _MINIMUM_FILE_BYTES or _is_shared()):
+            return None
+        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as undo:
+            probe = None
+            if wish is None:
+                probe = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_PRIVATE)
+                undo.callback(probe.close)
+                if not _is_absent(probe, 0, size_bytes, _SAMPLES):
+                    return None
+            direct = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            undo.pop_all()
+            return cls(direct, probe)
+        return None
+
+    def read(self, position: int, buffer: memoryview) -> bool:
+        """Fill a buffer from the device, wholly; if False, it must be read in another way.
+
+        Args:
+            position: Of the first byte in the file.
+            buffer: Where the bytes go. They spare a copy where ``(address - position) % 4096 == 0``.
+        """
+        nbytes = len(buffer)
+        if self._probe is not None and not _is_absent(self._probe, position, nbytes, 3):
+            return False
+        head = position % _BLOCK_BYTES
+        tail = (position + nbytes) % _BLOCK_BYTES
+        address = address_of(buffer)
+        straight = (address - position) % _BLOCK_BYTES == 0 and nbytes > 2 * _BLOCK_BYTES
+        room_bytes = 2 * _BLOCK_BYTES if straight else head + nbytes + _BLOCK_BYTES
+        scratch = self._take_scratch(room_bytes)
+        view = memoryview(scratch)
+        try:
+            if not straight:
+                span = view[: -(-(head + nbytes) // _BLOCK_BYTES) * _BLOCK_BYTES]
+                if not self._request([span], position - head, head + nbytes):
+                    return False
+                move_much(address, address_of(scratch) + head, nbytes)
+                return True
+            first, last = view[:_BLOCK_BYTES], view[_BLOCK_BYTES : 2 * _BLOCK_BYTES]
+            before = -position % _BLOCK_BYTES  # what of the buffer lies in a block that begins before it
+            parts = [first] * (before > 0) + [buffer[before : nbytes - tail]] + [last] * (tail > 0)
+            if not self._request(parts, position - head, head + nbytes):
+                return False
+            buffer[:before] = first[head:] if before else b""
+            buffer[nbytes - tail :] = last[:tail]
+            return True
+        finally:
+            view.release()
+            self._scratch.append(scratch)
+
+    def close(self) -> None:
+        self._scratch.clear()
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+            if self._probe is not None:
+                self._probe.close()
+
+    def _request(self, parts: list[memoryview], position: int, nbytes: int) -> bool:
+        """Read whole blocks, of which the first `nbytes` bytes are needed."""
+        try:
+            return os.preadv(self._descriptor, parts, position) >= nbytes
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            return False  # the file system only said so now
+
+    def _take_scratch(self, nbytes: int) -> mmap.mmap:
+        with contextlib.suppress(IndexError):
+            scratch = self._scratch.popleft()
+            if len(scratch) >= nbytes:
+                return scratch
+        scratch = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError, AttributeError):
+            scratch.madvise(mmap.MADV_HUGEPAGE)
+        return scratch
+
+
+def _is_absent(probe: mmap.mmap, position: int, nbytes: int, samples: int) -> bool:
+    """Whether most of a file's range isn't in the page cache, judging by a few of its pages.
+
+    The kernel tells this only to whoever may write to the file; to others everything seems to be there.
+    """
+    start = address_of(probe)
+    step = max(nbytes - 1, 0) / max(samples - 1, 1)
+    absent = sum(not is_resident(start + position + int(index * step), 1) for index in range(samples))
+    return 2 * absent > samples
+
+
+def _is_shared() -> bool:
+    """Whether a launcher started several processes on this machine, which most likely read the same file.
+
+    Then it is better read from the device once, by way of the page cache.
+    """
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") not in ("", "0", "1")
