@@ -1,0 +1,122 @@
+"""The containers of a checkpoint's tree, and the tensors below each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchload.errors import CorruptCheckpointError, IncompatibleCheckpointError
+from torchload.index import OpaqueTensor, Record, TensorEntry, record_fields
+
+__all__ = ["Leaf", "Place", "as_mapping", "find_places"]
+
+Leaf = TensorEntry | OpaqueTensor | Any
+_DEEPEST = 64  # containers inside each other, within one state dict
+_EXPANSION = 8  # how often, on average, a tensor may be reached by different paths
+_EXTRA_STATE = "_extra_state"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A container and where it stands."""
+
+    path: str
+    container: Mapping[Any, Any]
+    leaves: dict[str, Leaf]
+    inner: frozenset[str]  # names of nested containers, which are places of their own
+
+
+def as_mapping(value: Any) -> Mapping[Any, Any] | None:
+    """What a value of the tree holds by name: its entries, its positions, an object's attributes; else ``None``."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if isinstance(value, Record):
+        return record_fields(value)
+    return None
+
+
+def find_places(root: Any, key: str | None, path: str) -> list[Place]:
+    """Every container that holds tensors at any depth, outermost first, each once however often it is referred to."""
+    containers = _containers(root)
+    leaves_in_all = sum(_is_leaf(name, value) for _, inside in containers.values() for name, value in inside.items())
+    found: list[Place] = []
+    for here, inside in containers.values():
+        if leaves := _flatten(inside, containers, _EXPANSION * leaves_in_all + 1000, path):
+            inner = frozenset(str(name) for name, value in inside.items() if id(value) in containers)
+            found.append(Place(here, inside, leaves, inner))
+    if key is None:
+        return found
+    chosen = [place for place in found if place.path == key]
+    if not chosen:
+        known = ", ".join(repr(place.path) for place in found if place.path) or "no containers with tensors"
+        raise IncompatibleCheckpointError(
+            f"{path} has no container {key!r} that holds tensors. It has: {known}.", path=path
+        )
+    return chosen
+
+
+def _containers(root: Any) -> dict[int, tuple[str, Mapping[Any, Any]]]:
+    """All containers of a tree below which tensors are: identity → (dotted path, what it holds), outermost first."""
+    top = as_mapping(root)
+    if top is None:
+        return {}
+    known: dict[int, tuple[str, Mapping[Any, Any]]] = {id(root): ("", top)}
+    above: dict[int, list[int]] = {id(root): []}
+    holding: list[int] = []
+    todo = [(id(root), "", top)]
+    for identity, here, inside in todo:
+        has_leaves = False
+        for name, value in inside.items():
+            if _is_leaf(name, value):
+                has_leaves = True
+            elif (below := as_mapping(value)) is not None:
+                if id(value) not in known:
+                    known[id(value)] = (f"{here}.{name}" if here else str(name), below)
+                    above[id(value)] = []
+                    todo.append((id(value), *known[id(value)]))
+                above[id(value)].append(identity)
+        if has_leaves:
+            holding.append(identity)
+    for identity in holding:  # grows upwards from where tensors are
+        holding.extend(parent for parent in above.pop(identity, ()) if parent in above)
+    held = set(holding)
+    return {identity: place for identity, place in known.items() if identity in held}
+
+
+def _is_leaf(name: Any, value: Any) -> bool:
+    return isinstance(value, (TensorEntry, OpaqueTensor)) or (type(name) is str and name.endswith(_EXTRA_STATE))
+
+
+def _flatten(
+    container: Mapping[Any, Any], containers: Mapping[int, tuple[str, Mapping[Any, Any]]], most: int, path: str
+) -> dict[str, Leaf]:
+    """All tensors under a container by dotted name, in the file's order.
+
+    A name that would stand twice (``{"a.b": …, "a": {"b": …}}``) is kept once, as it stands nearest to the root.
+
+    Args:
+        container: Where to begin.
+        containers: Those worth descending into, by identity.
+        most: How many names the expansion may have: a small file can refer to the same container over and over.
+        path: The checkpoint, for the message.
+
+    Raises:
+        CorruptCheckpointError: There would be more.
+    """
+    leaves: dict[str, Leaf] = {}
+    deeper: list[tuple[str, Mapping[Any, Any], frozenset[int]]] = [("", container, frozenset())]
+    for prefix, inside, above in deeper:
+        for name, value in inside.items():
+            if _is_leaf(name, value):
+                leaves.setdefault(f"{prefix}{name}", value)
+            elif id(value) in containers and id(value) not in above and len(above) < _DEEPEST:
+                deeper.append((f"{prefix}{name}.", containers[id(value)][1], above | {id(value)}))
+        if len(leaves) + len(deeper) > most + len(inside):
+            raise CorruptCheckpointError(
+                f"{path} refers to the same containers so often that they expand to over {most:,} tensors. Refused.",
+                path=path,
+            )
+    return leaves
