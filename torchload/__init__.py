@@ -18,6 +18,7 @@ if _typing.TYPE_CHECKING:
     from torchload.placement import best_device
     from torchload.reading import read_state_dict
     from torchload.report import LoadReport
+    from torchload.resuming import ResumeReport, smart_resume
     from torchload.saving import SaveReport, smart_save
     from torchload.verification import VerifyReport, verify_weights
 
@@ -28,6 +29,7 @@ __all__ = [
     "ContainerInfo",
     "Difference",
     "LoadReport",
+    "ResumeReport",
     "SaveReport",
     "TensorInfo",
     "VerifyReport",
@@ -37,6 +39,7 @@ __all__ = [
     "inspect_checkpoint",
     "read_state_dict",
     "smart_load",
+    "smart_resume",
     "smart_save",
     "verify_weights",
 ]
@@ -46,6 +49,7 @@ _HOME = {
     "ContainerInfo": "contents",
     "Difference": "comparison",
     "LoadReport": "report",
+    "ResumeReport": "resuming",
     "SaveReport": "saving",
     "TensorInfo": "contents",
     "VerifyReport": "verification",
@@ -53,6 +57,7 @@ _HOME = {
     "inspect_checkpoint": "contents",
     "read_state_dict": "reading",
     "smart_load": "api",
+    "smart_resume": "resuming",
     "smart_save": "saving",
     "verify_weights": "verification",
 }

@@ -23,7 +23,7 @@ from torchload.source import MemorySource
 from torchload.target import HookedModule, Slot, Target
 from torchload.transfer.memory import memory_at
 
-__all__ = ["Undo", "plain", "run_own_loader", "run_post_hooks", "run_pre_hooks", "set_extra_states"]
+__all__ = ["Undo", "plain", "restorer", "run_own_loader", "run_post_hooks", "run_pre_hooks", "set_extra_states"]
 
 ReadTensor = Callable[[TensorEntry], torch.Tensor]
 
@@ -177,7 +177,7 @@ def run_own_loader(
     )
     state_dict: Any = OrderedDict(state)
     state_dict._metadata = _metadata_below(selection, hooked.prefix)
-    undo.steps.append(_restorer(slots))
+    undo.steps.append(restorer(slots))
     try:
         hooked.module.load_state_dict(state_dict, strict=True)
     except Exception as error:
@@ -189,7 +189,8 @@ def run_own_loader(
         ) from error
 
 
-def _restorer(slots: Sequence[Slot]) -> Callable[[], None]:
+def restorer(slots: Sequence[Slot]) -> Callable[[], None]:
+    """What puts back the values that slots have now."""
     saved = [(slot.tensor, slot.tensor.detach().clone()) for slot in slots if not slot.tensor.is_meta]
 
     def restore() -> None:

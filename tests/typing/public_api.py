@@ -10,7 +10,7 @@ from torch import nn
 from typing_extensions import assert_type
 
 import torchload
-from torchload import LoadReport, best_device, errors, smart_load
+from torchload import LoadReport, best_device, errors, smart_load, smart_resume
 
 
 def one_line(model: nn.Module) -> None:
@@ -63,6 +63,16 @@ def catch(model: nn.Module) -> None:
         assert_type(error.mismatched, dict[str, tuple[tuple[int, ...], tuple[int, ...]]])
     except errors.TorchLoadError as error:
         assert_type(error.path, str | None)
+
+
+def resume(model: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    found = smart_resume(model, "last.pth", optimizer, scheduler, "cpu", scaler=None, ema=None, strict=False)
+    assert_type(found.epoch, int | None)
+    assert_type(found.step, int | None)
+    assert_type(found.load, LoadReport)
+    smart_resume(model, "last.pth", [optimizer, optimizer])
 
 
 def misuse(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ def test_exported_names() -> None:
         "ContainerInfo",
         "Difference",
         "LoadReport",
+        "ResumeReport",
         "SaveReport",
         "TensorInfo",
         "VerifyReport",
@@ -25,6 +26,7 @@ def test_exported_names() -> None:
         "inspect_checkpoint",
         "read_state_dict",
         "smart_load",
+        "smart_resume",
         "smart_save",
         "verify_weights",
     ]
