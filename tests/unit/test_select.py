@@ -111,6 +111,21 @@ def test_mmengine_swaps_so_its_ema_container_holds_the_raw_weights():
     assert choose(value).key == "state_dict"
 
 
+@pytest.mark.parametrize(
+    ("meant", "lagging"),
+    [
+        ("q_net", "q_net_target"),
+        ("critic", "critic_target"),
+        ("actor", "target_actor"),
+        ("online_encoder", "target_encoder"),
+    ],
+)
+def test_a_target_network_is_not_the_one_that_is_meant(meant, lagging):
+    found = choose({meant: fresh(), lagging: fresh()})
+    assert (found.key, found.rivals) == (meant, (lagging,))
+    assert choose({**prefixed(fresh(), f"{meant}."), **prefixed(fresh(), f"{lagging}.")}).prefix == meant
+
+
 def test_an_average_inside_a_callback_is_not_taken():
     value = {"state_dict": fresh(), "callbacks": {"SWA": {"average_model_state": fresh()}}}
     assert choose(value).key == "state_dict"

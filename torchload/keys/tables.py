@@ -155,6 +155,9 @@ _UNLIKELY = frozenset({
     "hyper_parameters", "ema_optimizer",
 })
 # fmt: on
+_DELAYED_WORD = (
+    "target"  # reinforcement learning's q_net_target, critic_target: a copy that lags behind the network meant
+)
 _WORD = re.compile(r"[_\W]+")
 
 
@@ -166,10 +169,9 @@ def container_standing(segment: str) -> Standing:
         (<Standing.AVERAGE: 0>, <Standing.CONVENTIONAL: 1>, <Standing.ARBITRARY: 2>)
     """
     name = segment.lower()
-    if name in _UNLIKELY:
-        return Standing.UNLIKELY
+    words = _WORD.split(name)
     if name in _CONVENTIONAL or name in WRAPPERS:
         return Standing.CONVENTIONAL
-    if name in _AVERAGED or not _AVERAGED_WORDS.isdisjoint(_WORD.split(name)):
-        return Standing.AVERAGE
-    return Standing.ARBITRARY
+    if name in _AVERAGED or not _AVERAGED_WORDS.isdisjoint(words):
+        return Standing.UNLIKELY if name in _UNLIKELY else Standing.AVERAGE
+    return Standing.UNLIKELY if name in _UNLIKELY or _DELAYED_WORD in words else Standing.ARBITRARY

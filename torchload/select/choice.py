@@ -114,6 +114,8 @@ def standing_in_company(candidate: Candidate, others: Iterable[Candidate], root:
     top = root if isinstance(root, Mapping) else {}
     if candidate.key == "ema_state_dict" and "message_hub" in top:
         return Standing.ARBITRARY  # mmengine's EMAHook swaps when it saves: these are the raw weights
+    if "target_encoder" in candidate.path and any("online_encoder" in other.path for other in others):
+        return Standing.UNLIKELY  # BYOL goes on with the online network
     teacher = _network(candidate, "teacher")
     if teacher is not None:
         # Self-distillation (DINO, iBOT, mean teacher): two copies of one network, of which the teacher is the average.
