@@ -115,7 +115,7 @@ class _Lease:
         """Lease the file behind a source and map it, or None where that can't be had."""
         if sys.platform != "linux":
             return None
-        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as undo:
+        with contextlib.suppress(OSError, ValueError, AttributeError), contextlib.ExitStack() as undo:
             # Leases belong to an open file description; ours must not interfere with another transfer's.
             descriptor = os.open(f"/proc/self/fd/{source.fd}", os.O_RDONLY | os.O_CLOEXEC)
             undo.callback(os.close, descriptor)
