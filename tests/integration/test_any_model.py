@@ -6,7 +6,6 @@ import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tests.law import assert_equal_bits, identities, randomise, same_bits, snapshot
-from torchload import errors, smart_load
+from torchload import smart_load
 
 Build = Callable[[], nn.Module]
 
