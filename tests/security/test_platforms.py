@@ -46,22 +46,19 @@ MISSING = {
     "huge pages, O_DIRECT, posix_fadvise": "del mmap.MADV_HUGEPAGE\ndel os.O_DIRECT\ndel os.posix_fadvise",
     "anonymous mappings": "del mmap.MAP_ANONYMOUS, mmap.MAP_ANON",
     "private mappings": WINDOWS_MAPPINGS,
-    "flags": "del os.O_CLOEXEC, os.O_NONBLOCK\ndel mmap.MAP_NORESERVE",
+    "flags": "del os.O_CLOEXEC, os.O_NONBLOCK",
     "sched_getaffinity and fork": "del os.sched_getaffinity, os.fork, os.register_at_fork",
     "leases": "import fcntl\ndel fcntl.F_SETLEASE, fcntl.F_GETLEASE, fcntl.F_RDLCK",
     "calls into the C library": NO_C_LIBRARY,
     "Linux": "sys.platform = 'darwin'",
 }
-MISSING["all of it, as Windows"] = "\n".join(
-    (
-        NO_C_LIBRARY,
-        "sys.platform = 'win32'",
-        "del os.preadv, os.pread, os.O_CLOEXEC, os.O_NONBLOCK, os.O_DIRECT",
-        "del os.sched_getaffinity, os.posix_fadvise, os.register_at_fork",
-        "del mmap.MADV_HUGEPAGE",
-        WINDOWS_MAPPINGS,
-    )
-)
+MISSING["all of it, as Windows"] = f"""{NO_C_LIBRARY}
+sys.platform = 'win32'
+del os.preadv, os.pread, os.O_CLOEXEC, os.O_NONBLOCK, os.O_DIRECT
+del os.sched_getaffinity, os.posix_fadvise, os.register_at_fork
+del mmap.MADV_HUGEPAGE
+{WINDOWS_MAPPINGS}
+"""
 QUICK = ("preadv and pread", "all of it, as Windows")
 
 
@@ -73,7 +70,5 @@ def test_loads_without(what: str, tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(1024, 1200), torch.nn.Linear(1200, 1024), torch.nn.BatchNorm1d(8))
     for name in ("zip.pth", "legacy.pth"):
         torch.save(model.state_dict(), tmp_path / name, _use_new_zipfile_serialization=name == "zip.pth")
-    assert (
-        in_child(SCRIPT.format(missing=f"import torch  # needs some of it\n{MISSING[what]}"), str(tmp_path))
-        == "loaded\n"
-    )
+    script = SCRIPT.format(missing=f"import torch  # needs some of it\n{MISSING[what]}")
+    assert in_child(script, str(tmp_path)) == "loaded\n"
