@@ -10,7 +10,22 @@ from torch import nn
 from typing_extensions import assert_type
 
 import torchload
-from torchload import LoadReport, best_device, errors, smart_load, smart_resume
+from torchload import (
+    CheckpointInfo,
+    Difference,
+    LoadReport,
+    SaveReport,
+    TensorInfo,
+    VerifyReport,
+    best_device,
+    errors,
+    inspect_checkpoint,
+    read_state_dict,
+    smart_load,
+    smart_resume,
+    smart_save,
+    verify_weights,
+)
 
 
 def one_line(model: nn.Module) -> None:
@@ -73,6 +88,34 @@ def resume(model: nn.Module) -> None:
     assert_type(found.step, int | None)
     assert_type(found.load, LoadReport)
     smart_resume(model, "last.pth", [optimizer, optimizer])
+
+
+def inspect() -> None:
+    found = inspect_checkpoint(Path("model.pth"))
+    assert_type(found, CheckpointInfo)
+    assert_type(found.tensors, tuple[TensorInfo, ...])
+    assert_type(found.tensors[0].shape, tuple[int, ...] | None)
+    assert_type(found.nbytes, int)
+
+
+def read() -> None:
+    assert_type(read_state_dict("model.pth"), dict[str, torch.Tensor])
+    assert_type(
+        read_state_dict("model.pth", "cuda:0", dtype=torch.float16, key="ema", mmap=False), dict[str, torch.Tensor]
+    )
+
+
+def verify(model: nn.Module) -> None:
+    found = verify_weights(model, "model.pth", key="ema", prefix="backbone.", rename={"^a": "b"}, skip=["fc.*"])
+    assert_type(found, VerifyReport)
+    assert_type(found.ok, bool)
+    assert_type(found.differing, tuple[Difference, ...])
+
+
+def save(model: nn.Module) -> None:
+    found = smart_save(model, Path("model.pth"), dtype=torch.float16, keep_fp32=["*.norm.*"], metadata={"epoch": 1})
+    assert_type(found, SaveReport)
+    assert_type(found.nbytes, int)
 
 
 def misuse(model: nn.Module) -> None:
