@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torchload.copies import Copy
 from torchload.index import Box, Shape, TensorEntry
 from torchload.plan import Assignment, copies_into
 from torchload.target import Slot
-from torchload.transfer import allocate, run
+from torchload.transfer import allocate, not_seen_equal, run
 from torchload.transfer.overflow import overflows
 
 __all__ = ["Difference", "Pair", "compare"]
@@ -96,7 +96,7 @@ def compare(pairs: Sequence[Pair]) -> list[Difference]:
         OSError: A device failed.
     """
     tallies: dict[int, _Tally] = {}
-    for batch in _batches(pairs):
+    for batch in _batches(pairs, _to_look_at(pairs)):
         theirs = allocate([(piece.box.shape, pairs[piece.pair].entry.dtype) for piece in batch], _CPU)
         run([Copy(pairs[piece.pair].name, piece.box, tensor.dtype, tensor) for piece, tensor in zip(batch, theirs)])
         for piece, tensor in zip(batch, theirs):
@@ -108,15 +108,26 @@ def compare(pairs: Sequence[Pair]) -> list[Difference]:
     ]
 
 
-def _batches(pairs: Sequence[Pair]) -> Iterator[list[_Piece]]:
-    """All data in pieces, as many together as are worth one read."""
+def _to_look_at(pairs: Sequence[Pair]) -> list[int]:
+    """Indices of the pairs that a quick look doesn't show to be equal."""
+    owners = {copy: index for index, pair in enumerate(pairs) for copy in _copies(pair)}
+    return sorted({owners[copy] for copy in not_seen_equal(list(owners))})
+
+
+def _copies(pair: Pair) -> Iterator[Copy]:
+    name, source, slot, entry = pair
+    ours = slot.tensor
+    return copies_into(Assignment(slot, name, source, entry, ours.dtype, ours.device, fresh=False), ours)
+
+
+def _batches(pairs: Sequence[Pair], indices: Iterable[int]) -> Iterator[list[_Piece]]:
+    """The data of some pairs in pieces, as many together as are worth one read."""
     batch: list[_Piece] = []
     nbytes = 0
-    for index, (name, source, slot, entry) in enumerate(pairs):
-        ours = slot.tensor
-        assignment = Assignment(slot, name, source, entry, ours.dtype, ours.device, fresh=False)
-        limit = _BATCH_BYTES // max(entry.dtype.itemsize, ours.dtype.itemsize)
-        for copy in copies_into(assignment, ours):
+    for index in indices:
+        entry = pairs[index].entry
+        limit = _BATCH_BYTES // max(entry.dtype.itemsize, pairs[index].slot.tensor.dtype.itemsize)
+        for copy in _copies(pairs[index]):
             for box, view in _split(copy.box, copy.target, entry.dtype.itemsize, limit):
                 batch.append(_Piece(index, box, view))
                 nbytes += view.numel() * entry.dtype.itemsize

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchload.copies import Copy
 from torchload.errors import CorruptCheckpointError
 from torchload.index import Box, Extent, TensorEntry, contiguous_strides
 from torchload.source import FileSource, MemorySource
-from torchload.transfer import checks, same_data, verify_extents
+from torchload.transfer import checks, not_seen_equal, run, same_data, verify_extents
 
 
 @pytest.mark.parametrize("threads", [None, 1, 3])
 def test_intact_data_passes(tmp_path: Path, threads: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_JOB_BYTES", 3000)
+    monkeypatch.setattr(checks, "_CHUNK_BYTES", 3000)
     data = torch.randint(0, 256, (50_000,), dtype=torch.uint8).numpy().tobytes()
     (tmp_path / "f").write_bytes(data)
     source = FileSource(tmp_path / "f")
@@ -82,3 +83,57 @@ def test_same_data_in_other_strides() -> None:
     turned = TensorEntry(values.dtype, (30, 20), (Box(box.extent, 0, (30, 20), (1, 30), (0, 0)),))
     assert same_data(entry(values), turned)
     assert not same_data(entry(values + 1), turned)
+
+
+def test_threads_take_turns_at_a_cold_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read from front to back by one of them at a time, whatever the order of the extents."""
+    monkeypatch.setattr(checks, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(checks, "is_cold", lambda _: True)
+    data = torch.randint(0, 256, (50_000,), dtype=torch.uint8).numpy().tobytes()
+    (tmp_path / "f").write_bytes(data)
+    source = FileSource(tmp_path / "f")
+    reading, positions, most = [0], [], [0]
+    real = FileSource.readinto
+
+    def watch(self: FileSource, offset: int, buffer: memoryview) -> None:
+        reading[0] += 1
+        most[0] = max(most[0], reading[0])
+        positions.append(offset)
+        real(self, offset, buffer)
+        reading[0] -= 1
+
+    monkeypatch.setattr(FileSource, "readinto", watch)
+    extents = [Extent(source, start, 10_000, zlib.crc32(data[start:][:10_000])) for start in (30_000, 0, 20_000)]
+    assert verify_extents(extents, threads=1) == 30_000
+    assert positions == sorted(positions)
+    assert verify_extents(extents, threads=4) == 30_000
+    assert most == [1]
+
+
+def copy_of(source: FileSource, offset: int, target: torch.Tensor, dtype: torch.dtype = torch.float32) -> Copy:
+    shape = tuple(target.shape)
+    extent = Extent(source, offset, target.numel() * dtype.itemsize)
+    return Copy("t", Box(extent, 0, shape, contiguous_strides(shape), (0,) * len(shape)), dtype, target)
+
+
+def test_what_is_not_seen_equal(tmp_path: Path) -> None:
+    """One changed bit anywhere is seen, in large tensors and small; what isn't plain is never called equal."""
+    sizes = [3_000_001, 5, 0, 1, 70_000, 3]
+    values = [torch.randn(size) for size in sizes]
+    (tmp_path / "f").write_bytes(b"".join(value.numpy().tobytes() for value in values))
+    source = FileSource(tmp_path / "f")
+    copies, offset = [], 0
+    for value in values:
+        copies.append(copy_of(source, offset, torch.zeros_like(value)))
+        offset += value.nbytes
+    assert [copy.target.numel() for copy in not_seen_equal(copies)] == [size for size in sizes if size]
+    run(copies)
+    assert not_seen_equal(copies) == []
+    for copy in copies:
+        for index in {0, copy.target.numel() - 1} if copy.target.numel() else ():
+            bits = copy.target.view(torch.int32)
+            bits[index] ^= 1
+            assert not_seen_equal(copies) == [copy]
+            bits[index] ^= 1
+    cast, strided = copy_of(source, 0, values[0].double()), copy_of(source, 0, values[0][:100].view(10, 10).t())
+    assert set(not_seen_equal([cast, *copies, strided])) == {cast, strided}

@@ -1,8 +1,17 @@
 """Bytes move from file to place: checked copies are carried out at the speed of the machine."""
 
 from torchload.transfer.arena import allocate
-from torchload.transfer.checks import same_data, verify_extents
+from torchload.transfer.checks import not_seen_equal, same_data, verify_extents
 from torchload.transfer.engine import run
 from torchload.transfer.mapped import map_entries, map_entry, read_entries
 
-__all__ = ["allocate", "map_entries", "map_entry", "read_entries", "run", "same_data", "verify_extents"]
+__all__ = [
+    "allocate",
+    "map_entries",
+    "map_entry",
+    "not_seen_equal",
+    "read_entries",
+    "run",
+    "same_data",
+    "verify_extents",
+]

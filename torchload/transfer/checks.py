@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from torchload.copies import Copy
 from torchload.errors import CorruptCheckpointError
 from torchload.index import Extent, TensorEntry
 from torchload.transfer.arena import allocate
 from torchload.transfer.crew import Crew
+from torchload.transfer.direct import is_cold
 from torchload.transfer.engine import Progress, check_unchanged, default_threads
 from torchload.transfer.mapped import read_entries
-from torchload.transfer.memory import memory_at
+from torchload.transfer.memory import is_same, memory_at
+from torchload.transfer.pieces import Job, Piece, schedule
 
-__all__ = ["combine_crc32", "same_data", "verify_extents"]
+__all__ = ["combine_crc32", "not_seen_equal", "same_data", "verify_extents"]
 
-_JOB_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
 """What is read at once: small enough for the cache, large enough for the call not to show."""
 _POLYNOMIAL = 0xEDB88320
@@ -51,14 +56,15 @@ def verify_extents(
     checked = [extent for extent in dict.fromkeys(extents) if extent.crc32 is not None]
     parts: dict[Extent, dict[int, int]] = {extent: {} for extent in checked}
     jobs = [
-        _Part(extent, skip, min(_JOB_BYTES, extent.nbytes - skip), results)
-        for extent, results in parts.items()
-        for skip in range(0, extent.nbytes, _JOB_BYTES)
+        _Part(extent, skip, min(_CHUNK_BYTES, extent.nbytes - skip), results)
+        for extent, results in sorted(parts.items(), key=_position)
+        for skip in range(0, extent.nbytes, _CHUNK_BYTES)
     ]
     total_bytes = sum(job.nbytes for job in jobs)
     check_unchanged(dict.fromkeys(extent.source for extent in checked))
     on_progress = None if progress is None else lambda done_bytes: progress(done_bytes, total_bytes)
-    crew = Crew(jobs, _Summer, threads or default_threads(total_bytes, computes=False), on_progress)
+    turns = _turns({extent.source.fd for extent in checked})
+    crew = Crew(jobs, lambda: _Summer(turns), threads or default_threads(total_bytes, computes=False), on_progress)
     crew.run()
     found: dict[Extent, int] = dict.fromkeys(checked, 0)
     for extent, skip, nbytes, results in jobs:
@@ -79,19 +85,40 @@ class _Part(NamedTuple):
 class _Summer:
     """Computes checksums of parts; one for each thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: Mapping[int | None, AbstractContextManager[object]]) -> None:
+        """Ready to sum.
+
+        Args:
+            turns: File descriptor → what to hold while reading from it, if anything.
+        """
+        self._turns = turns
         [scratch] = allocate([((_CHUNK_BYTES,), torch.uint8)], torch.device("cpu"))
         self._scratch = scratch  # owns the memory
         self._memory = memory_at(scratch.data_ptr(), _CHUNK_BYTES)
 
     def __call__(self, part: _Part) -> int:
-        crc = 0
-        for skip in range(0, part.nbytes, _CHUNK_BYTES):
-            chunk = self._memory[: min(_CHUNK_BYTES, part.nbytes - skip)]
-            part.extent.source.readinto(part.extent.offset + part.skip + skip, chunk)
-            crc = zlib.crc32(chunk, crc)
-        part.results[part.skip] = crc
+        source = part.extent.source
+        chunk = self._memory[: part.nbytes]
+        with self._turns.get(source.fd, _AT_ONCE):
+            source.readinto(part.extent.offset + part.skip, chunk)
+        part.results[part.skip] = zlib.crc32(chunk)
         return part.nbytes
+
+
+_AT_ONCE = contextlib.nullcontext()
+
+
+def _turns(descriptors: Iterable[int | None]) -> dict[int | None, AbstractContextManager[object]]:
+    """For each cold file a lock, so that threads take turns at reading it and then sum what they have read.
+
+    It is read from front to back, so that readahead keeps its device busy, and stays in the page cache, where the load
+    finds it afterwards; several threads at once would confuse the readahead.
+    """
+    return {number: threading.Lock() for number in descriptors if number is not None and is_cold(number)}
+
+
+def _position(item: tuple[Extent, object]) -> int:
+    return item[0].source.base + item[0].offset
 
 
 def _report_damage(damaged: list[tuple[Extent, int]], names: Mapping[Extent, str]) -> None:
@@ -143,6 +170,66 @@ def _multiply(left: int, right: int) -> int:
         right = (right >> 1) ^ (_POLYNOMIAL if right & 1 else 0)
         bit >>= 1
     return product
+
+
+def not_seen_equal(copies: Sequence[Copy]) -> list[Copy]:
+    """The copies whose targets don't hold, bit for bit, what their sources do; a quick look, by several threads.
+
+    Only what is plain on both sides and on the CPU is looked at. All else counts as not seen equal.
+
+    Args:
+        copies: What was carried out.
+
+    Returns:
+        Those copies, in the order given; never one of no elements.
+
+    Raises:
+        CorruptCheckpointError: A source ended too early, or changed.
+        OSError: A device failed.
+    """
+    with torch.inference_mode():
+        jobs = schedule(copies)
+    plain = [job for job in jobs if job.is_direct or job.can_scatter]
+    equal = {id(piece.copy): True for job in jobs for piece in job.pieces}
+    for job in jobs:
+        if not (job.is_direct or job.can_scatter):
+            equal.update((id(piece.copy), False) for piece in job.pieces)
+    check_unchanged(dict.fromkeys(job.source for job in plain))
+    total_bytes = sum(job.nbytes for job in plain)
+    Crew(plain, lambda: _Comparer(equal), default_threads(total_bytes, computes=False)).run()
+    check_unchanged(dict.fromkeys(job.source for job in plain))
+    return [copy for copy in copies if not equal.get(id(copy), True)]
+
+
+class _Comparer:
+    """Compares jobs' data with what is in place; one for each thread."""
+
+    def __init__(self, equal: dict[int, bool]) -> None:
+        """Ready to compare.
+
+        Args:
+            equal: Identity of a copy → whether no difference was found so far.
+        """
+        self._equal = equal
+        [self._scratch] = allocate([((_CHUNK_BYTES,), torch.uint8)], torch.device("cpu"))
+        self._address = self._scratch.data_ptr()
+        self._memory = memory_at(self._address, _CHUNK_BYTES)
+
+    def __call__(self, job: Job) -> int:
+        if job.can_scatter:  # never more than a chunk
+            job.source.readinto(job.offset, self._memory[: job.nbytes])
+            for piece in job.pieces:
+                self._compare(piece, 0, piece.nbytes, self._address + piece.offset - job.offset)
+            return job.nbytes
+        for skip in range(0, job.nbytes, _CHUNK_BYTES):
+            nbytes = min(_CHUNK_BYTES, job.nbytes - skip)
+            job.source.readinto(job.offset + skip, self._memory[:nbytes])
+            self._compare(job.pieces[0], skip, nbytes, self._address)
+        return job.nbytes
+
+    def _compare(self, piece: Piece, skip: int, nbytes: int, address: int) -> None:
+        if not is_same(piece.target.data_ptr() + piece.skip_bytes + skip, address, nbytes):
+            self._equal[id(piece.copy)] = False
 
 
 def same_data(first: TensorEntry, second: TensorEntry) -> bool:

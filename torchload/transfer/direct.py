@@ -16,7 +16,7 @@ from collections import deque
 from torchload.transfer.memory import address_of, is_resident, move_much
 from torchload.transfer.settings import direct_io
 
-__all__ = ["DIRECT_IO_BYTES", "REQUESTS_IN_FLIGHT", "DirectFile"]
+__all__ = ["DIRECT_IO_BYTES", "REQUESTS_IN_FLIGHT", "DirectFile", "is_cold"]
 
 REQUESTS_IN_FLIGHT = 8
 DIRECT_IO_BYTES = 1 << 20
@@ -45,17 +45,12 @@ class DirectFile:
         wish = direct_io()
         if sys.platform != "linux" or wish is False:
             return None
-        size_bytes = os.fstat(descriptor).st_size
-        if wish is None and (size_bytes < _MINIMUM_FILE_BYTES or _is_shared()):
+        if wish is None and (_is_shared() or not is_cold(descriptor)):
             return None
         with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as undo:
-            probe = None
-            if wish is None:
-                probe = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_PRIVATE)
-                undo.callback(probe.close)
-                if not _is_absent(probe, 0, size_bytes, _SAMPLES):
-                    return None
             direct = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            undo.callback(os.close, direct)
+            probe = mmap.mmap(direct, 0, flags=mmap.MAP_PRIVATE) if wish is None else None
             undo.pop_all()
             return cls(direct, probe)
         return None
@@ -122,6 +117,16 @@ class DirectFile:
         with contextlib.suppress(OSError, AttributeError):
             scratch.madvise(mmap.MADV_HUGEPAGE)
         return scratch
+
+
+def is_cold(descriptor: int) -> bool:
+    """Whether most of a large file isn't in the page cache, as far as the kernel tells."""
+    size_bytes = os.fstat(descriptor).st_size
+    if sys.platform != "linux" or size_bytes < _MINIMUM_FILE_BYTES:
+        return False
+    with contextlib.suppress(OSError, ValueError), mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_PRIVATE) as probe:
+        return _is_absent(probe, 0, size_bytes, _SAMPLES)
+    return False
 
 
 def _is_absent(probe: mmap.mmap, position: int, nbytes: int, samples: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["address_of", "advise", "is_resident", "memory_at", "move", "move_much", "scatter"]
+__all__ = ["address_of", "advise", "is_resident", "is_same", "memory_at", "move", "move_much", "scatter"]
 
 move = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
@@ -22,6 +22,9 @@ move_much = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, 
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
 )
 """The same for much data: other threads run meanwhile."""
+
+_compare = ctypes.CDLL(None).memcmp
+_compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 _WRITABLE = 0x200  # PyBUF_WRITE
 _from_memory = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
@@ -38,6 +41,11 @@ def memory_at(address: int, nbytes: int) -> memoryview:
 def address_of(buffer: mmap.mmap | memoryview) -> int:
     """Where a writable buffer begins."""
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def is_same(address: int, other_address: int, nbytes: int) -> bool:
+    """Whether two stretches of memory hold the same bytes."""
+    return bool(_compare(address, other_address, nbytes) == 0)
 
 
 def scatter(descriptor: int, position: int, places: Sequence[int]) -> int:
