@@ -52,6 +52,8 @@ def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progres
         Any error, a KeyboardInterrupt included, has an attribute ``written``: the names of the copies whose targets
         may hold new data in whole or in part, in the order of `copies`.
     """
+    if not copies:
+        return 0
     with Reader() as reader:
         with torch.inference_mode():
             jobs = schedule(copies, reader.look_at)
@@ -158,7 +160,7 @@ def _note_writes(copies: Iterable[Copy]) -> None:
     targets = [copy.target for copy in copies]
     try:
         torch.autograd.graph.increment_version(targets)
-    except TypeError:  # torch < 2.5 takes one at a time
+    except (RuntimeError, TypeError):  # torch 2.4 takes one at a time
         for target in targets:
             if not target.is_inference():
                 torch.autograd.graph.increment_version(target)

@@ -55,7 +55,8 @@ def map_entries(entries: Sequence[TensorEntry], *, populate: bool = True) -> lis
             for index, tensor in _map(source, [(index, entries[index]) for index in indices], populate):
                 tensors[index] = tensor
     rest = [index for index, tensor in enumerate(tensors) if tensor is None]
-    for index, tensor in zip(rest, read_entries([entries[index] for index in rest]), strict=True):
+    read = read_entries([entries[index] for index in rest]) if rest else []
+    for index, tensor in zip(rest, read, strict=True):
         tensors[index] = tensor
     return [tensor for tensor in tensors if tensor is not None]
 
