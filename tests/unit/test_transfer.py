@@ -237,6 +237,29 @@ def test_progress_is_told_in_the_calling_thread(tmp_path: Path) -> None:
 
 # --- overflow -------------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("refusal", [RuntimeError, TypeError])
+def test_autograd_is_told_of_writes_where_it_takes_one_tensor_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: type[Exception]
+) -> None:
+    increment = torch.autograd.graph.increment_version
+
+    def one_at_a_time(tensor: object) -> None:  # as torch 2.4 does
+        if not isinstance(tensor, torch.Tensor):
+            raise refusal("increment_version expect a Tensor as input")
+        increment(tensor)
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", one_at_a_time)
+    targets = [torch.zeros(3), torch.zeros(3)]
+    with torch.inference_mode():
+        targets.append(torch.zeros(3))
+    source = write(tmp_path / "f", torch.arange(3.0))
+    before = [target._version for target in targets[:2]]
+    run([whole(source, target, torch.float32) for target in targets])
+    assert all(torch.equal(target, torch.arange(3.0)) for target in targets)
+    assert [target._version > version for target, version in zip(targets, before)] == [True, True]
+
+
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
