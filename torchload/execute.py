@@ -15,7 +15,7 @@ from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.index import Extent
 from torchload.plan import Assignment, Conversion, LoadPlan, copies_into
 from torchload.select import Selection
-from torchload.shards import is_ordinary, local_region
+from torchload.shards import empty_part, is_ordinary, is_sharded, local_region, refresh_shards
 from torchload.swap import swap
 from torchload.target import Target
 from torchload.transfer import allocate, map_entries, map_entry, run, same_data
@@ -73,6 +73,8 @@ def carry_out(
         changes = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
         changes += [(item.slot, _converted(item)) for item in plan.conversions]
         interrupt = swap(changes, live=atomic, guard=guard)
+        if any(is_sharded(slot.tensor) for slot, _ in changes):
+            refresh_shards(target.model)
     except BaseException as error:
         undo.roll_back()
         _name_written(error, plan, arrived)
@@ -140,10 +142,12 @@ def _name_written(error: BaseException, plan: LoadPlan, arrived: list[str]) -> N
 def _fresh_memory(assignments: list[Assignment]) -> dict[int, torch.Tensor]:
     """New memory for every assignment that needs it, allocated together per device."""
     by_device: dict[torch.device, list[Assignment]] = {}
-    for item in assignments:
-        if item.fresh:
-            by_device.setdefault(item.device, []).append(item)
     memory: dict[int, torch.Tensor] = {}
+    for item in assignments:
+        if item.fresh and is_sharded(item.slot.tensor):
+            memory[id(item)] = empty_part(item.slot.tensor, item.dtype, item.device)
+        elif item.fresh:
+            by_device.setdefault(item.device, []).append(item)
     for device, items in by_device.items():
         tensors = allocate([(_shape(item), item.dtype) for item in items], device)
         for item, tensor in zip(items, tensors):
@@ -164,7 +168,8 @@ def _laid_out_like(item: Assignment, memory: torch.Tensor) -> torch.Tensor:
 
 
 def _can_map(item: Assignment) -> bool:
-    return item.device.type == "cpu" and item.entry.dtype is item.dtype and item.entry.shape == _shape(item)
+    fits = item.entry.dtype is item.dtype and item.entry.shape == _shape(item)
+    return fits and item.device.type == "cpu" and not is_sharded(item.slot.tensor)
 
 
 def extents_of(plan: LoadPlan) -> list[Extent]:

@@ -19,7 +19,7 @@ from torchload.explain import incompatible, short_dtype
 from torchload.index import Box, OpaqueTensor, Shape, TensorEntry
 from torchload.placement import Placement, check_room
 from torchload.select import Selection
-from torchload.shards import Region, is_ordinary, local_region
+from torchload.shards import Region, home_of, is_ordinary, local_region
 from torchload.target import HookedModule, Slot, Target, own_loaders
 
 __all__ = ["Assignment", "DtypeSpec", "LoadPlan", "Options", "copies_into", "copies_of", "glob_matcher", "make_plan"]
@@ -123,7 +123,7 @@ def make_plan(target: Target, selection: Selection, options: Options) -> LoadPla
         sources = [(name, pairs[name]) for name in slot.names if name in pairs and name not in mismatched]
         if slot.tensor.is_meta and slot.name in selection.transient:  # nobody else could give it a value
             sources = [(slot.name, selection.transient[slot.name])]
-        device = options.placement.of(slot.name, slot.tensor.device)
+        device = options.placement.of(slot.name, home_of(slot.tensor))
         if not sources:
             _plan_unfilled(plan, problems, slot, device, options, keep_fp32)
             continue
@@ -275,7 +275,7 @@ def copies_of(name: str, entry: TensorEntry, memory: torch.Tensor) -> Iterator[C
         yield Copy(name, entry.boxes[0], entry.dtype, memory)
         return
     local, region = local_region(memory)
-    if region.shape != entry.shape and entry.shape == (1,):  # a scalar that was saved as one element
+    if region.shape == () and entry.shape == (1,):  # a scalar that was saved as one element
         local, region = local.view(1), Region((0,), (1,))
     for box in entry.boxes:
         if (part := _intersection(box, region, entry.dtype.itemsize)) is not None:

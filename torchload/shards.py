@@ -7,10 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchload.index import Shape
 
-__all__ = ["Region", "is_ordinary", "is_sharded", "local_region"]
+__all__ = [
+    "Region",
+    "empty_part",
+    "home_of",
+    "is_ordinary",
+    "is_sharded",
+    "local_region",
+    "refresh_shards",
+    "show_shards",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,56 @@ def local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
     shape, origin = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
     local: torch.Tensor = sharded._local_tensor.detach()
     return local, Region(tuple(origin), tuple(shape))
+
+
+def empty_part(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A `DTensor` like another one, with fresh memory for this process's part of it."""
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = tensor
+    with torch.inference_mode(False):
+        local = torch.empty(sharded._local_tensor.shape, dtype=dtype, device=device)
+        return DTensor.from_local(
+            local,
+            sharded.device_mesh,
+            sharded.placements,
+            run_check=False,
+            shape=sharded.shape,
+            stride=sharded.stride(),
+        )
+
+
+def home_of(tensor: torch.Tensor) -> torch.device:
+    """Where a tensor is; for a `DTensor` on the meta device, where its mesh wants it to be."""
+    if not (tensor.is_meta and is_sharded(tensor)):
+        return tensor.device
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    module: Any = getattr(torch, mesh.device_type, None)
+    index = module.current_device() if mesh.device_type != "cpu" and hasattr(module, "current_device") else None
+    return torch.device(mesh.device_type) if index is None else torch.device(mesh.device_type, index)
+
+
+def show_shards(model: nn.Module) -> None:
+    """Let FSDP2 put its sharded parameters back where a forward pass left whole ones, which it throws away."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def refresh_shards(model: nn.Module) -> None:
+    """Let FSDP2 take note that parameters have other memory, as it does itself in `torch.nn.Module.to_empty`."""
+    for module in _fsdp_modules(model):
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        with torch.no_grad():
+            for group in filter(None, groups):
+                for parameter in group.fsdp_params:
+                    parameter.reset_sharded_param()
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    if _dtensor_class() is None:
+        return []
+    return [module for module in model.modules() if any(base.__name__ == "FSDPModule" for base in type(module).__mro__)]
 
 
 def _dtensor_class() -> type[torch.Tensor] | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from torchload.shards import is_sharded
 from torchload.target import Slot, settle
 
 __all__ = ["swap"]
@@ -46,7 +47,7 @@ def swap(
     """
     if not changes:
         return None
-    before = [(slot, tensor, tensor.detach()) for slot, tensor in _tensors(changes)] if live else []
+    before = [(slot, tensor, _kept(tensor)) for slot, tensor in _tensors(changes)] if live else []
     with guard if guard is not None else contextlib.nullcontext():
         interrupt = _uninterrupted(partial(_install, changes, before))
     try:
@@ -63,6 +64,11 @@ def _tensors(changes: Sequence[Change]) -> list[tuple[Slot, torch.Tensor]]:
 
 def _has_memory(slot: Slot) -> bool:
     return slot.shape is not None and not slot.tensor.is_meta
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a tensor, to be shown again; a copy of a `DTensor`'s, which is filled and not replaced."""
+    return tensor.detach().clone() if is_sharded(tensor) else tensor.detach()
 
 
 def _install(changes: Sequence[Change], before: Sequence[tuple[Slot, torch.Tensor, torch.Tensor]]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchload.index import Shape
+from torchload.shards import is_sharded, show_shards
 
 __all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders", "settle"]
 
@@ -63,7 +64,11 @@ class Slot:
         if self.shape is None:
             lazy: Any = tensor
             lazy.materialize(data.shape, device=data.device, dtype=data.dtype)
-        if tensor.is_meta or not torch._has_compatible_shallow_copy_type(tensor, data):
+        if is_sharded(tensor) and not tensor.is_meta and (tensor.dtype, tensor.device) == (data.dtype, data.device):
+            sharded: Any = tensor  # its memory is FSDP's: filled, not replaced
+            sharded._local_tensor.detach().copy_(data._local_tensor)  # type: ignore[attr-defined]
+            return tensor
+        if tensor.is_meta or is_sharded(tensor) or not torch._has_compatible_shallow_copy_type(tensor, data):
             tensor = self._exchange(tensor, data)
         else:
             tensor.data = data
@@ -74,8 +79,11 @@ class Slot:
     def _exchange(self, tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
         """Give a tensor new data of another kind (meta → real), keeping the object where torch can."""
         requires_grad = tensor.requires_grad
-        if self.is_parameter:
-            fresh: torch.Tensor = torch.Tensor._make_subclass(type(tensor), data, requires_grad)
+        fresh: torch.Tensor
+        if self.is_parameter and is_sharded(tensor):
+            fresh = nn.Parameter(data, requires_grad)
+        elif self.is_parameter:
+            fresh = torch.Tensor._make_subclass(type(tensor), data, requires_grad)
             fresh.__dict__.update(tensor.__dict__)
         else:
             fresh = data
@@ -139,6 +147,7 @@ def describe_model(model: nn.Module) -> Target:
     Returns:
         Its slots and the modules that take part in their own loading.
     """
+    show_shards(model)
     target = Target(model)
     by_object: dict[int, Slot] = {}
     by_address: dict[int, Slot] = {}

@@ -198,7 +198,7 @@ def test_recurrent_modules_built_on_meta_run_and_stay_the_same_objects(tmp_path)
 @pytest.mark.parametrize("header_bytes", [640, 896, 1152, 1408])
 def test_safetensors_whose_header_is_as_long_as_a_pickle_begins(tmp_path, header_bytes):
     trained = nn.Linear(3, 2)
-    for padding in range(header_bytes):
+    for padding in range(max(header_bytes - 250, 0), header_bytes, 4):
         save_file(trained.state_dict(), tmp_path / "x.safetensors", {"padding": "." * padding})
         if int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little") == header_bytes:
             break
