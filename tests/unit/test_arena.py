@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from torchload.transfer import allocate
-from torchload.transfer.arena import ALIGNMENT_BYTES, HUGE_PAGE_BYTES, LARGE_BYTES
+from torchload.transfer.arena import ALIGNMENT_BYTES, HUGE_PAGE_BYTES, LARGE_BYTES, _pooled_bytes
 
 CPU = torch.device("cpu")
 DTYPES = [
@@ -129,3 +129,23 @@ def test_memory_is_freed_and_no_more_than_asked_for() -> None:
     assert 38 << 20 < _anonymous_bytes() - before < 46 << 20
     del small
     assert _anonymous_bytes() - before < 6 << 20
+
+
+def test_what_a_gpu_reserves_for_a_tensor() -> None:
+    """Small tensors come from a pool of their own; others in steps of 512 bytes."""
+    assert _pooled_bytes(((1 << 20,), torch.uint8)) == 0
+    assert _pooled_bytes((((1 << 20) + 1,), torch.uint8)) == (1 << 20) + 512
+    assert _pooled_bytes(((1 << 10, 1 << 10), torch.float32)) == 1 << 22
+    assert _pooled_bytes(((0, 1 << 30), torch.float32)) == 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_asked_once() -> None:
+    device = torch.device("cuda")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_stats(device)["num_device_alloc"]
+    requests = [((2 << 20,), torch.float16)] * 40
+    tensors = allocate(requests, device)
+    assert torch.cuda.memory_stats(device)["num_device_alloc"] == before + 1
+    assert len({tensor.data_ptr() for tensor in tensors}) == 40
+    assert torch.cuda.memory_allocated(device) >= 40 * (4 << 20)

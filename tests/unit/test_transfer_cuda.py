@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,16 @@ from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.index import Box, Extent, contiguous_strides
 from torchload.source import FileSource, MemorySource, Source
 from torchload.transfer import engine, run
-from torchload.transfer.cuda import LANE_BYTES, Ring, RingWorker, send_pieces
+from torchload.transfer.cuda import (
+    ALIGNMENT_BYTES,
+    LANE_BYTES,
+    CudaChannel,
+    CudaLane,
+    Ring,
+    RingWorker,
+    cuda_ring,
+    send_pieces,
+)
 from torchload.transfer.pieces import Job, schedule
 from torchload.transfer.reader import Reader
 
@@ -97,7 +108,7 @@ class FakeLane:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """Jobs for the CPU go through a ring over a fake engine."""
     fake = FakeEngine()
-    monkeypatch.setattr(engine, "_new_rings", lambda devices, threads: {CPU: Ring(fake.new_lane, 2 * threads)})
+    monkeypatch.setattr(engine, "_new_rings", lambda jobs, threads: {CPU: Ring(fake.new_lane, 2 * threads)})
     return fake
 
 
@@ -189,7 +200,7 @@ def test_a_lane_that_can_not_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def no_lane() -> FakeLane:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine, "_new_rings", lambda devices, threads: {CPU: Ring(no_lane, 2 * threads)})
+    monkeypatch.setattr(engine, "_new_rings", lambda jobs, threads: {CPU: Ring(no_lane, 2 * threads)})
     copies, _ = model(tmp_path, [torch.float32])
     with pytest.raises(RuntimeError, match="out of memory"):
         run(copies, threads=3)
@@ -219,6 +230,116 @@ def test_overflow_is_noticed_by_the_device(tmp_path: Path, fake: FakeEngine) -> 
     fake.close()
 
 
+class FakeStream:
+    """Runs work in order, and notes what it was told."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.told: list[str] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.told.append("wait")
+
+    def synchronize(self) -> None:
+        self.told.append("synchronize")
+
+
+class FakeEvent:
+    """An event that must be recorded after each use of what it guards, and waited for before the next."""
+
+    def __init__(self, blocking: bool) -> None:
+        self.stream: FakeStream | None = None
+        self.records = self.waits = 0
+
+    def record(self, stream: FakeStream) -> None:
+        self.stream = stream
+        self.records += 1
+        stream.told.append("record")
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[CudaLane]:
+    """The real lanes over fake streams, with the CPU for a device; a list of the lanes that are made."""
+    lanes: list[CudaLane] = []
+    real = CudaLane.__init__
+
+    def note(self: CudaLane, channel: CudaChannel, nbytes: int) -> None:
+        real(self, channel, nbytes)
+        lanes.append(self)
+
+    monkeypatch.setattr(CudaLane, "__init__", note)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(engine, "_new_rings", lambda jobs, threads: {CPU: cuda_ring(CPU, jobs, threads)})
+    return lanes
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float32, torch.float16, torch.bfloat16]])
+def test_lanes_keep_to_the_protocol(
+    tmp_path: Path, fake_cuda: list[CudaLane], dtypes: list[torch.dtype], threads: int
+) -> None:
+    copies, expected = model(tmp_path, dtypes, shift=8)
+    largest = max(job.nbytes for job in schedule(copies))
+    run(copies, threads=threads)
+    assert all(torch.equal(copy.target, value) for copy, value in zip(copies, expected))
+    assert len(fake_cuda) <= 2 * threads
+    channels = {id(lane._channel): lane._channel for lane in fake_cuda}
+    assert len(channels) == min(2, len(fake_cuda))
+    for lane in fake_cuda:
+        assert lane.memory.numel() == largest + ALIGNMENT_BYTES, "no more than this load needs"
+        event: Any = lane._event
+        assert event.waits == event.records, "once before each use but the first, and once at the end"
+        assert event.stream is lane._channel.stream
+    for channel in channels.values():
+        stream: Any = channel.stream
+        assert stream.told[0] == "wait", "for what the caller's stream was told before"
+        assert set(stream.told[1:]) == {"record"}
+
+
+def test_what_was_sent_in_part_is_waited_for(
+    tmp_path: Path, fake_cuda: list[CudaLane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(torch, "_foreach_copy_", fail)
+    copies, _ = model(tmp_path, [torch.float16])
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        run(copies, threads=2)
+    streams: list[Any] = [lane._channel.stream for lane in fake_cuda]
+    assert all(stream.told[-1] == "synchronize" for stream in streams)
+    assert not any(lane._channel.lock.locked() for lane in fake_cuda)
+
+
+def test_an_interrupt_while_waiting_leaves_nothing_under_way() -> None:
+    class Interrupted(FakeLane):
+        waits = 0
+
+        def wait(self) -> None:
+            self.waits += 1
+            if self.waits == 1:
+                raise KeyboardInterrupt
+            super().wait()
+
+    fake = FakeEngine()
+    lanes = [Interrupted(fake), Interrupted(fake)]
+    made = iter(lanes)
+    ring = Ring(lambda: next(made), 2)
+    for _ in lanes:
+        with ring.lend():
+            pass
+    with pytest.raises(KeyboardInterrupt):
+        ring.drain()
+    assert [lane.waits for lane in lanes] == [2, 2]
+    fake.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("threads", [None, 1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -236,3 +357,29 @@ def test_overflow_on_a_device(tmp_path: Path) -> None:
     with pytest.raises(CastOverflowError) as caught:
         run([copy_of(source, torch.zeros(2, device="cuda").half(), 0, "weight")])
     assert caught.value.largest == 1e9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_memory_on_a_device_is_bounded(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Beside the targets, what two jobs are staged and checked in, however large the load."""
+    values = torch.randn(64 << 20)
+    (tmp_path / "f").write_bytes(values.numpy().tobytes())
+    target = torch.zeros(64 << 20, dtype=dtype, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run([copy_of(FileSource(tmp_path / "f"), target, 0, "weight")])
+    assert torch.cuda.max_memory_allocated() - before <= 6 * LANE_BYTES
+    assert torch.equal(target.cpu(), values.to(dtype))
+
+
+@pytest.mark.gpu
+def test_it_has_arrived_before_any_stream_looks(tmp_path: Path) -> None:
+    values = torch.randn(8 << 20)
+    (tmp_path / "f").write_bytes(values.numpy().tobytes())
+    target = torch.zeros(8 << 20, device="cuda")
+    torch.cuda._sleep(50_000_000)
+    target.fill_(7)  # told to the caller's stream before the load, so it happens before it
+    run([copy_of(FileSource(tmp_path / "f"), target, 0, "weight")])
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert torch.equal(target.cpu(), values)

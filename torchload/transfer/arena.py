@@ -25,6 +25,11 @@ ARENA_BYTES = 32 << 20
 """Small tensors are packed into mappings of this size at most."""
 ALIGNMENT_BYTES = 64
 
+# How torch's CUDA allocator divides memory (kMinBlockSize, kSmallSize and kLargeBuffer in c10/cuda).
+_CUDA_ROUNDING_BYTES = 512
+_CUDA_SMALL_BYTES = 1 << 20
+_WORTH_RESERVING_BYTES = 20 << 20
+
 Request = tuple[Shape, torch.dtype]
 
 
@@ -52,6 +57,8 @@ def allocate(requests: Sequence[Request], device: torch.device) -> list[torch.Te
     """
     # Ordinary tensors even under `inference_mode`: they become a model's parameters and outlive it.
     with torch.inference_mode(False):
+        if device.type == "cuda":
+            _reserve(sum(map(_pooled_bytes, requests)), device)
         if device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
             return [_empty(request, device) for request in requests]
         tensors: list[torch.Tensor | None] = [None] * len(requests)
@@ -64,6 +71,21 @@ def allocate(requests: Sequence[Request], device: torch.device) -> list[torch.Te
             _empty(request, device) if tensor is None else tensor
             for tensor, request in zip(tensors, requests, strict=True)
         ]
+
+
+def _reserve(nbytes: int, device: torch.device) -> None:
+    """Let torch's allocator ask the driver once for what is then handed out piece by piece: each request is slow."""
+    in_stock = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if nbytes >= max(_WORTH_RESERVING_BYTES, in_stock):
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # perhaps not in one piece
+            torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _pooled_bytes(request: Request) -> int:
+    """What a tensor takes of the pool from which torch's CUDA allocator serves all but small tensors."""
+    shape, dtype = request
+    nbytes = math.prod(shape) * dtype.itemsize
+    return -(-nbytes // _CUDA_ROUNDING_BYTES) * _CUDA_ROUNDING_BYTES if nbytes > _CUDA_SMALL_BYTES else 0
 
 
 def _layout(requests: Sequence[Request]) -> list[tuple[list[tuple[int, int]], int]]:

@@ -7,8 +7,10 @@ turn and never lends one whose data hasn't left yet.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -20,17 +22,21 @@ from torchload.transfer.overflow import OverflowFoundError, may_overflow, out_of
 from torchload.transfer.pieces import DEVICE_BYTES, RAW, Job
 from torchload.transfer.reader import Reader
 
-__all__ = ["CudaLane", "Lane", "Ring", "RingWorker"]
+__all__ = ["Lane", "Ring", "RingWorker", "cuda_ring"]
 
-_ALIGNMENT_BYTES = 64
-LANE_BYTES = DEVICE_BYTES + _ALIGNMENT_BYTES
+ALIGNMENT_BYTES = 4096
+"""Bytes lie in a lane as they lie in the file's blocks: elements stay aligned, and blocks can be read directly."""
+LANE_BYTES = DEVICE_BYTES + ALIGNMENT_BYTES
+"""A lane holds so much at most; just short of a power of two, to which torch rounds pinned memory up."""
+_CHANNELS = 2
+"""So that one job is cast while the next one is copied."""
 
 
 class Lane(Protocol):
     """A host buffer, and copies from it that go on while the host does something else.
 
     Attributes:
-        memory: The buffer, uint8, `LANE_BYTES` long.
+        memory: The buffer, uint8, as long as the longest job and `ALIGNMENT_BYTES`.
     """
 
     memory: torch.Tensor
@@ -89,6 +95,9 @@ class Ring:
             except BaseException as error:  # noqa: BLE001 - the other lanes must be waited for
                 failures.append(error)
         if failures:
+            for lane in made:
+                with contextlib.suppress(BaseException):  # an interrupt may have come before the wait
+                    lane.wait()
             raise failures[0]
         for lane in made:
             copy = lane.overflowed()
@@ -105,16 +114,16 @@ class RingWorker:
 
     def __call__(self, job: Job) -> int:
         with self._ring.lend() as lane:
-            start = job.offset % _ALIGNMENT_BYTES  # so that elements stay aligned
+            start = (job.source.base + job.offset) % ALIGNMENT_BYTES
             self._reader.readinto(job.source, job.offset, memory_at(lane.memory.data_ptr() + start, job.nbytes))
             lane.send(job, start)
         return job.nbytes
 
 
-class CudaLane:
-    """Pinned memory and a stream of its own.
+class CudaChannel:
+    """A stream on a device, and memory there in which what isn't a plain copy is cast and rearranged.
 
-    Tensors that are not plain copies go through a buffer on the device, where they are cast.
+    What is sent through a channel happens in order, so one piece of memory serves all of it.
     """
 
     def __init__(self, device: torch.device, allocation_stream: torch.cuda.Stream) -> None:
@@ -124,19 +133,47 @@ class CudaLane:
             device: Where the targets are.
             allocation_stream: The stream on which they were made: what it has been told so far happens first.
         """
-        self.memory = self._host_memory()
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(allocation_stream)
+        self.device = device
+        self.lock = threading.Lock()
+        self.stream = torch.cuda.Stream(device)
+        self.stream.wait_stream(allocation_stream)
         self._staging: torch.Tensor | None = None
+
+    def staging(self, nbytes: int) -> torch.Tensor:
+        """Memory for a job's bytes, for whoever holds the lock; its contents last until the next job's arrive."""
+        if self._staging is None or self._staging.numel() < nbytes:
+            self._staging = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self._staging[:nbytes]
+
+
+class CudaLane:
+    """Pinned memory, and an event that tells when it may be written to."""
+
+    def __init__(self, channel: CudaChannel, nbytes: int) -> None:
+        """Ready to send.
+
+        Args:
+            channel: What it sends through, together with other lanes.
+            nbytes: Size of its memory.
+        """
+        self._channel = channel
+        with torch.cuda.device(channel.device):  # or else pinning might set up another device for this process
+            self.memory = _host_memory(nbytes)
+            self._event = torch.cuda.Event(blocking=True)  # waiting takes no processor time from those who read
         self._checks: list[tuple[Copy, torch.Tensor]] = []
 
     def send(self, job: Job, start: int) -> None:
-        with torch.cuda.stream(self._stream):
-            send_pieces(self, job, self.memory[start : start + job.nbytes])
+        channel = self._channel
+        with channel.lock, torch.cuda.stream(channel.stream):
+            try:
+                send_pieces(self, job, self.memory[start : start + job.nbytes])
+                self._event.record(channel.stream)
+            except BaseException:
+                channel.stream.synchronize()  # part of it may be under way
+                raise
 
     def wait(self) -> None:
-        self._stream.synchronize()
+        self._event.synchronize()
 
     def overflowed(self) -> Copy | None:
         if not self._checks:
@@ -145,21 +182,27 @@ class CudaLane:
         return next((copy for (copy, _), bad in zip(self._checks, found) if bad), None)
 
     def staging(self, nbytes: int) -> torch.Tensor:
-        """Memory on the device for a job's bytes; free again when this lane's stream is."""
-        if self._staging is None:
-            self._staging = torch.empty(LANE_BYTES, dtype=torch.uint8, device=self._device)
-        return self._staging[:nbytes]
+        """Memory on the device for a job's bytes."""
+        return self._channel.staging(nbytes)
 
     def check(self, copy: Copy, flag: torch.Tensor) -> None:
         """Remember a flag (bool, 0-dim, on the device) that says that a copy overflowed."""
         self._checks.append((copy, flag))
 
-    @staticmethod
-    def _host_memory() -> torch.Tensor:
-        try:
-            return torch.empty(LANE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
-        except RuntimeError:  # the system's limit on locked memory: slower, not wrong
-            return torch.empty(LANE_BYTES, dtype=torch.uint8, device="cpu")
+
+def cuda_ring(device: torch.device, jobs: Iterable[Job], threads: int) -> Ring:
+    """A ring for the jobs of one device, to be made where its targets were, in that thread and on that stream."""
+    stream = torch.cuda.current_stream(device)
+    channels = itertools.cycle([CudaChannel(device, stream) for _ in range(_CHANNELS)])
+    nbytes = max(job.nbytes for job in jobs) + ALIGNMENT_BYTES
+    return Ring(lambda: CudaLane(next(channels), nbytes), 2 * threads)
+
+
+def _host_memory(nbytes: int) -> torch.Tensor:
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+    except RuntimeError:  # the system's limit on locked memory: slower, not wrong
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 class Staging(Protocol):
@@ -183,7 +226,7 @@ def send_pieces(lane: Staging, job: Job, data: torch.Tensor) -> None:
         # Unaligned bytes are cloned on the host, and then there is nothing to wait for.
         _flat(first.target, first.skip_bytes, first.nbytes).copy_(decode(first, data), non_blocking=True)
         return
-    staged = lane.staging(job.nbytes + _ALIGNMENT_BYTES)[data.storage_offset() :][: job.nbytes]
+    staged = lane.staging(job.nbytes + ALIGNMENT_BYTES)[data.storage_offset() :][: job.nbytes]
     staged.copy_(data, non_blocking=True)
     targets: list[torch.Tensor] = []
     values: list[torch.Tensor] = []

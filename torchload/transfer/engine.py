@@ -11,7 +11,7 @@ from torchload.copies import Copy
 from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.source import Source
 from torchload.transfer.crew import Crew, available_cores, can_limit_intra_op
-from torchload.transfer.cuda import CudaLane, Ring, RingWorker
+from torchload.transfer.cuda import Ring, RingWorker, cuda_ring
 from torchload.transfer.direct import REQUESTS_IN_FLIGHT
 from torchload.transfer.host import HostWorker, decode
 from torchload.transfer.memory import memory_at
@@ -74,10 +74,10 @@ def _do(
     if threads is None:
         threads = default_threads(
             sum(job.nbytes for job in jobs if not job.can_scatter or reader.is_cold),
-            computes=not all(job.is_direct or job.can_scatter for job in jobs),
+            computes=not all(job.is_direct or job.can_scatter or job.device.type == "cuda" for job in jobs),
             cold=reader.is_cold,
         )
-    rings = _new_rings({job.device for job in jobs}, threads)
+    rings = _new_rings(jobs, threads)
     crew = Crew(jobs, lambda: _Worker(reader, rings), threads, report if progress is not None else None)
     try:
         check_unchanged(sources)
@@ -111,14 +111,14 @@ class _Worker:
         return self._host(job) if worker is None else worker(job)
 
 
-def _new_rings(devices: Iterable[torch.device], threads: int) -> dict[torch.device, Ring]:
+def _new_rings(jobs: Iterable[Job], threads: int) -> dict[torch.device, Ring]:
     """A ring for each device that copies on its own."""
-
-    def ring(device: torch.device) -> Ring:
-        stream = torch.cuda.current_stream(device)  # the caller's, where the targets come from
-        return Ring(lambda: CudaLane(device, stream), 2 * threads)
-
-    return {device: ring(device) for device in devices if device.type == "cuda"}
+    by_device: dict[torch.device, list[Job]] = {}
+    for job in jobs:
+        by_device.setdefault(job.device, []).append(job)
+    return {
+        device: cuda_ring(device, members, threads) for device, members in by_device.items() if device.type == "cuda"
+    }
 
 
 def default_threads(total_bytes: int, *, computes: bool, cold: bool = False) -> int:

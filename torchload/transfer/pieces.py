@@ -37,7 +37,7 @@ STAGED_BYTES = 4 << 20
 """Read into scratch memory at most this much at once: much less, and the price of a job shows."""
 STRIDED_BYTES = 1 << 20
 """The same for what is rearranged, which should stay in the cache nearest to a core."""
-DEVICE_BYTES = 4 << 20
+DEVICE_BYTES = (8 << 20) - (8 << 10)
 """The same on the way to another device, where each copy has a price of its own."""
 SMALL_BYTES = 64 << 10
 """Below this size a plain tensor shares a read with its neighbours."""
