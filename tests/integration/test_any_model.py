@@ -386,3 +386,111 @@ def test_batch_norm_of_before_it_counted(tmp_path):
     smart_load(model, tmp_path / "x.pth")
     assert model.num_batches_tracked.item() == 0
     assert_equal_bits(snapshot(model), {**snapshot(trained), "num_batches_tracked": torch.tensor(0)})
+
+
+# --- models built without memory ---
+
+
+def test_models_of_accelerate_have_real_buffers_and_meta_parameters(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    trained = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), Buffers())
+    torch.save(randomise(trained, 1).state_dict(), tmp_path / "x.pth")
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), Buffers())
+    parameters = list(model.parameters())
+    smart_load(model, tmp_path / "x.pth", {"0": "cpu", "": "cpu"})
+    want = snapshot(trained)
+    want["2.transient"] = torch.arange(3.0)
+    assert_equal_bits(snapshot(model), want)
+    assert all(one is other for one, other in zip(model.parameters(), parameters))
+
+
+def test_a_model_partly_on_meta(tmp_path):
+    trained = randomise(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 1)
+    torch.save(trained.state_dict(), tmp_path / "x.pth")
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, device="meta"))
+    address = model[0].weight.data_ptr()
+    smart_load(model, tmp_path / "x.pth")
+    assert_equal_bits(snapshot(model), snapshot(trained))
+    assert model[0].weight.data_ptr() == address
+
+
+# --- what stays the same ---
+
+
+def test_gradients_hooks_optimizers_and_captured_graphs_survive(tmp_path):
+    torch.save(randomise(nn.Linear(3, 2), 1).state_dict(), tmp_path / "x.pth")
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append("forward"))
+    model.weight.register_hook(lambda gradient: calls.append("backward"))
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    model(torch.ones(1, 3)).sum().backward()
+    gradient, version, address = model.weight.grad, model.weight._version, model.weight.data_ptr()
+    smart_load(model, tmp_path / "x.pth")
+    assert model.weight.grad is gradient
+    assert model.weight._version > version
+    assert model.weight.data_ptr() == address
+    assert not model.bias.requires_grad
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.weight, before - 0.5 * gradient)
+    model(torch.ones(1, 3)).sum().backward()
+    assert calls == ["forward", "backward"] * 2
+
+
+def test_a_graph_from_before_the_load_can_not_be_used_any_more(tmp_path):
+    torch.save(randomise(nn.Linear(3, 3), 1).state_dict(), tmp_path / "x.pth")
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    loss = model(torch.ones(1, 3, requires_grad=True)).sum()
+    smart_load(model[1], tmp_path / "x.pth")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_part_of_a_model(tmp_path, suffix):
+    trained = randomise(nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 3), "fc": nn.Linear(4, 2)}), 1)
+    save(trained["conv1"], tmp_path / f"conv1{suffix}")
+    save(trained, tmp_path / f"full{suffix}")
+    for arguments in ((f"conv1{suffix}", None), (f"full{suffix}", "conv1.")):
+        model = randomise(nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 3), "fc": nn.Linear(4, 2)}), 2)
+        rest = snapshot(model["fc"])
+        smart_load(model["conv1"], tmp_path / arguments[0], prefix=arguments[1])
+        assert_equal_bits(snapshot(model["conv1"]), snapshot(trained["conv1"]))
+        assert_equal_bits(snapshot(model["fc"]), rest)
+
+
+# --- real architectures, where their libraries are installed ---
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["BertConfig", "GPT2Config", "T5Config", "LlamaConfig", "ViTConfig"])
+def test_models_of_transformers(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
+        "d_model": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "d_ff": 32, "num_layers": 2, "num_heads": 2,
+        "num_key_value_heads": 2, "image_size": 32, "patch_size": 16, "n_positions": 32,
+    }  # fmt: skip
+    configuration = getattr(transformers, kind)(**small)
+    trained, model = (randomise(transformers.AutoModel.from_config(configuration), seed) for seed in (1, 2))
+    trained.save_pretrained(tmp_path / "folder")
+    torch.save(trained.state_dict(), tmp_path / "x.pth")
+    want = transformers.AutoModel.from_config(configuration)
+    want.load_state_dict(trained.state_dict())
+    for path in ("x.pth", "folder"):
+        randomise(model, 3)
+        smart_load(model, tmp_path / path)
+        assert_equal_bits(dict(model.state_dict()), dict(want.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_models_of_timm(tmp_path, name):
+    timm = pytest.importorskip("timm")
+    trained, model, want = (randomise(timm.create_model(name, num_classes=3), seed) for seed in (1, 2, 3))
+    want.load_state_dict(trained.state_dict())
+    torch.save({"state_dict": trained.state_dict(), "arch": name}, tmp_path / "x.pth")
+    smart_load(model, tmp_path / "x.pth")
+    assert_equal_bits(dict(model.state_dict()), dict(want.state_dict()))
