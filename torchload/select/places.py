@@ -27,6 +27,9 @@ class Place:
     inner: frozenset[str]  # names of nested containers, which are places of their own
 
 
+_HOLDERS = (TensorEntry, OpaqueTensor, Record, Mapping, list, tuple)
+
+
 def as_mapping(value: Any) -> Mapping[Any, Any] | None:
     """What a value of the tree holds by name: its entries, its positions, an object's attributes; else ``None``."""
     if isinstance(value, Mapping):
@@ -60,7 +63,7 @@ def find_places(root: Any, key: str | None, path: str) -> list[Place]:
 
 def _containers(root: Any) -> dict[int, tuple[str, Mapping[Any, Any]]]:
     """All containers of a tree below which tensors are: identity → (dotted path, what it holds), outermost first."""
-    top = as_mapping(root)
+    top = _below(root)
     if top is None:
         return {}
     known: dict[int, tuple[str, Mapping[Any, Any]]] = {id(root): ("", top)}
@@ -72,7 +75,7 @@ def _containers(root: Any) -> dict[int, tuple[str, Mapping[Any, Any]]]:
         for name, value in inside.items():
             if _is_leaf(name, value):
                 has_leaves = True
-            elif (below := as_mapping(value)) is not None:
+            elif below := _below(value):  # what is empty leads nowhere
                 if id(value) not in known:
                     known[id(value)] = (f"{here}.{name}" if here else str(name), below)
                     above[id(value)] = []
@@ -84,6 +87,13 @@ def _containers(root: Any) -> dict[int, tuple[str, Mapping[Any, Any]]]:
         holding.extend(parent for parent in above.pop(identity, ()) if parent in above)
     held = set(holding)
     return {identity: place for identity, place in known.items() if identity in held}
+
+
+def _below(value: Any) -> Mapping[Any, Any] | None:
+    """`as_mapping`, but of a list (of a million losses, perhaps) only what may be or hold tensors."""
+    if isinstance(value, (list, tuple)):
+        return {index: inner for index, inner in enumerate(value) if isinstance(inner, _HOLDERS)}
+    return as_mapping(value)
 
 
 def _is_leaf(name: Any, value: Any) -> bool:
