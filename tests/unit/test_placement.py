@@ -39,7 +39,7 @@ def test_what_a_mapping_does_not_name_stays() -> None:
     assert placement.unused_prefixes(["enc.weight", "encoder2.weight"]) == ["encoder"]
 
 
-@pytest.mark.parametrize("wrong", ["cuda:97", 97, "gpu", "meta", torch.device("cuda", 97)])
+@pytest.mark.parametrize("wrong", ["cuda:97", 97, "gpu0", "meta", torch.device("cuda", 97)])
 def test_devices_that_are_not_there(wrong: object) -> None:
     with pytest.raises(DeviceError) as caught:
         Placement(wrong)  # type: ignore[arg-type]
