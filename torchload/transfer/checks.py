@@ -21,7 +21,8 @@ from torchload.transfer.direct import is_cold
 from torchload.transfer.engine import Progress, check_unchanged, default_threads
 from torchload.transfer.mapped import read_entries
 from torchload.transfer.memory import is_same, memory_at
-from torchload.transfer.pieces import Job, Piece, schedule
+from torchload.transfer.pieces import STRIDED_BYTES, Job, Piece, schedule
+from torchload.transfer.reader import Reader
 
 __all__ = ["combine_crc32", "not_seen_equal", "same_data", "verify_extents"]
 
@@ -194,36 +195,43 @@ def not_seen_equal(copies: Sequence[Copy]) -> list[Copy]:
     for job in jobs:
         if not (job.is_direct or job.can_scatter):
             equal.update((id(piece.copy), False) for piece in job.pieces)
-    check_unchanged(dict.fromkeys(job.source for job in plain))
+    sources = dict.fromkeys(job.source for job in plain)
     total_bytes = sum(job.nbytes for job in plain)
-    Crew(plain, lambda: _Comparer(equal), default_threads(total_bytes, computes=False)).run()
-    check_unchanged(dict.fromkeys(job.source for job in plain))
+    check_unchanged(sources)
+    with Reader() as reader:
+        cold = [source for source in sources if reader.look_at(source)]
+        threads = default_threads(total_bytes, computes=False, cold=bool(cold))
+        Crew(plain, lambda: _Comparer(reader, equal), threads).run()
+    check_unchanged(sources)
     return [copy for copy in copies if not equal.get(id(copy), True)]
 
 
 class _Comparer:
     """Compares jobs' data with what is in place; one for each thread."""
 
-    def __init__(self, equal: dict[int, bool]) -> None:
+    def __init__(self, reader: Reader, equal: dict[int, bool]) -> None:
         """Ready to compare.
 
         Args:
+            reader: Fetches the data.
             equal: Identity of a copy → whether no difference was found so far.
         """
+        self._reader = reader
         self._equal = equal
-        [self._scratch] = allocate([((_CHUNK_BYTES,), torch.uint8)], torch.device("cpu"))
+        room_bytes = max(_CHUNK_BYTES, STRIDED_BYTES)
+        [self._scratch] = allocate([((room_bytes,), torch.uint8)], torch.device("cpu"))
         self._address = self._scratch.data_ptr()
-        self._memory = memory_at(self._address, _CHUNK_BYTES)
+        self._memory = memory_at(self._address, room_bytes)
 
     def __call__(self, job: Job) -> int:
-        if job.can_scatter:  # never more than a chunk
-            job.source.readinto(job.offset, self._memory[: job.nbytes])
+        if job.can_scatter:  # never more than `STRIDED_BYTES`
+            self._reader.readinto(job.source, job.offset, self._memory[: job.nbytes])
             for piece in job.pieces:
                 self._compare(piece, 0, piece.nbytes, self._address + piece.offset - job.offset)
             return job.nbytes
         for skip in range(0, job.nbytes, _CHUNK_BYTES):
             nbytes = min(_CHUNK_BYTES, job.nbytes - skip)
-            job.source.readinto(job.offset + skip, self._memory[:nbytes])
+            self._reader.readinto(job.source, job.offset + skip, self._memory[:nbytes])
             self._compare(job.pieces[0], skip, nbytes, self._address)
         return job.nbytes
 
