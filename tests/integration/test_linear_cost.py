@@ -90,12 +90,13 @@ def test_a_load_takes_steps_in_proportion(saved: Any, filled: Any, save: Any, tm
     assert_linear(work)
 
 
-def test_a_refusal_takes_steps_in_proportion(tmp_path: Path) -> None:
+@pytest.mark.parametrize("built", [flat, nested])
+def test_a_refusal_takes_steps_in_proportion(built: Any, tmp_path: Path) -> None:
     def work(count: int) -> Callable[[], object]:
         path = tmp_path / f"{count}.ckpt"
-        state = flat(count).state_dict()
+        state = built(count).state_dict()
         torch.save({name.replace("weight", "kernel"): tensor for name, tensor in state.items()}, path)
-        model = flat(count)
+        model = built(count)
 
         def refuse() -> None:
             with pytest.raises(RuntimeError):

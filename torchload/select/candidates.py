@@ -14,6 +14,10 @@ from torchload.select.selection import Selection, Wanted
 
 __all__ = ["find_candidates", "needed_tensors"]
 
+# A part of the model is looked at if it is at least this share of the whole, and a sub-tree that may fill it, if it is
+# of the part: to try every part with every sub-tree takes time as the cube of their number.
+_SHARE = 1 / 8
+
 
 def find_candidates(
     places: Sequence[Place],
@@ -42,6 +46,8 @@ def find_candidates(
             for added, view in views:
                 if added and last(joined(place.path if searched else "", below)) == last(added):
                     continue  # the file has the prefix too: the same pair one level down, seen without its siblings
+                if len(node.names) < len(view.names) * _SHARE and view is not views[0][1]:
+                    continue
                 alignment = align(node, view)
                 if alignment.pairs:
                     candidate = _judge(place, below, leaves, node, alignment, wanted, added)
@@ -78,7 +84,8 @@ def _model_views(wanted: Wanted, strict: bool) -> list[tuple[str, Node]]:
         path = joined(path, label)
         views.append((path, node))
     if not strict:  # a part of the model may be what the file has: a base model without its head
-        views += [(joined(path, label), inner) for label, inner in node.children.items() if len(inner.names) > 1]
+        least = max(2, len(node.names) * _SHARE)
+        views += [(joined(path, label), inner) for label, inner in node.children.items() if len(inner.names) >= least]
     return views
 
 
