@@ -29,11 +29,12 @@ class Node:
         names: What is left of each name below the node → the whole name. ``""`` is a tensor at the node itself.
     """
 
-    __slots__ = ("_children", "names")
+    __slots__ = ("_chain", "_children", "names")
 
     def __init__(self, names: dict[str, str]) -> None:
         self.names = names
         self._children: dict[str, Node] | None = None
+        self._chain: _Chain | None = None
 
     @property
     def children(self) -> dict[str, Node]:
@@ -54,6 +55,13 @@ class Node:
                         parts[label] = {below: name}
             self._children = {label: Node(names) for label, names in parts.items()}
         return self._children
+
+    @property
+    def chain(self) -> _Chain:
+        """The node with the wrappers right below it stepped over, one after the other; found once."""
+        if self._chain is None:
+            self._chain = _Chain.below(self)
+        return self._chain
 
     @property
     def is_tensor(self) -> bool:
@@ -123,7 +131,10 @@ def align(source: Node, model: Node, *, lift: Iterable[str] = ()) -> Alignment:
 
 def _at_root(result: Alignment, source: Node, model: Node, lift: frozenset[str]) -> None:
     work: list[tuple[Node, Node]] = []
-    extra, theirs = _pair_children(result, source, model, work, WRAPPERS.keys() | lift)
+    liftable = WRAPPERS.keys() | lift
+    if not _may_agree(source, model, liftable):
+        return
+    extra, theirs = _pair_children(result, source, model, work, liftable)
     # A tensor right at the root would be part of the root module itself, which the model has: that is unexpected.
     # So is a further layer of a Sequential or ModuleList, whose children are numbers.
     numbered = any(label.isdecimal() for label in theirs)
@@ -136,6 +147,18 @@ def _at_root(result: Alignment, source: Node, model: Node, lift: frozenset[str])
     while work:
         pair = work.pop()
         _note_leftover(result, *_pair_children(result, *pair, work, WRAPPERS.keys()))
+
+
+def _may_agree(source: Node, model: Node, liftable: Collection[str]) -> bool:
+    """Whether a look at the labels leaves a chance: most pairs of sub-trees have nothing to do with each other."""
+    if source.is_tensor and model.is_tensor:
+        return True
+    ours, theirs = source.chain, model.chain
+    return (
+        any(here.keys() & there.keys() for here in ours.levels for there in theirs.levels)
+        or any(here.keys() & liftable for here in (*ours.levels, *theirs.levels))
+        or (ours.has_tensors and theirs.has_tensors)
+    )
 
 
 def _note_leftover(result: Alignment, extra: dict[str, Node], theirs: dict[str, Node]) -> None:
@@ -159,7 +182,7 @@ def _pair_children(
     if source.names.keys() <= model.names.keys() or source.names.keys() >= model.names.keys():
         ours, theirs = source.children, model.children  # names that are the model's to the letter are never others
     else:
-        ours, theirs = _agree(result, _Chain.below(source), _Chain.below(model))
+        ours, theirs = _agree(result, source.chain, model.chain)
     extra = {label: ours[label] for label in ours if label not in theirs}
     lacking = {label: theirs[label] for label in theirs if label not in ours}
     work.extend((ours[label], theirs[label]) for label in ours if label in theirs)
@@ -178,11 +201,13 @@ class _Chain:
         levels: The children at each depth.
         labels: The wrapper between each level and the next.
         state: The wrappers' own tensors that were passed on the way: (level, label, name).
+        has_tensors: Whether the innermost level has tensors of its own, which a rule may know by other names.
     """
 
     levels: list[dict[str, Node]]
     labels: list[str]
     state: list[tuple[int, str, str]]
+    has_tensors: bool = False
 
     @classmethod
     def below(cls, node: Node) -> _Chain:
@@ -191,6 +216,7 @@ class _Chain:
             children = chain.levels[-1]
             inner = [label for label, child in children.items() if not (label in WRAPPER_STATE and child.is_tensor)]
             if len(inner) != 1 or inner[0] not in WRAPPERS or children[inner[0]].is_tensor:
+                chain.has_tensors = any(node.is_tensor or label == _PARAMETRIZED for label, node in children.items())
                 return chain
             depth = len(chain.labels)
             chain.state += [(depth, label, child.names[""]) for label, child in children.items() if label != inner[0]]
@@ -239,7 +265,7 @@ def _lift(
     """Pair children of a wrapper that has siblings with the nodes they are wanted as, if just one offers them."""
     offers: dict[str, list[tuple[str, Node]]] = {}
     for label in [label for label in holders if label in liftable]:
-        chain = _Chain.below(holders[label])
+        chain = holders[label].chain
         level = max(chain.levels, key=lambda children: len(children.keys() & wanted.keys()))
         for inner in level.keys() & wanted.keys():
             offers.setdefault(inner, []).append((label, level[inner]))
