@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tests.law import assert_equal_bits, identities, randomise, same_bits, snapshot
+from tests.versions import register_pre_hook
 from torchload import smart_load
 
 Build = Callable[[], nn.Module]
@@ -233,7 +234,7 @@ class Renaming(nn.Module):
         self.fc = nn.Linear(3, 2)
         self.calls = []
         if kind == "new":
-            self.register_load_state_dict_pre_hook(lambda module, *args: self.upgrade(*args))
+            register_pre_hook(self, lambda module, *args: self.upgrade(*args))
         else:
             self._register_load_state_dict_pre_hook(self.upgrade)
         self.register_load_state_dict_post_hook(lambda module, incompatible: module.calls.append("post"))
@@ -355,7 +356,7 @@ def test_hooks_are_called_as_load_state_dict_calls_them(tmp_path):
     trained = nn.ModuleList([Renaming(), Renaming("old")])
     torch.save(trained.state_dict(), tmp_path / "x.pth")
     model, want = nn.ModuleList([Renaming(), Renaming("old")]), nn.ModuleList([Renaming(), Renaming("old")])
-    want.load_state_dict(torch.load(tmp_path / "x.pth"))
+    want.load_state_dict(torch.load(tmp_path / "x.pth", weights_only=True))
     smart_load(model, tmp_path / "x.pth")
     assert [part.calls for part in model] == [part.calls for part in want] == [[1, "post"], [1, "post"]]
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from tests.versions import can_pickle, register_pre_hook
 from torchload import errors, smart_load
 
 
@@ -333,6 +334,8 @@ DTYPES = [
 def test_every_dtype_arrives_bit_for_bit(tmp_path, dtype, suffix):
     if suffix == "safetensors" and dtype is torch.complex128:
         pytest.skip("safetensors has no complex128")
+    if suffix == "pth" and not can_pickle(dtype):
+        pytest.skip("this torch can't save it")
     raw = torch.randint(0, 2 if dtype is torch.bool else 100, (3, 2, dtype.itemsize), dtype=torch.uint8)
     value = raw.view(dtype).reshape(3, 2)
     (torch.save if suffix == "pth" else save_file)({"value": value}, tmp_path / f"x.{suffix}")
@@ -472,7 +475,7 @@ def test_extra_state_and_hooks_are_honoured(tmp_path):
         def __init__(self, old=False):
             super().__init__()
             self.fc = nn.Linear(2, 3)
-            self.register_load_state_dict_pre_hook(self._upgrade)
+            register_pre_hook(self, self._upgrade)
             self.seen = None
             self.register_load_state_dict_post_hook(self._done)
 

@@ -77,7 +77,7 @@ def test_ordinary_in_every_way(size: int) -> None:
     torch.save(tensor, file)
     assert len(file.getvalue()) < size * 4 + 5000  # and not its neighbours
     file.seek(0)
-    assert torch.equal(torch.load(file), expected)
+    assert torch.equal(torch.load(file, weights_only=True), expected)
 
     parameter = torch.nn.Parameter(tensor)
     optimizer = torch.optim.SGD([parameter], lr=1.0)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 from tests.dcp_folders import Folder, whole
+from tests.versions import save_folder
 from torchload import smart_load
 from torchload.errors import (
     CheckpointFormatError,
@@ -42,7 +43,7 @@ def dense(tree: Any) -> Any:
 
 
 def save(path: Path, state: dict[str, Any], **options: Any) -> Path:
-    dcp.save(state, storage_writer=FileSystemWriter(path, **options), no_dist=True)
+    save_folder(state, storage_writer=FileSystemWriter(path, **options))
     return path
 
 

@@ -184,7 +184,7 @@ def test_data_is_little_endian_whatever_the_writer_was() -> None:
     root = pickled({"w": Rebuilt(storage("0", 2), 0, (2,), (1,))})
     data = handmade(root, ["0"], floats(1.5, -2), little_endian=False)
     assert read_tree(io.BytesIO(data))["w"].tolist() == [1.5, -2]
-    assert torch.load(io.BytesIO(data))["w"].tolist() == [1.5, -2]
+    assert torch.load(io.BytesIO(data), weights_only=True)["w"].tolist() == [1.5, -2]
 
 
 def test_several_objects_in_one_file_are_noted() -> None:

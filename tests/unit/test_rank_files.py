@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from tests.versions import save_folder
 from torchload import smart_load
 from torchload.errors import (
     AmbiguousCheckpointError,
@@ -219,7 +219,7 @@ def test_megatron_on_several_ranks_is_refused_with_advice(tmp_path: Path) -> Non
 
 def test_megatrons_distributed_format_loads(tmp_path: Path) -> None:
     source, target = nn.Linear(2, 3), nn.Linear(2, 3)
-    dcp.save(source.state_dict(), checkpoint_id=tmp_path / "iter_0000007", no_dist=True)
+    save_folder(source.state_dict(), checkpoint_id=tmp_path / "iter_0000007")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
     smart_load(target, tmp_path, "cpu")
     assert torch.equal(target.weight, source.weight)

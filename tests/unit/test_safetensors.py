@@ -27,7 +27,7 @@ DTYPES = [
 
 def dense(entry: TensorEntry) -> torch.Tensor:
     """The tensor that an entry describes, put together byte by byte."""
-    result = torch.zeros(entry.shape, dtype=entry.dtype)
+    result = torch.zeros(entry.shape).to(entry.dtype)
     for box in entry.boxes:
         assert box.is_contiguous
         count = entry.dtype.itemsize

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
+from tests.versions import can_pickle
 from torchload import errors, read_state_dict, smart_load, smart_save, verify_weights
 
 SUFFIXES = [".pth", ".safetensors"]
@@ -41,7 +42,9 @@ class Net(nn.Module):
         self.register_buffer("empty", torch.zeros(0, 3))
         self.register_buffer("scalar", torch.tensor(2.5))
         self.register_buffer("mask", torch.tensor([True, False]))
-        self.register_buffer("small", torch.tensor([1, 2, 3], dtype=torch.uint16))
+        self.register_buffer(
+            "small", torch.tensor([1, 2, 3], dtype=torch.uint16 if can_pickle(torch.uint16) else torch.int16)
+        )
         self.register_buffer("coarse", torch.randn(4).to(torch.float8_e4m3fn))
         self.register_buffer("scratch", torch.randn(2), persistent=False)
 

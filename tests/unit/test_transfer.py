@@ -275,7 +275,7 @@ def test_overflow_exactly_where_the_cast_overflows(tmp_path: Path, dtype: torch.
         low, high = (middle, high) if finite else (low, middle)
     values = torch.ones(size, dtype=torch.float64)
     values[0], values[1] = float("inf"), float("nan")  # which may stay
-    target = torch.zeros(size, dtype=dtype)
+    target = torch.zeros(size).to(dtype)
     values[size // 2] = -low
     run([whole(write(tmp_path / "f", values), target, torch.float64)])
     assert torch.equal(target.float().nan_to_num(), values.to(dtype).float().nan_to_num())
