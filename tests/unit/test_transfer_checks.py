@@ -12,7 +12,7 @@ from torchload.copies import Copy
 from torchload.errors import CorruptCheckpointError
 from torchload.index import Box, Extent, TensorEntry, contiguous_strides
 from torchload.source import FileSource, MemorySource
-from torchload.transfer import checks, not_seen_equal, run, same_data, verify_extents
+from torchload.transfer import checks, memory, not_seen_equal, run, same_data, verify_extents
 
 
 @pytest.mark.parametrize("threads", [None, 1, 3])
@@ -137,3 +137,17 @@ def test_what_is_not_seen_equal(tmp_path: Path) -> None:
             bits[index] ^= 1
     cast, strided = copy_of(source, 0, values[0].double()), copy_of(source, 0, values[0][:100].view(10, 10).t())
     assert set(not_seen_equal([cast, *copies, strided])) == {cast, strided}
+
+
+@pytest.mark.parametrize("has_library", [True, False])
+def test_memory_is_compared_with_and_without_the_c_library(monkeypatch: pytest.MonkeyPatch, has_library: bool) -> None:
+    if not has_library:
+        monkeypatch.setattr(memory, "_memcmp", lambda: None)
+    one = bytearray(b"a" * (2 * memory._COMPARED_BYTES + 5))
+    other = bytearray(one)
+    addresses = [memory.address_of(memoryview(buffer)) for buffer in (one, other)]
+    assert memory.is_same(*addresses, len(one))
+    assert memory.is_same(*addresses, 0)
+    other[-1] = 0
+    assert not memory.is_same(*addresses, len(one))
+    assert memory.is_same(*addresses, len(one) - 1)

@@ -23,8 +23,7 @@ move_much = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, 
 )
 """The same for much data: other threads run meanwhile."""
 
-_compare = ctypes.CDLL(None).memcmp
-_compare.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_COMPARED_BYTES = 1 << 20  # at a time, where it takes copies
 
 _WRITABLE = 0x200  # PyBUF_WRITE
 _from_memory = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
@@ -45,7 +44,14 @@ def address_of(buffer: mmap.mmap | memoryview) -> int:
 
 def is_same(address: int, other_address: int, nbytes: int) -> bool:
     """Whether two stretches of memory hold the same bytes."""
-    return bool(_compare(address, other_address, nbytes) == 0)
+    compare = _memcmp()
+    if compare is not None:
+        return bool(compare(address, other_address, nbytes) == 0)
+    return all(
+        ctypes.string_at(address + start, min(_COMPARED_BYTES, nbytes - start))
+        == ctypes.string_at(other_address + start, min(_COMPARED_BYTES, nbytes - start))
+        for start in range(0, nbytes, _COMPARED_BYTES)
+    )
 
 
 def scatter(descriptor: int, position: int, places: Sequence[int]) -> int:
@@ -88,6 +94,15 @@ def is_resident(address: int, nbytes: int) -> bool:
     if mincore is None or mincore(address - head, nbytes + head, result) != 0:
         return False
     return 0 not in pages
+
+
+@lru_cache(maxsize=1)
+def _memcmp() -> Any:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        function = ctypes.CDLL(None).memcmp
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+        return function
+    return None
 
 
 @lru_cache(maxsize=1)
