@@ -23,6 +23,7 @@ _SHOWN_TENSORS = 12
 _SHOWN_VALUES = 12
 _SHOWN_ROWS = 2_000
 _SHOWN_CHARACTERS = 120
+_LISTED_ELEMENTS = 1_000
 _DEEPEST = 3
 
 
@@ -192,7 +193,8 @@ def inspect_checkpoint(path: Any) -> CheckpointInfo:
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> CheckpointInfo:
-    root = checkpoint.root if as_mapping(checkpoint.root) is not None else {"": checkpoint.root}
+    is_container = isinstance(checkpoint.root, (Mapping, list, tuple, Record))
+    root = checkpoint.root if is_container else {"": checkpoint.root}
     places = {place.path: place for place in find_places(root, None, checkpoint.path)}
     listed, values = _outline(root, places)
     containers: list[ContainerInfo] = []
@@ -246,7 +248,7 @@ def _outline(root: Any, places: Mapping[str, Place]) -> tuple[list[tuple[Place, 
     todo: list[tuple[str, Any, int]] = [("", root, 0)]
     for path, value, depth in todo:
         place = places.get(path)
-        container = as_mapping(value)
+        container = _held(value, path, places)
         if container is None:
             continue
         loose = [str(name) for name, inner in container.items() if _is_tensor(inner)]
@@ -264,6 +266,18 @@ def _outline(root: Any, places: Mapping[str, Place]) -> tuple[list[tuple[Place, 
             elif not _is_tensor(inner):
                 values[below] = inner
     return listed, values
+
+
+def _held(value: Any, path: str, places: Mapping[str, Place]) -> Mapping[Any, Any] | None:
+    """`as_mapping`, but of a long list only its beginning, and what is or holds tensors."""
+    if not isinstance(value, (list, tuple)):
+        return as_mapping(value)
+    prefix = f"{path}." if path else ""
+    return {
+        index: inner
+        for index, inner in enumerate(value)
+        if index < _LISTED_ELEMENTS or _is_tensor(inner) or f"{prefix}{index}" in places
+    }
 
 
 def _is_tensor(value: object) -> bool:

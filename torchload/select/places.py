@@ -27,6 +27,7 @@ class Place:
     inner: frozenset[str]  # names of nested containers, which are places of their own
 
 
+_WIDE = 16
 _HOLDERS = (TensorEntry, OpaqueTensor, Record, Mapping, list, tuple)
 
 
@@ -63,7 +64,9 @@ def find_places(root: Any, key: str | None, path: str) -> list[Place]:
 
 def _containers(root: Any) -> dict[int, tuple[str, Mapping[Any, Any]]]:
     """All containers of a tree below which tensors are: identity → (dotted path, what it holds), outermost first."""
-    top = _below(root)
+    wide: dict[int, bool] = {}
+    barren: set[int] = set()
+    top = _below(root, wide)
     if top is None:
         return {}
     known: dict[int, tuple[str, Mapping[Any, Any]]] = {id(root): ("", top)}
@@ -75,8 +78,13 @@ def _containers(root: Any) -> dict[int, tuple[str, Mapping[Any, Any]]]:
         for name, value in inside.items():
             if _is_leaf(name, value):
                 has_leaves = True
-            elif below := _below(value):  # what is empty leads nowhere
+            elif id(value) not in barren:
                 if id(value) not in known:
+                    below = _below(value, wide)
+                    if not below:  # leads nowhere
+                        if below is not None:
+                            barren.add(id(value))
+                        continue
                     known[id(value)] = (f"{here}.{name}" if here else str(name), below)
                     above[id(value)] = []
                     todo.append((id(value), *known[id(value)]))
@@ -89,11 +97,22 @@ def _containers(root: Any) -> dict[int, tuple[str, Mapping[Any, Any]]]:
     return {identity: place for identity, place in known.items() if identity in held}
 
 
-def _below(value: Any) -> Mapping[Any, Any] | None:
+def _below(value: Any, wide: dict[int, bool]) -> Mapping[Any, Any] | None:
     """`as_mapping`, but of a list (of a million losses, perhaps) only what may be or hold tensors."""
     if isinstance(value, (list, tuple)):
-        return {index: inner for index, inner in enumerate(value) if isinstance(inner, _HOLDERS)}
+        return {index: inner for index, inner in enumerate(value) if _may_hold(inner, wide)}
     return as_mapping(value)
+
+
+def _may_hold(value: Any, wide: dict[int, bool]) -> bool:
+    """Whether a value may be or hold tensors. What is wide is looked through once, wherever it occurs."""
+    if not isinstance(value, (list, tuple)):
+        return isinstance(value, _HOLDERS)
+    if len(value) <= _WIDE:
+        return any(isinstance(inner, _HOLDERS) for inner in value)
+    if id(value) not in wide:
+        wide[id(value)] = any(isinstance(inner, _HOLDERS) for inner in value)
+    return wide[id(value)]
 
 
 def _is_leaf(name: Any, value: Any) -> bool:
