@@ -12,15 +12,15 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from torchload import errors
-    from torchload.api import smart_load
+    from torchload.companions.contents import CheckpointInfo, ContainerInfo, TensorInfo, inspect_checkpoint
+    from torchload.companions.reading import read_state_dict
+    from torchload.companions.resuming import ResumeReport, smart_resume
+    from torchload.companions.saving import SaveReport, smart_save
+    from torchload.companions.verification import VerifyReport, verify_weights
     from torchload.comparison import Difference
-    from torchload.contents import CheckpointInfo, ContainerInfo, TensorInfo, inspect_checkpoint
-    from torchload.placement import best_device
-    from torchload.reading import read_state_dict
+    from torchload.loading import smart_load
+    from torchload.model.placement import best_device
     from torchload.report import LoadReport
-    from torchload.resuming import ResumeReport, smart_resume
-    from torchload.saving import SaveReport, smart_save
-    from torchload.verification import VerifyReport, verify_weights
 
 __version__ = "0.1.0"
 
@@ -45,21 +45,21 @@ __all__ = [
 ]
 
 _HOME = {
-    "CheckpointInfo": "contents",
-    "ContainerInfo": "contents",
+    "CheckpointInfo": "companions.contents",
+    "ContainerInfo": "companions.contents",
     "Difference": "comparison",
     "LoadReport": "report",
-    "ResumeReport": "resuming",
-    "SaveReport": "saving",
-    "TensorInfo": "contents",
-    "VerifyReport": "verification",
-    "best_device": "placement",
-    "inspect_checkpoint": "contents",
-    "read_state_dict": "reading",
-    "smart_load": "api",
-    "smart_resume": "resuming",
-    "smart_save": "saving",
-    "verify_weights": "verification",
+    "ResumeReport": "companions.resuming",
+    "SaveReport": "companions.saving",
+    "TensorInfo": "companions.contents",
+    "VerifyReport": "companions.verification",
+    "best_device": "model.placement",
+    "inspect_checkpoint": "companions.contents",
+    "read_state_dict": "companions.reading",
+    "smart_load": "loading",
+    "smart_resume": "companions.resuming",
+    "smart_save": "companions.saving",
+    "verify_weights": "companions.verification",
 }
 
 

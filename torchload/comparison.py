@@ -11,8 +11,8 @@ import torch
 
 from torchload.copies import Copy
 from torchload.index import Box, Shape, TensorEntry
+from torchload.model.target import Slot
 from torchload.plan import Assignment, copies_into
-from torchload.target import Slot
 from torchload.transfer import allocate, not_seen_equal, run
 from torchload.transfer.overflow import overflows
 

@@ -13,11 +13,11 @@ from torchload.comparison import Pair, compare
 from torchload.copies import Copy
 from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.index import Extent
+from torchload.model.shards import empty_part, is_ordinary, is_sharded, local_region, refresh_shards
+from torchload.model.swap import swap
+from torchload.model.target import Target
 from torchload.plan import Assignment, Conversion, LoadPlan, copies_into
 from torchload.select import Selection
-from torchload.shards import empty_part, is_ordinary, is_sharded, local_region, refresh_shards
-from torchload.swap import swap
-from torchload.target import Target
 from torchload.transfer import allocate, map_entries, map_entry, run, same_data
 
 __all__ = ["carry_out", "compare_landed", "compare_ties", "extents_of"]

@@ -10,8 +10,8 @@ import torch
 
 from torchload.errors import IncompatibleCheckpointError
 from torchload.index import Shape
+from torchload.model.target import Target
 from torchload.select import Selection
-from torchload.target import Target
 
 __all__ = ["group_names", "incompatible", "plural", "short_dtype"]
 

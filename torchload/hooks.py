@@ -18,9 +18,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from torchload.errors import IncompatibleCheckpointError
 from torchload.index import Box, Container, Extent, OpaqueTensor, Record, TensorEntry, contiguous_strides
+from torchload.model.target import HookedModule, Slot, Target
 from torchload.select import Selection
 from torchload.source import MemorySource
-from torchload.target import HookedModule, Slot, Target
 from torchload.transfer.memory import memory_at
 
 __all__ = ["Undo", "plain", "restorer", "run_own_loader", "run_post_hooks", "run_pre_hooks", "set_extra_states"]

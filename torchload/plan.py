@@ -17,10 +17,10 @@ import torch
 from torchload.copies import Copy
 from torchload.explain import incompatible, short_dtype
 from torchload.index import Box, OpaqueTensor, Shape, TensorEntry
-from torchload.placement import Placement, check_room
+from torchload.model.placement import Placement, check_room
+from torchload.model.shards import Region, home_of, is_ordinary, local_region
+from torchload.model.target import HookedModule, Slot, Target, own_loaders
 from torchload.select import Selection
-from torchload.shards import Region, home_of, is_ordinary, local_region
-from torchload.target import HookedModule, Slot, Target, own_loaders
 
 __all__ = ["Assignment", "DtypeSpec", "LoadPlan", "Options", "copies_into", "copies_of", "glob_matcher", "make_plan"]
 

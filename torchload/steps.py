@@ -8,8 +8,8 @@ from typing import Any
 from torchload import hooks
 from torchload.errors import IncompatibleCheckpointError
 from torchload.index import Checkpoint
+from torchload.model.target import Target
 from torchload.select import Selection, Wanted, select
-from torchload.target import Target
 from torchload.transfer import map_entry
 
 __all__ = ["select_for"]

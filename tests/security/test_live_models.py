@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.security._machine import anonymous_bytes, changed, descriptors, in_child, needs_proc, snapshot, tower
 from torchload import smart_load
-from torchload.target import Slot
+from torchload.model.target import Slot
 
 RELOADS = 100
 LAYERS = 4
@@ -102,7 +102,7 @@ def test_atomic_is_a_bool_or_a_lock(versions: list[str]) -> None:
 
 
 BUSY = """
-import sys, threading, torch, torchload.swap
+import sys, threading, torch, torchload.model.swap
 from torchload import smart_load
 
 class Big(torch.nn.Module):
@@ -110,7 +110,7 @@ class Big(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(4 << 20), requires_grad=False)
 
-torchload.swap.PATIENCE_SECONDS = float(sys.argv[2])
+torchload.model.swap.PATIENCE_SECONDS = float(sys.argv[2])
 torch.set_num_threads(1)
 model, stop = Big(), threading.Event()
 torch.save(model.state_dict(), sys.argv[1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchload.errors import DeviceError
-from torchload.placement import Placement, available_devices, best_device, check_room, free_bytes, resolve_device
+from torchload.model.placement import Placement, available_devices, best_device, check_room, free_bytes, resolve_device
 
 CPU, META, GPU = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 1)
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchload.index import Box, Extent, TensorEntry, contiguous_strides
+from torchload.model.shards import Region
+from torchload.model.target import Slot
 from torchload.plan import Assignment, copies_into, glob_matcher
-from torchload.shards import Region
 from torchload.source import MemorySource
-from torchload.target import Slot
 from torchload.transfer import run
 
 

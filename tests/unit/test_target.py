@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import nn
 
-from torchload.target import describe_model, own_loaders
+from torchload.model.target import describe_model, own_loaders
 
 
 class Tied(nn.Module):

@@ -15,17 +15,17 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from torchload.companions.ranks import Ranks
+from torchload.companions.replacing import replacing
+from torchload.companions.sharing import Layout, shared_runs
+from torchload.companions.writers import FileFormat, format_of
+from torchload.companions.writers.blocks import Block, Content, StoredTensor
 from torchload.explain import group_names, plural, short_dtype
 from torchload.index import contiguous_strides
+from torchload.model.shards import is_sharded
+from torchload.model.unwrapping import State, unwrapped_state
 from torchload.plan import glob_matcher
-from torchload.ranks import Ranks
-from torchload.replacing import replacing
 from torchload.report import format_bytes, format_seconds
-from torchload.shards import is_sharded
-from torchload.sharing import Layout, shared_runs
-from torchload.unwrapping import State, unwrapped_state
-from torchload.writers import FileFormat, format_of
-from torchload.writers.blocks import Block, Content, StoredTensor
 
 __all__ = ["SaveReport", "smart_save"]
 

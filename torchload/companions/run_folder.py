@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
+from torchload.companions.training import COMPANIONS
 from torchload.errors import CorruptCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.index import Checkpoint, Container
-from torchload.training import COMPANIONS
 
 __all__ = ["training_tree"]
 

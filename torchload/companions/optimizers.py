@@ -13,8 +13,8 @@ from torchload.explain import group_names, plural
 from torchload.hooks import plain
 from torchload.index import OpaqueTensor, Record, TensorEntry
 from torchload.keys.match import align, tree_of
+from torchload.model.shards import is_sharded
 from torchload.plan import copies_of
-from torchload.shards import is_sharded
 from torchload.transfer import allocate, map_entry, run
 
 __all__ = ["OptimizerPlan", "plan_optimizer", "read_states"]

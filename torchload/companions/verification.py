@@ -17,11 +17,11 @@ from torchload.explain import group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
 from torchload.index import OpaqueTensor, TensorEntry
 from torchload.keys.rewrite import Rename
+from torchload.model.target import Slot, Target, describe_model
 from torchload.plan import glob_matcher
 from torchload.report import format_bytes, format_seconds
 from torchload.select import Selection
 from torchload.steps import select_for
-from torchload.target import Slot, Target, describe_model
 
 __all__ = ["Difference", "VerifyReport", "verify_weights"]
 

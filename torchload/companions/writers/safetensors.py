@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from torchload.companions.writers.blocks import Content
 from torchload.formats.safetensors import DTYPES
-from torchload.writers.blocks import Content
 
 __all__ = ["check", "order", "write"]
 

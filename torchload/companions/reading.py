@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from torchload.collector import collector_paused
+from torchload.companions.sharing import Layout, Run, shared_runs
+from torchload.companions.state_dicts import StateDict, find_state_dict
 from torchload.copies import Copy
 from torchload.errors import CastOverflowError, IncompatibleCheckpointError
 from torchload.explain import group_names
 from torchload.formats import open_checkpoint
 from torchload.index import Box, OpaqueTensor, TensorEntry, contiguous_strides
-from torchload.placement import check_room, resolve_device
-from torchload.sharing import Layout, Run, shared_runs
-from torchload.state_dicts import StateDict, find_state_dict
+from torchload.model.placement import check_room, resolve_device
 from torchload.transfer import allocate, map_entries, run
 
 __all__ = ["read_state_dict"]

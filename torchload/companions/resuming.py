@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchload import api, hooks
+from torchload import hooks, loading
 from torchload.collector import collector_paused
-from torchload.companions import training_tree
+from torchload.companions.optimizers import OptimizerPlan, Place, plan_optimizer, read_states
+from torchload.companions.run_folder import training_tree
+from torchload.companions.training import Found, average_of, find_training_state, plain_values, weights_of
 from torchload.errors import IncompatibleCheckpointError
 from torchload.execute import carry_out, compare_ties, extents_of
 from torchload.explain import plural
 from torchload.formats import open_checkpoint
 from torchload.index import Checkpoint
 from torchload.keys.rewrite import Rename
-from torchload.optimizers import OptimizerPlan, Place, plan_optimizer, read_states
-from torchload.placement import DeviceSpec, Placement
+from torchload.model.placement import DeviceSpec, Placement
+from torchload.model.shards import is_sharded
+from torchload.model.target import Slot, Target, describe_model
 from torchload.plan import DtypeSpec, LoadPlan, Options, glob_matcher, make_plan
 from torchload.report import LoadReport
 from torchload.select import Selection
-from torchload.shards import is_sharded
 from torchload.steps import select_for
-from torchload.target import Slot, Target, describe_model
-from torchload.training import Found, average_of, find_training_state, plain_values, weights_of
 from torchload.transfer import map_entry, verify_extents
 
 __all__ = ["ResumeReport", "smart_resume"]
@@ -135,7 +135,7 @@ def smart_resume(
         >>> len(optimizer.state) == len(list(model.parameters()))
         True
     """
-    api._check_arguments(model, dtype, skip, (), False)
+    loading.check_arguments(model, dtype, skip, (), False)
     with collector_paused(), ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path))
         resumption = _Resumption(checkpoint, training_tree(checkpoint, path, stack), strict, Placement(device), dtype)
@@ -371,9 +371,11 @@ class _Resumption:
         state = find_training_state(self.tree)
         reports = []
         for load in self.loads:
-            notes = tuple(api._notes(self.checkpoint, load.selection, load.plan, False))
+            notes = tuple(loading.notes_of(self.checkpoint, load.selection, load.plan, False))
             reports.append(
-                api._report(load.target, self.checkpoint, load.selection, load.plan, load.nbytes, notes, load.seconds)
+                loading.report_of(
+                    load.target, self.checkpoint, load.selection, load.plan, load.nbytes, notes, load.seconds
+                )
             )
         parts = [*state.optimizers, *state.schedulers, *([state.scaler] if state.scaler else [])]
         known = {

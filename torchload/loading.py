@@ -19,13 +19,13 @@ from torchload.explain import group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
 from torchload.index import Checkpoint, Extent, Record, TensorEntry
 from torchload.keys.rewrite import Rename
-from torchload.placement import DeviceSpec, Placement
+from torchload.model.placement import DeviceSpec, Placement
+from torchload.model.target import Target, describe_model
 from torchload.plan import DtypeSpec, LoadPlan, Options, glob_matcher, make_plan
 from torchload.progress import progress_reporter
 from torchload.report import LoadReport, format_bytes
 from torchload.select import Selection
 from torchload.steps import select_for
-from torchload.target import Target, describe_model
 from torchload.transfer import verify_extents
 
 __all__ = ["smart_load"]
@@ -107,7 +107,7 @@ def smart_load(
         True
     """
     started = time.perf_counter()
-    _check_arguments(model, dtype, skip, keep_fp32, atomic)
+    check_arguments(model, dtype, skip, keep_fp32, atomic)
     placement = Placement(device)
     with collector_paused(), open_checkpoint(path) as checkpoint:
         options = Options(placement, dtype, tuple(keep_fp32), strict, atomic is not False, checkpoint.path)
@@ -124,13 +124,13 @@ def smart_load(
         if verify:
             compare_landed(plan, checkpoint.path)
         hooks.run_post_hooks(target, selection.missing, selection.unexpected)
-        notes = tuple(_notes(checkpoint, selection, plan, verify))
-        report = _report(target, checkpoint, selection, plan, nbytes, notes, time.perf_counter() - started)
+        notes = tuple(notes_of(checkpoint, selection, plan, verify))
+        report = report_of(target, checkpoint, selection, plan, nbytes, notes, time.perf_counter() - started)
     _tell(report, strict)
     return report
 
 
-def _check_arguments(model: nn.Module, dtype: Any, skip: Any, keep_fp32: Any, atomic: Any) -> None:
+def check_arguments(model: nn.Module, dtype: Any, skip: Any, keep_fp32: Any, atomic: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the first argument is the model, an nn.Module, not {type(model).__name__}")
     if dtype not in (None, "auto") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -145,7 +145,7 @@ def _check_arguments(model: nn.Module, dtype: Any, skip: Any, keep_fp32: Any, at
 # --- the account ---
 
 
-def _report(
+def report_of(
     target: Target,
     checkpoint: Checkpoint,
     selection: Selection,
@@ -217,7 +217,7 @@ def _rewrites(selection: Selection) -> Iterator[str]:
         yield f"renamed {plural(count, 'tensor')} ({rule})"
 
 
-def _notes(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verify: bool) -> Iterator[str]:
+def notes_of(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verify: bool) -> Iterator[str]:
     yield from checkpoint.notes
     if verify:
         yield from _unverified(extents_of(plan))

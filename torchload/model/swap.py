@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from torchload.shards import is_sharded
-from torchload.target import Slot, settle
+from torchload.model.shards import is_sharded
+from torchload.model.target import Slot, settle
 
 __all__ = ["swap"]
 

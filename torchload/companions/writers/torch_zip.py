@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-from torchload.writers.blocks import Block, Content, StoredTensor
+from torchload.companions.writers.blocks import Block, Content, StoredTensor
 
 if TYPE_CHECKING:
     import zipfile

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from torchload.writers import safetensors, torch_zip
-from torchload.writers.blocks import Content
+from torchload.companions.writers import safetensors, torch_zip
+from torchload.companions.writers.blocks import Content
 
 __all__ = ["FORMATS", "FileFormat", "format_of"]
 
