@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
@@ -33,6 +34,7 @@ _DESCRIPTOR64 = struct.Struct("<4sL2Q")
 _HAS_DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11
 _UNREADABLE = 1 | 1 << 5 | 1 << 6 | 1 << 13  # encrypted, patched, strongly encrypted, masked headers
 _LIMIT16, _LIMIT32 = 0xFFFF, 0xFFFFFFFF
+_NEAR_BYTES = 16 << 10  # so much data between two headers is read as quickly as a header alone
 _WINDOW_BYTES = 256 << 10  # headers this near one another are read together
 _HEADER_BYTES = 1024  # else just this much, which holds a header and its name
 
@@ -274,6 +276,7 @@ def _located(source: Source, rows: list[_Row], limit: int) -> Iterator[ZipRecord
         limit: Where the central directory begins.
     """
     window, window_start, window_end = b"", 0, 0
+    headers = [row[0] for row in rows]
     end = 0  # of the data of the record before
     before: _Row | None = None  # that record, where a descriptor must follow it
     unpack, header_size = _LOCAL.unpack_from, _LOCAL.size
@@ -283,11 +286,12 @@ def _located(source: Source, rows: list[_Row], limit: int) -> Iterator[ZipRecord
         if header < end or needed > limit:
             _damaged(source, f"its record {name!r} overlaps another one or the directory")
         if needed > window_end:
-            following = rows[number + 1][0] if number + 1 < len(rows) else limit
-            amount = _WINDOW_BYTES if following - header < _WINDOW_BYTES // 4 else _HEADER_BYTES
+            last = bisect_right(headers, header + _WINDOW_BYTES) - 1
+            if headers[last] - header > (last - number) * _NEAR_BYTES:
+                last = number  # mostly data would be read
             # Begins where the record before ended, whose descriptor stands between them.
             window_start = end if header - end <= _HEADER_BYTES else header
-            window_end = min(max(needed, window_start + amount), limit)
+            window_end = min(max(needed, headers[last] + _HEADER_BYTES), limit)
             window = source.read(window_start, window_end - window_start)
         if before is not None:
             _check_descriptor(source, before, end, window, end - window_start)
