@@ -33,7 +33,8 @@ class Net(nn.Module):
 
 def sharded(*, meta: bool = False, seed: int = 2) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+
+    from tests.distributed._parallel import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
     with torch.device("meta" if meta else "cpu"):

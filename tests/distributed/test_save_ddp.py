@@ -111,7 +111,8 @@ def test_a_rank_may_save_on_its_own(tmp_path):
 
 def _sharded(overflow=False):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from tests.distributed._parallel import Replicate, Shard, distribute_tensor
 
     model = build()
     if overflow:
@@ -149,7 +150,7 @@ def test_sharded_tensors_are_put_together(tmp_path):
 
 
 def _save_fsdp2(rank, folder):
-    from torch.distributed.fsdp import fully_shard
+    from tests.distributed._parallel import fully_shard
 
     model = build()
     for layer in model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -58,22 +59,19 @@ def local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
     """
     if not is_sharded(tensor):
         return tensor.detach(), Region((0,) * tensor.dim(), tuple(tensor.shape))
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     sharded: Any = tensor
-    shape, origin = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
+    layout = importlib.import_module(f"{_dtensor_module().__name__}._utils")
+    shape, origin = layout.compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
     local: torch.Tensor = sharded._local_tensor.detach()
     return local, Region(tuple(origin), tuple(shape))
 
 
 def empty_part(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A `DTensor` like another one, with fresh memory for this process's part of it."""
-    from torch.distributed.tensor import DTensor
-
     sharded: Any = tensor
     with torch.inference_mode(False):
         local = torch.empty(sharded._local_tensor.shape, dtype=dtype, device=device)
-        return DTensor.from_local(
+        whole: torch.Tensor = _dtensor_module().DTensor.from_local(
             local,
             sharded.device_mesh,
             sharded.placements,
@@ -81,6 +79,7 @@ def empty_part(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -
             shape=sharded.shape,
             stride=sharded.stride(),
         )
+    return whole
 
 
 def home_of(tensor: torch.Tensor) -> torch.device:
@@ -117,6 +116,16 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
 
 
 def _dtensor_class() -> type[torch.Tensor] | None:
-    """`DTensor`, if anybody has imported it: without that no tensor can be one."""
-    module = sys.modules.get("torch.distributed.tensor") or sys.modules.get("torch.distributed._tensor")
-    return getattr(module, "DTensor", None)
+    return getattr(_dtensor_module(), "DTensor", None)
+
+
+def _dtensor_module() -> Any:
+    """Where `DTensor` is, if anybody has imported it: without that no tensor can be one.
+
+    Before torch 2.5 it is in a private package, and the public one exists without it.
+    """
+    for name in ("torch.distributed.tensor", "torch.distributed._tensor"):
+        module = sys.modules.get(name)
+        if hasattr(module, "DTensor"):
+            return module
+    return None
