@@ -16,7 +16,7 @@ from torchload.plan import Assignment, copies_into
 from torchload.transfer import allocate, not_seen_equal, run
 from torchload.transfer.overflow import overflows
 
-__all__ = ["Difference", "Pair", "compare"]
+__all__ = ["Difference", "Pair", "compare", "compare_values"]
 
 _BATCH_BYTES = 16 << 20
 _CPU = torch.device("cpu")
@@ -112,6 +112,39 @@ def _to_look_at(pairs: Sequence[Pair]) -> list[int]:
     """Indices of the pairs that a quick look doesn't show to be equal."""
     owners = {copy: index for index, pair in enumerate(pairs) for copy in _copies(pair)}
     return sorted({owners[copy] for copy in not_seen_equal(list(owners))})
+
+
+def compare_values(name: str, source: str, theirs: object, ours: object) -> Difference | None:
+    """Compare two values in memory: tensors, quantized ones among them, pairs of such, or anything with ``==``.
+
+    Args:
+        name: The model's name for the value.
+        source: The checkpoint's.
+        theirs: What it should be.
+        ours: What it is.
+    """
+    if isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)) and len(theirs) == len(ours):
+        parts = (compare_values(name, source, here, there) for here, there in zip(theirs, ours))
+        return next((part for part in parts if part is not None), None)
+    if not (isinstance(theirs, torch.Tensor) and isinstance(ours, torch.Tensor)):
+        same = type(theirs) is type(ours) and theirs == ours
+        reason = f"{_brief(theirs)} in the file, {_brief(ours)} here"
+        return None if same else Difference(name, source, 1, 1, reason=reason)
+    numel = theirs.numel()
+    if (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
+        reason = f"{theirs.dtype} {tuple(theirs.shape)} in the file, {ours.dtype} {tuple(ours.shape)} here"
+        return Difference(name, source, numel, numel, reason=reason)
+    if theirs.is_quantized:  # the numbers that they stand for: another scale is another weight
+        theirs, ours = theirs.dequantize(), ours.dequantize()
+    tallies: dict[int, _Tally] = {}
+    _look(theirs.to(_CPU), ours.to(_CPU), tallies, 0)
+    if (tally := tallies.get(0)) is None:
+        return None
+    return Difference(name, source, tally.count, numel, tally.largest, tally.nans)
+
+
+def _brief(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
 
 
 def _copies(pair: Pair) -> Iterator[Copy]:

@@ -82,7 +82,7 @@ def carry_out(
     if interrupt is not None:
         interrupt.written = tuple(name for item in plan.assignments for name in item.slot.names)  # type: ignore[attr-defined]
         raise interrupt
-    return sum(_held_bytes(item) for item in plan.assignments)
+    return sum(_held_bytes(item) for item in plan.assignments) + sum(entry.nbytes for entry in plan.given)
 
 
 def _held_bytes(item: Assignment) -> int:
@@ -174,7 +174,8 @@ def _can_map(item: Assignment) -> bool:
 
 def extents_of(plan: LoadPlan) -> list[Extent]:
     """The runs of bytes that a plan takes data from, each once."""
-    extents = {id(box.extent): box.extent for item in plan.assignments for box in item.entry.boxes}
+    entries = [*(item.entry for item in plan.assignments), *plan.given]
+    extents = {id(box.extent): box.extent for entry in entries for box in entry.boxes}
     return list(extents.values())
 
 

@@ -14,16 +14,29 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from torchload.errors import IncompatibleCheckpointError
-from torchload.index import Box, Container, Extent, OpaqueTensor, Record, TensorEntry, contiguous_strides
+from torchload.index import Box, Extent, OpaqueTensor, Record, TensorEntry, contiguous_strides
 from torchload.model.target import HookedModule, Slot, Target
+from torchload.quantized import quantized_tensor
 from torchload.select import Selection
 from torchload.source import MemorySource
 from torchload.transfer.memory import memory_at
 
-__all__ = ["Undo", "plain", "restorer", "run_own_loader", "run_post_hooks", "run_pre_hooks", "set_extra_states"]
+__all__ = [
+    "Undo",
+    "in_memory",
+    "is_given",
+    "load_itself",
+    "plain",
+    "restorer",
+    "run_own_loader",
+    "run_post_hooks",
+    "run_pre_hooks",
+    "set_extra_states",
+]
 
 ReadTensor = Callable[[TensorEntry], torch.Tensor]
 
@@ -83,7 +96,7 @@ def _offered(hooked: list[HookedModule], selection: Selection) -> dict[str, str]
     """Model name → checkpoint name of everything below hooked modules, leftovers under the name they would have."""
     prefixes = tuple(item.prefix for item in hooked)
     offered = {name: source for name, source in selection.pairs.items() if name.startswith(prefixes)}
-    unused = {*selection.unexpected, *selection.outside}
+    unused = {*selection.unexpected, *selection.outside, *selection.claimed}
     for source, name in selection.alignment.leftover.items():
         if source in unused and name.startswith(prefixes):
             offered.setdefault(name, source)
@@ -106,7 +119,7 @@ def _revised(
         source = entries.get(id(value))
         if source is None:
             source = name if name not in leaves else f"{name} (from a hook)"
-            leaves[source] = _in_memory(value) if isinstance(value, torch.Tensor) else value
+            leaves[source] = in_memory(value) if isinstance(value, torch.Tensor) else value
         if name in known:
             pairs[name] = source
             used.add(source)
@@ -140,7 +153,7 @@ class _TensorSource(MemorySource):
         super().__init__(memory_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b"", "<computed by a hook>")
 
 
-def _in_memory(tensor: torch.Tensor) -> TensorEntry:
+def in_memory(tensor: torch.Tensor) -> TensorEntry:
     """An entry over a tensor that was computed: its bytes are its source."""
     tensor = tensor.detach().to("cpu").contiguous()
     shape = tuple(tensor.shape)
@@ -169,17 +182,15 @@ def run_own_loader(
     Raises:
         IncompatibleCheckpointError: The module refused what the checkpoint has for it; `undo` restores it.
     """
-    state = Container(
-        {
-            name[len(hooked.prefix) :]: plain(selection.leaves[source], read)
-            for name, source in _offered([hooked], selection).items()
-        }
-    )
-    state_dict: Any = OrderedDict(state)
-    state_dict._metadata = _metadata_below(selection, hooked.prefix)
-    undo.steps.append(restorer(slots))
+    if not is_given(hooked, selection):
+        return
+    undo.steps.append(restorer(hooked.module, slots))
+    for slot in slots:
+        if slot.tensor.is_meta and slot.shape is not None:
+            undo.steps.append(partial(slot.install, slot.tensor.detach()))
+            slot.install(torch.zeros(slot.shape, dtype=slot.tensor.dtype))
     try:
-        hooked.module.load_state_dict(state_dict, strict=True)
+        load_itself(hooked.module, hooked.prefix, slots, selection, read)
     except Exception as error:
         where = f" at {hooked.prefix.rstrip('.')!r}" if hooked.prefix else ""
         raise IncompatibleCheckpointError(
@@ -189,16 +200,62 @@ def run_own_loader(
         ) from error
 
 
-def restorer(slots: Sequence[Slot]) -> Callable[[], None]:
-    """What puts back the values that slots have now."""
+def is_given(hooked: HookedModule, selection: Selection) -> bool:
+    """Whether the checkpoint has something for a module that loads itself, or nothing says that it needn't."""
+    return bool(_offered([hooked], selection)) or not _may_lack(hooked.prefix, selection)
+
+
+def load_itself(module: nn.Module, prefix: str, slots: Sequence[Slot], selection: Selection, read: ReadTensor) -> None:
+    """Call a module's `load_state_dict` with what the checkpoint has for it.
+
+    Args:
+        module: The module at `prefix`, or a copy of it.
+        prefix: Where it is in the model, with its dot.
+        slots: Its tensors. What is none of them, such as packed weights, it may keep as it gets it.
+        selection: Where its values are.
+        read: Gives a tensor over the file's bytes, without reading them.
+    """
+    copied = {name for slot in slots for name in slot.names}
+
+    def own(entry: TensorEntry) -> torch.Tensor:
+        return read(entry).clone()
+
+    state_dict: Any = OrderedDict(
+        (name[len(prefix) :], plain(selection.leaves[source], read if name in copied else own))
+        for name, source in _offered([HookedModule(prefix, module)], selection).items()
+    )
+    state_dict._metadata = _metadata_below(selection, prefix)
+    module.load_state_dict(state_dict, strict=not _may_lack(prefix, selection))
+
+
+def _may_lack(prefix: str, selection: Selection) -> bool:
+    """Whether the caller accepts that something below a prefix is not loaded."""
+    return any(name.startswith(prefix) for name in (*selection.missing, *selection.skipped))
+
+
+def restorer(module: nn.Module, slots: Sequence[Slot]) -> Callable[[], None]:
+    """What puts back the values that slots of a module have now, and the attributes of all its parts."""
     saved = [(slot.tensor, slot.tensor.detach().clone()) for slot in slots if not slot.tensor.is_meta]
+    held = [(values, dict(values)) for part in module.modules() for values in _attributes(part)]
 
     def restore() -> None:
+        for now, before in held:
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update(before)
         with torch.no_grad():
             for tensor, values in saved:
-                tensor.detach().copy_(values)
+                if tensor.shape == values.shape:
+                    tensor.detach().copy_(values)
+                else:
+                    tensor.data = values
 
     return restore
+
+
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    tables: tuple[Any, ...] = (module.__dict__, module._parameters, module._buffers, module._modules)
+    return tables
 
 
 def set_extra_states(target: Target, selection: Selection, read: ReadTensor, undo: Undo) -> None:
@@ -244,6 +301,8 @@ def plain(value: Any, read: ReadTensor) -> Any:
         return {key: plain(inner, read) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(plain(inner, read) for inner in value)
+    if isinstance(value, OpaqueTensor) and value.quantized is not None and value.shape is not None:
+        return quantized_tensor(value.shape, value.quantized, read)
     if isinstance(value, (Record, OpaqueTensor)):
         what = value.name if isinstance(value, Record) else value.reason
         raise ValueError(f"it holds {what}, which torchload does not build because that would run code")

@@ -26,11 +26,13 @@ __all__ = [
     "Container",
     "Extent",
     "OpaqueTensor",
+    "Quantized",
     "Record",
     "Shape",
     "TensorEntry",
     "box_end_bytes",
     "contiguous_strides",
+    "entries_in",
     "record_fields",
 ]
 
@@ -118,6 +120,27 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Quantized:
+    """A quantized tensor: integers, and what number each of them stands for.
+
+    Attributes:
+        dtype: The quantized element type, such as `torch.qint8`.
+        data: The integers, in the plain dtype of their size; of an element type of less than a byte, the bytes that
+            they are packed into, as one row.
+        scale: What an integer is multiplied with, after `zero_point` was taken from it; one number for the whole
+            tensor, or one for each position along `axis`.
+        zero_point: The integer that stands for zero, likewise.
+        axis: The dimension with a scale and a zero point for each position, or ``None``.
+    """
+
+    dtype: torch.dtype
+    data: TensorEntry
+    scale: float | TensorEntry
+    zero_point: int | TensorEntry
+    axis: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class OpaqueTensor:
     """A tensor that the file holds in a form torchload can't read into a dense tensor.
 
@@ -126,11 +149,13 @@ class OpaqueTensor:
         shape: Its shape where known.
         parts: Of a tensor that is spread over the files of several processes, what this file holds of it: (position of
             the part's first element, part).
+        quantized: What a quantized tensor is made of; modules that load themselves take one.
     """
 
     reason: str
     shape: Shape | None = None
     parts: tuple[tuple[Shape, TensorEntry], ...] = ()
+    quantized: Quantized | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -209,6 +234,18 @@ class Checkpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def entries_in(value: Any) -> Iterator[TensorEntry]:
+    """Every tensor that a value of the tree is made of: several, if it is quantized or a packed pair."""
+    if isinstance(value, TensorEntry):
+        yield value
+    elif isinstance(value, OpaqueTensor) and value.quantized is not None:
+        made_of = value.quantized
+        yield from (part for part in (made_of.data, made_of.scale, made_of.zero_point) if isinstance(part, TensorEntry))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from entries_in(inner)
 
 
 def contiguous_strides(shape: Shape) -> Shape:

@@ -158,7 +158,10 @@ def report_of(
 ) -> LoadReport:
     filled = [slot for slot in target.slots if slot.persistent]
     devices = dict.fromkeys(slot.tensor.device for slot in filled)
-    loaded = sum(item.slot.persistent for item in plan.assignments) + sum(len(slots) for _, slots in plan.own_loaders)
+    own = [name for name in target.own_state if name in selection.pairs]
+    lacking = {*selection.missing, *selection.skipped}
+    loaded = sum(item.slot.persistent for item in plan.assignments)
+    loaded += sum(slot.persistent and lacking.isdisjoint(slot.names) for _, slots in plan.own_loaders for slot in slots)
     return LoadReport(
         path=checkpoint.path,
         model=type(target.model).__name__,
@@ -170,8 +173,8 @@ def report_of(
         averaged=selection.averaged,
         beside=_beside(checkpoint.root, selection),
         rewrites=tuple(_rewrites(selection)),
-        tensors=loaded,
-        total=len(filled),
+        tensors=loaded + len(own),
+        total=len(filled) + len(target.own_state),
         nbytes=nbytes,
         casts={(short_dtype(a), short_dtype(b)): count for (a, b), count in plan.casts.items()},
         ties=tuple(tuple(slot.names) for slot in filled if len(slot.names) > 1),

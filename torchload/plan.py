@@ -16,7 +16,7 @@ import torch
 
 from torchload.copies import Copy
 from torchload.explain import incompatible, short_dtype
-from torchload.index import Box, OpaqueTensor, Shape, TensorEntry
+from torchload.index import Box, OpaqueTensor, Record, Shape, TensorEntry, entries_in
 from torchload.model.placement import Placement, check_room
 from torchload.model.shards import Region, home_of, is_ordinary, local_region
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
@@ -92,6 +92,7 @@ class LoadPlan:
         untouched: Model names that keep the values they have.
         casts: (dtype in the file, dtype in the model) → number of tensors.
         own_loaders: Modules that load themselves, with the slots that this takes care of.
+        given: What those modules are given, and what is given as extra state.
         notes: Sentences for the report.
     """
 
@@ -101,6 +102,7 @@ class LoadPlan:
     untouched: list[str] = field(default_factory=list)
     casts: Counter[tuple[torch.dtype, torch.dtype]] = field(default_factory=Counter)
     own_loaders: list[tuple[HookedModule, list[Slot]]] = field(default_factory=list)
+    given: list[TensorEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -117,8 +119,19 @@ def make_plan(target: Target, selection: Selection, options: Options) -> LoadPla
     pairs, mismatched, leaves = selection.pairs, selection.mismatched, selection.leaves
     plan.own_loaders = own_loaders(target)
     elsewhere = {id(slot) for _, slots in plan.own_loaders for slot in slots}
+    if plan.own_loaders or target.extra_state:
+        taken = {name for name, slot in target.by_name.items() if id(slot) not in elsewhere}
+        given = {name: leaves[source] for name, source in pairs.items() if name not in taken}
+        claimed = [leaves[source] for source in sorted(selection.claimed)]
+        plan.given = [entry for value in (*given.values(), *claimed) for entry in entries_in(value)]
+        for name, value in given.items():
+            if isinstance(value, OpaqueTensor) and value.quantized is None:
+                problems.append(f"{name} is {value.reason} in the file, which can't be loaded")
+            elif isinstance(value, Record) and name in target.own_state:
+                problems.append(f"{name} is {value.name} in the file, which would have to be built by running code")
     for slot in target.slots:
         if id(slot) in elsewhere:
+            _plan_own(plan, problems, slot, selection, options, keep_fp32)
             continue
         sources = [(name, pairs[name]) for name in slot.names if name in pairs and name not in mismatched]
         if slot.tensor.is_meta and slot.name in selection.transient:  # nobody else could give it a value
@@ -146,9 +159,35 @@ def make_plan(target: Target, selection: Selection, options: Options) -> LoadPla
         )
         if entry.dtype is not dtype:
             plan.casts[entry.dtype, dtype] += 1
+    if options.atomic and plan.own_loaders:
+        names = ", ".join(sorted({type(hooked.module).__name__ for hooked, _ in plan.own_loaders}))
+        plan.notes.append(f"modules that load themselves ({names}) were loaded in place, before the rest was exchanged")
     _check(plan, problems, target, selection, options)
     check_room(_fresh_bytes(plan), options.path)
     return plan
+
+
+def _plan_own(
+    plan: LoadPlan,
+    problems: list[str],
+    slot: Slot,
+    selection: Selection,
+    options: Options,
+    keep_fp32: re.Pattern[str] | None,
+) -> None:
+    """Where a tensor goes after its module loaded itself."""
+    device = options.placement.of(slot.name, home_of(slot.tensor))
+    lacking = {*selection.missing, *selection.skipped}
+    if not slot.persistent or not lacking.isdisjoint(slot.names):
+        _plan_unfilled(plan, problems, slot, device, options, keep_fp32)
+        return
+    if slot.shape is None:
+        return
+    dtype = slot.tensor.dtype
+    if isinstance(options.dtype, torch.dtype) and dtype.is_floating_point:
+        dtype = torch.float32 if _any_match(keep_fp32, slot.names) else options.dtype
+    if dtype is not slot.tensor.dtype or device != slot.tensor.device:
+        plan.conversions.append(Conversion(slot, dtype, device))
 
 
 def _plan_unfilled(
@@ -239,6 +278,8 @@ def _almost_nothing(plan: LoadPlan, target: Target) -> bool:
     loaded = sum(assignment.entry.numel for assignment in plan.assignments)
     wanted = {id(slot): slot.tensor.numel() for slot in target.by_name.values() if slot.shape is not None}
     few_tensors = len(plan.assignments) * 10 < len(wanted)
+    if plan.own_loaders and plan.given:
+        return False  # how much is enough, those modules know
     return not plan.assignments or (few_tensors and loaded * 10 < sum(wanted.values()))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.law import assert_equal_bits, randomise, snapshot
-from torchload import errors, smart_load
+from torchload import errors, smart_load, verify_weights
 from torchload.hooks import Undo, plain
 from torchload.index import Container, OpaqueTensor, Record
 
@@ -100,3 +100,189 @@ def test_post_hooks_hear_what_a_partial_load_left(tmp_path) -> None:
     with pytest.warns(UserWarning, match="bias"):
         smart_load(model, tmp_path / "x.pth", strict=False)
     assert heard == [["bias"]]
+
+
+# --- modules with a loader of their own ---
+
+
+class Doubled(nn.Linear):
+    """Keeps twice what the file holds."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "weight" in state_dict:
+            state_dict[prefix + "weight"] = state_dict[prefix + "weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Remembering(nn.Linear):
+    """Saves and loads what is neither a parameter nor a buffer: a list of tensors, and a word."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.memory: list[torch.Tensor] = []
+        self.word = ""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "memory"] = list(self.memory)
+        destination[prefix + "word"] = self.word
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.memory = state_dict.pop(prefix + "memory")
+        self.word = state_dict.pop(prefix + "word")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def doubling() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), Doubled(3, 2))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    model = randomise(doubling(), 1)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    torch.save({name: value for name, value in model.state_dict().items() if name[0] == "0"}, tmp_path / "part.pth")
+    return model
+
+
+def test_a_module_on_meta_that_loads_itself_gets_memory(tmp_path, trained):
+    with torch.device("meta"):
+        model = doubling()
+    parameters = list(model.parameters())
+    report = smart_load(model, tmp_path / "x.pth")
+    assert report.tensors == 4
+    assert torch.equal(model[1].weight, trained[1].weight * 2)
+    assert torch.equal(model[1].bias, trained[1].bias)
+    assert all(one is other for one, other in zip(model.parameters(), parameters))
+
+
+def test_a_module_on_meta_that_refuses_is_on_meta_again(tmp_path):
+    class Refusing(nn.Linear):
+        def _load_from_state_dict(self, *args):
+            raise ValueError("not today")
+
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "x.pth")
+    model = Refusing(2, 2, device="meta")
+    with pytest.raises(errors.IncompatibleCheckpointError, match="not today"):
+        smart_load(model, tmp_path / "x.pth")
+    assert model.weight.is_meta
+    assert model.bias.is_meta
+
+
+def test_what_such_a_module_does_not_get_must_not_stay_on_meta(tmp_path, trained):
+    with torch.device("meta"):
+        model = doubling()
+    with pytest.raises(errors.IncompatibleCheckpointError, match=r"1\.bias is on the meta device"):
+        smart_load(model, tmp_path / "x.pth", skip=["1.bias"])
+    assert model[0].weight.is_meta
+
+
+def test_dtype_reaches_modules_that_load_themselves(tmp_path, trained):
+    model = doubling()
+    smart_load(model, tmp_path / "x.pth", dtype=torch.float64, keep_fp32=["1.bias"])
+    assert torch.equal(model[1].weight, trained[1].weight.double() * 2)
+    assert (model[1].weight.dtype, model[1].bias.dtype) == (torch.float64, torch.float32)
+
+
+@pytest.mark.parametrize("file", ["x.pth", "part.pth"])
+def test_such_a_module_can_be_skipped(tmp_path, trained, file):
+    model = randomise(doubling(), 2)
+    before = snapshot(model[1])
+    report = smart_load(model, tmp_path / file, skip=["1.*"])
+    assert report.tensors == 2
+    assert_equal_bits(snapshot(model[1]), before)
+    assert torch.equal(model[0].weight, trained[0].weight)
+
+
+def test_such_a_module_may_stay_as_it_is_where_that_is_allowed(tmp_path, trained):
+    model = randomise(doubling(), 2)
+    before = snapshot(model)
+    with pytest.raises(errors.IncompatibleCheckpointError, match=r"1\.\{weight, bias\}"):
+        smart_load(model, tmp_path / "part.pth")
+    assert_equal_bits(snapshot(model), before)
+    with pytest.warns(UserWarning, match=r"1\.\{weight, bias\}"):
+        smart_load(model, tmp_path / "part.pth", strict=False)
+    assert torch.equal(model[1].weight, before["1.weight"])
+    assert torch.equal(model[0].weight, trained[0].weight)
+
+
+def test_atomic_says_what_it_does_not_cover(tmp_path, trained):
+    report = smart_load(doubling(), tmp_path / "x.pth", atomic=True)
+    assert any("Doubled" in note for note in report.notes)
+
+
+def test_state_that_only_the_module_knows(tmp_path):
+    trained, model = Remembering(), nn.ModuleDict({"net": Remembering()})
+    trained.memory, trained.word = [torch.arange(3.0), torch.ones(2, 2)], "hello"
+    wrapped = nn.DataParallel(nn.ModuleDict({"net": trained}))
+    torch.save({"state_dict": wrapped.state_dict(), "word": "top", "memory": [1, 2]}, tmp_path / "x.pth")
+    assert not verify_weights(model, tmp_path / "x.pth")
+    report = smart_load(model, tmp_path / "x.pth")
+    assert (report.tensors, report.total) == (4, 4)
+    assert model["net"].word == "hello"
+    assert all(torch.equal(one, other) for one, other in zip(model["net"].memory, trained.memory))
+    assert verify_weights(model, tmp_path / "x.pth")
+    model["net"].memory[1][0, 0] = 7.0
+    (difference,) = verify_weights(model, tmp_path / "x.pth").differing
+    assert (difference.name, difference.count, difference.largest) == ("net.memory", 1, 6.0)
+    model["net"].memory, model["net"].word = [], "bye"
+    assert [found.name for found in verify_weights(model, tmp_path / "x.pth").differing] == ["net.memory", "net.word"]
+
+
+def test_such_state_is_not_a_view_of_the_file(tmp_path):
+    trained, model = Remembering(), Remembering()
+    trained.memory = [torch.arange(1000.0)]
+    torch.save(trained.state_dict(), tmp_path / "x.pth")
+    smart_load(model, tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_bytes(b"\0" * (tmp_path / "x.pth").stat().st_size)
+    assert torch.equal(model.memory[0], torch.arange(1000.0))
+
+
+def test_attributes_are_taken_back_with_the_rest(tmp_path):
+    trained = nn.ModuleDict({"a": Remembering(), "b": Counter()})
+    trained["a"].word, trained["b"].count = "new", -1
+    torch.save(trained.state_dict(), tmp_path / "x.pth")
+    model = randomise(nn.ModuleDict({"a": Remembering(), "b": Counter()}), 2)
+    model["a"].word, memory = "old", model["a"].memory
+    before = snapshot(model)
+    with pytest.raises(errors.IncompatibleCheckpointError, match="negative"):
+        smart_load(model, tmp_path / "x.pth")
+    assert model["a"].word == "old"
+    assert model["a"].memory is memory
+    assert_equal_bits(snapshot(model), before)
+
+
+def test_verifying_compares_with_what_a_load_would_give(tmp_path, trained):
+    model = doubling()
+    smart_load(model, tmp_path / "x.pth")
+    before = snapshot(model)
+    report = verify_weights(model, tmp_path / "x.pth")
+    assert report.ok, str(report)
+    assert report.tensors == 4
+    assert_equal_bits(snapshot(model), before)
+    with torch.no_grad():
+        model[1].weight.copy_(trained[1].weight)  # the file's own values are not what a load gives
+    (difference,) = verify_weights(model, tmp_path / "x.pth").differing
+    assert (difference.name, difference.source, difference.count) == ("1.weight", "1.weight", 6)
+    assert verify_weights(model, tmp_path / "x.pth", skip=["1.weight"]).ok
+    model.half()
+    smart_load(model, tmp_path / "x.pth")
+    assert verify_weights(model, tmp_path / "x.pth").ok
+
+
+def test_verifying_a_module_that_can_not_be_copied_says_so(tmp_path, trained):
+    model = doubling()
+    smart_load(model, tmp_path / "x.pth")
+    model[1].handle = (value for value in ())  # as a socket or a lock can't be copied either
+    report = verify_weights(model, tmp_path / "x.pth")
+    assert {difference.name for difference in report.differing} == {"1.weight", "1.bias"}
+    assert "a copy of it did not" in report.differing[0].reason
+
+
+def test_checksums_cover_what_such_modules_are_given(tmp_path, trained):
+    data = bytearray((tmp_path / "x.pth").read_bytes())
+    where = data.index(trained[1].weight.detach().numpy().tobytes())
+    data[where] ^= 1
+    (tmp_path / "x.pth").write_bytes(data)
+    with pytest.raises(errors.CorruptCheckpointError):
+        smart_load(doubling(), tmp_path / "x.pth", verify=True)

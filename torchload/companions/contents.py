@@ -12,7 +12,7 @@ import torch
 from torchload.collector import collector_paused
 from torchload.explain import plural, short_dtype
 from torchload.formats import open_checkpoint
-from torchload.index import Checkpoint, OpaqueTensor, Record, Shape, TensorEntry
+from torchload.index import Checkpoint, OpaqueTensor, Record, Shape, TensorEntry, entries_in
 from torchload.keys.tables import WRAPPERS
 from torchload.report import format_bytes
 from torchload.select import Place, as_mapping, find_places
@@ -199,29 +199,30 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> CheckpointInfo:
     listed, values = _outline(root, places)
     containers: list[ContainerInfo] = []
     tensors: list[TensorInfo] = []
-    everything: dict[object, TensorEntry] = {}
+    everything: dict[object, tuple[torch.dtype, int]] = {}
     for place, names in listed:
-        distinct: dict[object, TensorEntry] = {}
+        distinct: dict[object, tuple[torch.dtype, int]] = {}
         for name in names:
             leaf = place.leaves[name]
             tensors.append(_tensor(name, place.path, leaf))
-            if isinstance(leaf, TensorEntry):
-                distinct[leaf.dtype, leaf.location] = leaf
+            for entry in entries_in(leaf):
+                dtype = _dtype_of(entry, leaf)
+                distinct[dtype, entry.location] = dtype, entry.nbytes
         everything.update(distinct)
         wrappers = {segment for name in names for segment in name.split(".") if segment in WRAPPERS}
         containers.append(
             ContainerInfo(
                 path=place.path,
                 tensors=len(names),
-                nbytes=sum(entry.nbytes for entry in distinct.values()),
+                nbytes=sum(nbytes for _, nbytes in distinct.values()),
                 wrappers=tuple(sorted(wrappers)),
                 origin=getattr(place.container, "origin", None),
             )
         )
     dtypes: dict[str, tuple[int, int]] = {}
-    for entry in everything.values():
-        count, nbytes = dtypes.get(short_dtype(entry.dtype), (0, 0))
-        dtypes[short_dtype(entry.dtype)] = (count + 1, nbytes + entry.nbytes)
+    for dtype, size in everything.values():
+        count, nbytes = dtypes.get(short_dtype(dtype), (0, 0))
+        dtypes[short_dtype(dtype)] = (count + 1, nbytes + size)
     return CheckpointInfo(
         path=checkpoint.path,
         format=checkpoint.format,
@@ -229,7 +230,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> CheckpointInfo:
         tensors=tuple(tensors),
         values=values,
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
-        nbytes=sum(entry.nbytes for entry in everything.values()),
+        nbytes=sum(nbytes for _, nbytes in everything.values()),
         wrappers=tuple(sorted({wrapper for container in containers for wrapper in container.wrappers})),
         checksums=checkpoint.checksums,
         metadata=checkpoint.metadata,
@@ -284,9 +285,18 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, (TensorEntry, OpaqueTensor))
 
 
+def _dtype_of(entry: TensorEntry, leaf: object) -> torch.dtype:
+    """The element type of a part of a leaf; that of the leaf itself where the part is its integers."""
+    made_of = leaf.quantized if isinstance(leaf, OpaqueTensor) else None
+    return made_of.dtype if made_of is not None and entry is made_of.data else entry.dtype
+
+
 def _tensor(name: str, container: str, leaf: object) -> TensorInfo:
     if isinstance(leaf, TensorEntry):
         return TensorInfo(name, container, leaf.dtype, leaf.shape, leaf.nbytes)
+    if isinstance(leaf, OpaqueTensor) and leaf.quantized is not None:
+        nbytes = sum(entry.nbytes for entry in entries_in(leaf))
+        return TensorInfo(name, container, leaf.quantized.dtype, leaf.shape, nbytes, kind=leaf.reason)
     if isinstance(leaf, OpaqueTensor):
         return TensorInfo(name, container, None, leaf.shape, kind=leaf.reason)
     return TensorInfo(name, container, None, None, kind="extra state")

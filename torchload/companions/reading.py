@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from torchload.explain import group_names
 from torchload.formats import open_checkpoint
 from torchload.index import Box, OpaqueTensor, TensorEntry, contiguous_strides
 from torchload.model.placement import check_room, resolve_device
-from torchload.transfer import allocate, map_entries, run
+from torchload.quantized import quantized_tensor
+from torchload.select import Leaf
+from torchload.transfer import allocate, map_entries, map_entry, run
 
 __all__ = ["read_state_dict"]
 
@@ -52,6 +54,7 @@ def read_state_dict(
 
     Returns:
         Name → tensor, with the names of the file, in its order. Tensors that share memory in the file share it here.
+        Quantized tensors are quantized here too; of a pair that modules pack together, each has a name of its own.
         The module versions that `torch.nn.Module.load_state_dict` looks for come along in ``_metadata``.
 
     Raises:
@@ -82,7 +85,8 @@ def read_state_dict(
             _log.info("%s: read %r; beside it are %s", checkpoint.path, chosen.key, ", ".join(map(repr, chosen.rivals)))
         entries = _tensors(chosen, checkpoint.path)
         tensors = _read(entries, place, dtype, checkpoint.path, mmap=mmap)
-    result: Any = OrderedDict(tensors)
+        tensors.update((name, tensor.to(place)) for name, tensor in _quantized(chosen.leaves))
+    result: Any = OrderedDict((name, tensors[name]) for name in chosen.leaves if name in tensors)
     if (versions := getattr(chosen.container, "metadata", None)) is not None:
         result._metadata = OrderedDict(versions)
     return result  # type: ignore[no-any-return]
@@ -90,7 +94,11 @@ def read_state_dict(
 
 def _tensors(chosen: StateDict, path: str) -> dict[str, TensorEntry]:
     """The tensors of the container; what isn't one (extra state, counters) is left out."""
-    opaque = {name: leaf.reason for name, leaf in chosen.leaves.items() if isinstance(leaf, OpaqueTensor)}
+    opaque = {
+        name: leaf.reason
+        for name, leaf in chosen.leaves.items()
+        if isinstance(leaf, OpaqueTensor) and leaf.quantized is None
+    }
     if opaque:
         names = group_names(opaque)
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
@@ -101,6 +109,12 @@ def _tensors(chosen: StateDict, path: str) -> dict[str, TensorEntry]:
             problems=[f"{name} is {reason}" for name, reason in opaque.items()],
         )
     return {name: leaf for name, leaf in chosen.leaves.items() if isinstance(leaf, TensorEntry)}
+
+
+def _quantized(leaves: Mapping[str, Leaf]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, leaf in leaves.items():
+        if isinstance(leaf, OpaqueTensor) and leaf.quantized is not None and leaf.shape is not None:
+            yield name, quantized_tensor(leaf.shape, leaf.quantized, lambda entry: map_entry(entry).clone())
 
 
 def _read(

@@ -428,7 +428,7 @@ def _taking_back(what: str, receiver: Any) -> Callable[[], object]:
 def _restorer(load: _Load) -> Callable[[], None]:
     """How to show the memory again that the module has now, and to take back what modules do that load themselves."""
     shown = [(slot, slot.tensor.detach()) for slot in load.target.slots if _can_be_shown_again(slot)]
-    own = [hooks.restorer(slots) for _, slots in load.plan.own_loaders]
+    own = [hooks.restorer(hooked.module, slots) for hooked, slots in load.plan.own_loaders]
     extra = [(module, copy.deepcopy(module.get_extra_state())) for module in load.target.extra_state.values()]
 
     def restore() -> None:

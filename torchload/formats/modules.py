@@ -20,6 +20,10 @@ MAX_MODULE_DEPTH = 200
 MODULE_COST = 10  # what visiting a module once more counts, in items that are copied
 MAX_NAME_LENGTH = 4096  # characters of a dotted name
 
+# Quantized modules, which are pickled in a form of their own when whole; their state dicts are ordinary ones.
+_QUANTIZED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.intrinsic.quantized.")
+_PACKED = "a packed weight of a quantized module that was pickled as a whole (save its state_dict() instead)"
+
 # Classes whose objects are pickled as a call with the wrapped module → the name under which they hold it.
 _WRAPPED_BY_CALL = {"torch._dynamo.eval_frame.OptimizedModule": "_orig_mod"}
 
@@ -50,6 +54,8 @@ def flatten_module(walk: Walk, module: Record, container: Container) -> None:
             walk.fail("is a module that contains itself, or is nested too deeply")
         fields = module_fields(record)
         if fields is None:
+            if record.name.startswith(_QUANTIZED):
+                container[f"{prefix}weight"] = OpaqueTensor(_PACKED)
             continue
         walk.charge(MODULE_COST)
         if type(fields.get("_version")) is int:
@@ -69,6 +75,8 @@ def _own_tensors(walk: Walk, fields: dict[str, Any], prefix: str, container: Con
     buffers = fields.get("_buffers")
     transient = fields.get("_non_persistent_buffers_set")
     transient = walk.value(transient) if transient is not None else ()
+    if isinstance(packed := fields.get("_packed_params"), Record) and packed.name == "torch.ScriptObject":
+        container[f"{prefix}_packed_params"] = OpaqueTensor(_PACKED)
     for tensors in (fields["_parameters"], buffers if isinstance(buffers, dict) else {}):
         is_buffer = tensors is buffers
         for name, tensor in walk.allow(tensors).items():

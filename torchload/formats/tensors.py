@@ -7,6 +7,7 @@ call stays a `Record`, as all calls of unknown globals do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ import torch
 
 from torchload.formats import arrays
 from torchload.formats.partial import KNOWN_SUBCLASSES, one_part
+from torchload.formats.quantized import INTEGERS, quantized
 from torchload.formats.standins import AS_RECORD, Call, SetStandIn, StandInType, Storage
-from torchload.index import Box, OpaqueTensor, Shape, TensorEntry
+from torchload.index import Box, OpaqueTensor, Shape, TensorEntry, contiguous_strides
 
 if TYPE_CHECKING:
     from torchload.formats.walk import Walk
@@ -117,8 +119,8 @@ def strided_tensor(
             f"of shape {_short(shape)} and strides {_short(strides)} at element {offset} "
             f"does not lie inside its storage of {available} bytes"
         )
-    if dtype in _QUANTIZED:
-        return OpaqueTensor("a quantized tensor", shape)
+    if dtype in INTEGERS:
+        return OpaqueTensor("a quantized tensor without its quantizer", shape)
     extent = walk.extent(storage)
     box = Box(extent, first + offset * itemsize, shape, strides, (0,) * len(shape))
     return TensorEntry(dtype, shape, (box,))
@@ -143,9 +145,6 @@ def _nested_storage(call: Call, walk: Walk) -> Any:
         return AS_RECORD
     walk.charge(20 + extent.nbytes // 16)
     return legacy.open(extent.source.slice(extent.offset, extent.nbytes), walk.name).root
-
-
-_QUANTIZED = frozenset(dtype for name, dtype in _DTYPES.items() if name.startswith(("qint", "quint")))
 
 
 def _short(value: object) -> str:
@@ -220,6 +219,23 @@ def _sparse(call: Call, walk: Walk) -> Any:
     return OpaqueTensor(f"a sparse {kind} tensor", shape)
 
 
+def _quantized(call: Call, walk: Walk) -> Any:
+    """``_rebuild_qtensor(storage, offset, shape, strides, (scheme, scale, zero point), requires_grad, hooks)``."""
+    storage, offset, shape, strides, quantizer = call.args[:5]
+    if type(storage) is not Storage or storage.dtype not in INTEGERS:
+        return OpaqueTensor("a quantized tensor", _shape_or_none(walk, shape))
+    shape, strides = walk.value(shape), walk.value(strides)
+    integers, packed = INTEGERS[storage.dtype]
+    if packed == 1:
+        data = strided_tensor(walk, storage, integers, offset, shape, strides)
+    elif shape and offset == 0 and strides == contiguous_strides(shape):
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        data = strided_tensor(walk, storage, integers, 0, (rows * -(-columns // packed),), (1,))
+    else:
+        return OpaqueTensor("a quantized tensor of less than a byte per element, in an odd layout", shape)
+    return quantized(walk, storage.dtype, shape, data, quantizer)
+
+
 def _opaque(reason: str, shape_index: int | None = None) -> Callable[[Call, Walk], Any]:
     def convert(call: Call, walk: Walk) -> Any:
         return OpaqueTensor(reason, None if shape_index is None else _shape_or_none(walk, call.args[shape_index]))
@@ -285,7 +301,7 @@ KNOWN_CALLS: dict[str, Callable[[Call, Walk], Any]] = {
     "torch.tensor._rebuild_from_type": _from_type,
     "torch._utils._rebuild_sparse_tensor": _sparse,
     "torch._utils._rebuild_sparse_csr_tensor": _sparse,
-    "torch._utils._rebuild_qtensor": _opaque("a quantized tensor", 2),
+    "torch._utils._rebuild_qtensor": _quantized,
     "torch._utils._rebuild_nested_tensor": _opaque("a nested tensor"),
     "torch._utils._rebuild_meta_tensor_no_storage": _opaque("a meta tensor, which has no data", 1),
     "torch._utils._rebuild_wrapper_subclass": _opaque("a tensor subclass that wraps others", 2),

@@ -6,6 +6,7 @@ model happens here (`Slot.install`), after the plan was accepted.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,8 @@ class Target:
         slots: All its tensors, in the model's order; non-persistent buffers among them.
         by_name: State-dict name → slot.
         extra_state: State-dict name → module with `set_extra_state`.
+        own_state: State-dict name of what a module with a loader of its own also saves by itself (quantized ones do,
+            packed weights and a scale) → its shape, where another one would be an error.
         pre_hooks: Modules with load-state-dict pre-hooks, parents first.
         overrides: Modules with a `_load_from_state_dict` of their own.
         post_hooks: Modules with load-state-dict post-hooks, children first.
@@ -128,6 +131,7 @@ class Target:
     slots: list[Slot] = field(default_factory=list)
     by_name: dict[str, Slot] = field(default_factory=dict)
     extra_state: dict[str, nn.Module] = field(default_factory=dict)
+    own_state: dict[str, Shape | None] = field(default_factory=dict)
     pre_hooks: list[HookedModule] = field(default_factory=list)
     overrides: list[HookedModule] = field(default_factory=list)
     post_hooks: list[HookedModule] = field(default_factory=list)
@@ -135,7 +139,7 @@ class Target:
     @property
     def names(self) -> list[str]:
         """Every name of the state dict."""
-        return [*self.by_name, *self.extra_state]
+        return [*self.by_name, *self.own_state, *self.extra_state]
 
 
 def describe_model(model: nn.Module) -> Target:
@@ -224,6 +228,25 @@ def _note_hooks(target: Target, prefix: str, module: nn.Module) -> None:
         own is base._load_from_state_dict for base in _HARMLESS_OVERRIDES
     ):
         target.overrides.append(HookedModule(prefix, module))
+        if cls._save_to_state_dict is not nn.Module._save_to_state_dict:
+            target.own_state.update((prefix + name, shape) for name, shape in _own_state(module).items())
+
+
+def _own_state(module: nn.Module) -> dict[str, Shape | None]:
+    """What a module saves beside its parameters and buffers, by name; with the shape of what is quantized."""
+    saved: OrderedDict[str, Any] = OrderedDict()
+    try:
+        module._save_to_state_dict(saved, "", False)
+    except Exception:  # noqa: BLE001 - a module that can't be saved now (on meta) may still be loaded
+        return {}
+    registered = {*module._parameters, *module._buffers, "_extra_state"}
+    return {name: _quantized_shape(value) for name, value in saved.items() if name not in registered}
+
+
+def _quantized_shape(value: Any) -> Shape | None:
+    """The shape of a quantized tensor, or of the first of a packed pair (weight, bias)."""
+    first = value[0] if isinstance(value, tuple) and value else value
+    return tuple(first.shape) if isinstance(first, torch.Tensor) and first.is_quantized else None
 
 
 def _name(hook: Callable[..., object]) -> str:

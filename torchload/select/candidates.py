@@ -9,7 +9,7 @@ from torchload.keys.match import Alignment, Node, align, tree_of
 from torchload.keys.rewrite import Rename, renamer
 from torchload.keys.tables import BENIGN_UNEXPECTED, WRAPPER_STATE, WRAPPERS, Standing, container_standing
 from torchload.select.paths import joined, last
-from torchload.select.places import Leaf, Place
+from torchload.select.places import Leaf, Place, shape_of
 from torchload.select.selection import Selection, Wanted
 
 __all__ = ["find_candidates", "needed_tensors"]
@@ -119,7 +119,7 @@ def _judge(
     mismatched: dict[str, tuple[Shape, Shape]] = {}
     for name, shape in wanted.shapes.items():
         if name in alignment.pairs:
-            found = getattr(leaves[alignment.pairs[name]], "shape", None)
+            found = shape_of(leaves[alignment.pairs[name]])
             if shape is not None and found is not None and shape != found and not (shape == () and found == (1,)):
                 mismatched[name] = (found, shape)
     missing, tolerated = wanted.lacks(alignment.pairs, alignment.spare)

@@ -46,7 +46,7 @@ def select(
         AmbiguousCheckpointError: Several candidates of equal standing fit and hold different data.
         IncompatibleCheckpointError: `key` or `prefix` names nothing, or the file holds no tensors.
     """
-    places = find_places(root, key, path)
+    places = find_places(root, key, path, wanted.whole)
     if strict:
         candidates = find_candidates(places, wanted, prefix, rename, needed_tensors(wanted), strict)
         if fitting := [candidate for candidate in candidates if candidate.fits]:

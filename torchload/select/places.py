@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchload.errors import CorruptCheckpointError, IncompatibleCheckpointError
-from torchload.index import OpaqueTensor, Record, TensorEntry, record_fields
+from torchload.index import OpaqueTensor, Record, Shape, TensorEntry, record_fields
+from torchload.select.paths import last
 
-__all__ = ["Leaf", "Place", "as_mapping", "find_places"]
+__all__ = ["Leaf", "Place", "as_mapping", "find_places", "shape_of"]
 
 Leaf = TensorEntry | OpaqueTensor | Any
 _DEEPEST = 64  # containers inside each other, within one state dict
@@ -42,13 +43,31 @@ def as_mapping(value: Any) -> Mapping[Any, Any] | None:
     return None
 
 
-def find_places(root: Any, key: str | None, path: str) -> list[Place]:
-    """Every container that holds tensors at any depth, outermost first, each once however often it is referred to."""
-    containers = _containers(root)
-    leaves_in_all = sum(_is_leaf(name, value) for _, inside in containers.values() for name, value in inside.items())
+def shape_of(leaf: Leaf) -> Shape | None:
+    """The shape of a tensor, or of the first of several that are kept as one; ``None`` for anything else."""
+    return getattr(leaf[0] if isinstance(leaf, tuple) and leaf else leaf, "shape", None)
+
+
+def find_places(root: Any, key: str | None, path: str, whole: frozenset[str] = frozenset()) -> list[Place]:
+    """Every container that holds tensors at any depth, outermost first, each once however often it is referred to.
+
+    Args:
+        root: The checkpoint's tree.
+        key: Path of the one container to find; ``None`` for all.
+        path: The checkpoint, for messages.
+        whole: Last segments of names under which any value counts as a tensor does, unless it is a mapping.
+
+    Raises:
+        IncompatibleCheckpointError: There is no container `key`.
+        CorruptCheckpointError: The containers expand to far too many tensors.
+    """
+    containers = _containers(root, whole)
+    leaves_in_all = sum(
+        _is_leaf(name, value, whole) for _, inside in containers.values() for name, value in inside.items()
+    )
     found: list[Place] = []
     for here, inside in containers.values():
-        if leaves := _flatten(inside, containers, _EXPANSION * leaves_in_all + 1000, path):
+        if leaves := _flatten(inside, containers, _EXPANSION * leaves_in_all + 1000, path, whole):
             inner = frozenset(str(name) for name, value in inside.items() if id(value) in containers)
             found.append(Place(here, inside, leaves, inner))
     if key is None:
@@ -62,7 +81,7 @@ def find_places(root: Any, key: str | None, path: str) -> list[Place]:
     return chosen
 
 
-def _containers(root: Any) -> dict[int, tuple[str, Mapping[Any, Any]]]:
+def _containers(root: Any, whole: frozenset[str]) -> dict[int, tuple[str, Mapping[Any, Any]]]:
     """All containers of a tree below which tensors are: identity → (dotted path, what it holds), outermost first."""
     wide: dict[int, bool] = {}
     barren: set[int] = set()
@@ -76,7 +95,7 @@ def _containers(root: Any) -> dict[int, tuple[str, Mapping[Any, Any]]]:
     for identity, here, inside in todo:
         has_leaves = False
         for name, value in inside.items():
-            if _is_leaf(name, value):
+            if _is_leaf(name, value, whole):
                 has_leaves = True
             elif id(value) not in barren:
                 if id(value) not in known:
@@ -115,12 +134,20 @@ def _may_hold(value: Any, wide: dict[int, bool]) -> bool:
     return wide[id(value)]
 
 
-def _is_leaf(name: Any, value: Any) -> bool:
-    return isinstance(value, (TensorEntry, OpaqueTensor)) or (type(name) is str and name.endswith(_EXTRA_STATE))
+def _is_leaf(name: Any, value: Any, whole: frozenset[str]) -> bool:
+    if isinstance(value, (TensorEntry, OpaqueTensor)):
+        return True
+    if type(name) is not str:
+        return False
+    return name.endswith(_EXTRA_STATE) or (bool(whole) and last(name) in whole and not isinstance(value, Mapping))
 
 
 def _flatten(
-    container: Mapping[Any, Any], containers: Mapping[int, tuple[str, Mapping[Any, Any]]], most: int, path: str
+    container: Mapping[Any, Any],
+    containers: Mapping[int, tuple[str, Mapping[Any, Any]]],
+    most: int,
+    path: str,
+    whole: frozenset[str],
 ) -> dict[str, Leaf]:
     """All tensors under a container by dotted name, in the file's order.
 
@@ -131,6 +158,7 @@ def _flatten(
         containers: Those worth descending into, by identity.
         most: How many names the expansion may have: a small file can refer to the same container over and over.
         path: The checkpoint, for the message.
+        whole: As `find_places` takes it.
 
     Raises:
         CorruptCheckpointError: There would be more.
@@ -139,7 +167,7 @@ def _flatten(
     deeper: list[tuple[str, Mapping[Any, Any], frozenset[int]]] = [("", container, frozenset())]
     for prefix, inside, above in deeper:
         for name, value in inside.items():
-            if _is_leaf(name, value):
+            if _is_leaf(name, value, whole):
                 leaves.setdefault(f"{prefix}{name}", value)
             elif id(value) in containers and id(value) not in above and len(above) < _DEEPEST:
                 deeper.append((f"{prefix}{name}.", containers[id(value)][1], above | {id(value)}))

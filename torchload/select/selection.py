@@ -27,6 +27,7 @@ class Wanted:
         skipped: Names that the caller wants left alone.
         optional: Names that may stay as they are without a word (state that only torch's own hooks fill).
         buffers: Names of buffers, as against parameters.
+        whole: Last segments of the names under which modules of the model save values of any kind, not only tensors.
         transient: Non-persistent buffers → shape. No checkpoint need have them; older ones, and TorchScript, do.
         skip_pattern: What `skipped` was derived from, for the checkpoint's names.
     """
@@ -36,6 +37,7 @@ class Wanted:
     skipped: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
     transient: Mapping[str, Shape | None] = field(default_factory=dict)
     skip_pattern: re.Pattern[str] | None = None
 
@@ -78,6 +80,7 @@ class Selection:
         crossed: Whether names were taken out of a container inside this one, which is a candidate of its own.
         skipped: Names that the caller wanted left alone: the model's, then those that only the file has.
         transient: Non-persistent buffer of the model → name in `leaves`, where the file has it all the same.
+        claimed: Names without a place in the model that a module which loads itself is offered all the same.
         added: Prefix that all of the model's names have and the file's lack.
         alignment: The matcher's account.
         standing: How strongly the path speaks for these weights.
@@ -98,6 +101,7 @@ class Selection:
     crossed: bool = False
     skipped: list[str] = field(default_factory=list)
     transient: dict[str, str] = field(default_factory=dict)
+    claimed: set[str] = field(default_factory=set)
     added: str = ""
     rivals: tuple[str, ...] = ()
 
