@@ -14,7 +14,8 @@ if _typing.TYPE_CHECKING:
     from torchload import errors
     from torchload.companions.contents import CheckpointInfo, ContainerInfo, TensorInfo, inspect_checkpoint
     from torchload.companions.reading import read_state_dict
-    from torchload.companions.resuming import ResumeReport, smart_resume
+    from torchload.companions.resume_report import ResumeReport
+    from torchload.companions.resuming import smart_resume
     from torchload.companions.saving import SaveReport, smart_save
     from torchload.companions.verification import VerifyReport, verify_weights
     from torchload.comparison import Difference
@@ -49,7 +50,7 @@ _HOME = {
     "ContainerInfo": "companions.contents",
     "Difference": "comparison",
     "LoadReport": "report",
-    "ResumeReport": "companions.resuming",
+    "ResumeReport": "companions.resume_report",
     "SaveReport": "companions.saving",
     "TensorInfo": "companions.contents",
     "VerifyReport": "companions.verification",

@@ -236,3 +236,36 @@ def whole_on_first(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_resuming_a_sharded_run(tmp_path):
     on_two_ranks(_resumed, tmp_path)
+
+
+class Refusing:
+    """The last to be restored."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        if state:
+            raise ValueError("no")
+
+
+def _refused_at_the_end(rank: int, folder: Path) -> None:
+    trained = sharded(seed=1)
+    state = whole_on_first(trained)
+    if rank == 0:
+        torch.save({"model": state, "scheduler": {"a": 1}}, folder / "x.pth")
+    torch.distributed.barrier()
+    model = sharded(seed=5)
+    parts = [parameter.to_local() for parameter in model.parameters()]
+    before, addresses = [part.clone() for part in parts], [part.data_ptr() for part in parts]
+    with pytest.raises(errors.IncompatibleCheckpointError, match="everything is as it was"):
+        smart_resume(model, folder / "x.pth", None, Refusing())
+    now = [parameter.to_local() for parameter in model.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(now, before))
+    assert [part.data_ptr() for part in now] == addresses
+    smart_resume(model, folder / "x.pth")
+    assert all(torch.equal(value, state[name]) for name, value in whole(model).items() if rank == 0)
+
+
+def test_a_sharded_run_that_can_not_be_resumed_is_as_it_was(tmp_path):
+    on_two_ranks(_refused_at_the_end, tmp_path)

@@ -488,11 +488,22 @@ def test_models_of_transformers(tmp_path, kind):
         assert_equal_bits(dict(model.state_dict()), dict(want.state_dict()))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224"])
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    "resnet18 vit_tiny_patch16_224 convnext_atto efficientnet_b0 swin_tiny_patch4_window7_224 mixer_s32_224 "
+    "regnety_002 levit_128s xcit_nano_12_p16_224 ghostnet_050 maxvit_rmlp_pico_rw_256 repvgg_a0".split(),
+)
 def test_models_of_timm(tmp_path, name):
     timm = pytest.importorskip("timm")
-    trained, model, want = (randomise(timm.create_model(name, num_classes=3), seed) for seed in (1, 2, 3))
+    small = {"embed_dim": 24, "depths": (1, 1, 2, 1)} if name.startswith("swin") else {}
+    trained, model, want = (randomise(timm.create_model(name, num_classes=3, **small), seed) for seed in (1, 2, 3))
     want.load_state_dict(trained.state_dict())
-    torch.save({"state_dict": trained.state_dict(), "arch": name}, tmp_path / "x.pth")
-    smart_load(model, tmp_path / "x.pth")
+    average = {name: value * 2 for name, value in trained.state_dict().items()}
+    torch.save({"state_dict": trained.state_dict(), "state_dict_ema": average, "arch": name}, tmp_path / "x.pth")
+    smart_load(model, tmp_path / "x.pth", key="state_dict")
+    assert_equal_bits(dict(model.state_dict()), dict(want.state_dict()))
+    assert smart_load(model, tmp_path / "x.pth").averaged  # as timm's own loader has it
+    save(trained, tmp_path / "x.safetensors")
+    smart_load(randomise(model, 5), tmp_path / "x.safetensors")
     assert_equal_bits(dict(model.state_dict()), dict(want.state_dict()))

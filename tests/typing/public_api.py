@@ -83,7 +83,7 @@ def catch(model: nn.Module) -> None:
 def resume(model: nn.Module) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-    found = smart_resume(model, "last.pth", optimizer, scheduler, "cpu", scaler=None, ema=None, strict=False)
+    found = smart_resume(model, "last.pth", optimizer, scheduler, "cpu", scaler=None, ema=None, strict=False, rng=False)
     assert_type(found.epoch, int | None)
     assert_type(found.step, int | None)
     assert_type(found.load, LoadReport)

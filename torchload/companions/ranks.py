@@ -24,11 +24,12 @@ class Ranks:
         distributed: Any = torch.distributed if together and torch.distributed.is_available() else None
         self._group: Any = distributed if distributed is not None and distributed.is_initialized() else None
         self.count: int = self._group.get_world_size() if self._group is not None else 1
+        self.rank: int = self._group.get_rank() if self._group is not None else 0
 
     @property
     def is_writer(self) -> bool:
         """Whether this is the rank that writes."""
-        return self.count == 1 or bool(self._group.get_rank() == WRITER)
+        return self.rank == WRITER
 
     def agree(self, error: BaseException | None, what: object) -> None:
         """Go on only if every rank can, and means the same.

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from torchload.companions.training import COMPANIONS
+from torchload.companions.ranks import Ranks
+from torchload.companions.training import COMPANIONS, RANDOM_STATE, RANDOM_STATES
 from torchload.errors import CorruptCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.index import Checkpoint, Container
@@ -35,6 +36,12 @@ def training_tree(checkpoint: Checkpoint, path: Any, stack: ExitStack) -> Any:
         if name is not None:
             states = [_open_beside(file, stack) for file in _numbered(os.path.join(folder, name))]
             beside[what] = states[0] if len(states) == 1 else states
+    ranks = Ranks(together=True)
+    for pattern in RANDOM_STATES if ranks.count > 1 else (*RANDOM_STATES, RANDOM_STATE):
+        file = os.path.join(folder, pattern.format(rank=ranks.rank))
+        if os.path.isfile(file):
+            beside["random"] = _open_beside(file, stack)
+            break
     return Container(beside) if beside else checkpoint.root
 
 

@@ -12,7 +12,17 @@ from typing import Any
 from torchload.index import Container, OpaqueTensor, Record, TensorEntry, record_fields
 from torchload.keys.tables import Standing, container_standing
 
-__all__ = ["COMPANIONS", "Found", "TrainingState", "average_of", "find_training_state", "plain_values", "weights_of"]
+__all__ = [
+    "COMPANIONS",
+    "RANDOM_STATE",
+    "RANDOM_STATES",
+    "Found",
+    "TrainingState",
+    "average_of",
+    "find_training_state",
+    "plain_values",
+    "weights_of",
+]
 
 # What is looked for → dotted paths where it may stand, the surest first, with who writes it so.
 PATHS: dict[str, dict[str, str]] = {
@@ -85,6 +95,10 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "scaler": ("scaler.pt", "scaler.pth"),
     "trainer_state": ("trainer_state.json",),
 }
+
+# Files with the states of random number generators, one for each rank (accelerate, Trainer), or for the only one.
+RANDOM_STATES = ("random_states_{rank}.pkl", "rng_state_{rank}.pth")
+RANDOM_STATE = "rng_state.pth"
 
 # Files that exchange the two sets of weights when they are saved: (their mark, raw weights, averaged weights).
 SWAPPED: tuple[tuple[str, str, str], ...] = (

@@ -1,0 +1,82 @@
+"""Changing live objects, with a way back: optimizers, schedulers, scalers, and the memory of modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from torchload import hooks
+from torchload.model.shards import is_sharded, local_region
+from torchload.model.target import Slot, Target
+from torchload.plan import LoadPlan
+
+__all__ = ["RefusedError", "receive", "replace_attributes", "restorer", "taking_back"]
+
+
+class RefusedError(Exception):
+    """An object did not accept its state."""
+
+
+def receive(receiver: Any, state: Any) -> None:
+    """Give an object its state.
+
+    Raises:
+        RefusedError: It did not accept it, or what it became of it can't be used.
+    """
+    try:
+        before = [group.keys() & receiver.defaults.keys() for group in getattr(receiver, "param_groups", ())]
+        receiver.load_state_dict(state)
+        for group, names in zip(getattr(receiver, "param_groups", ()), before):
+            if lacking := names - group.keys():
+                raise ValueError(f"its groups would lack {', '.join(sorted(lacking))}")
+    except Exception as error:
+        raise RefusedError(f"{type(receiver).__name__} did not accept its state: {error}") from error
+
+
+def replace_attributes(holder: Any, attributes: Mapping[str, Any]) -> None:
+    """Give an object back the attributes that it had."""
+    holder.__dict__.clear()
+    holder.__dict__.update(attributes)
+
+
+def taking_back(what: str, receiver: Any) -> Callable[[], object]:
+    """What undoes a change to an object, prepared before it is made."""
+    if what == "updates":
+        return partial(setattr, receiver, "updates", receiver.updates)
+    return partial(receiver.load_state_dict, copy.deepcopy(receiver.state_dict()))
+
+
+def restorer(target: Target, plan: LoadPlan) -> Callable[[], None]:
+    """How to show the memory again that the module has now, and to take back what changes in place.
+
+    That is what modules do that load themselves, and the parts of sharded tensors: FSDP owns their memory.
+    """
+    shown = [(slot, slot.tensor.detach()) for slot in target.slots if _can_be_shown_again(slot)]
+    parts = [
+        local_region(slot.tensor)[0] for slot in target.slots if is_sharded(slot.tensor) and not slot.tensor.is_meta
+    ]
+    copies = [(part, part.detach().clone()) for part in parts]
+    own = [hooks.restorer(hooked.module, slots) for hooked, slots in plan.own_loaders]
+    extra = [(module, copy.deepcopy(module.get_extra_state())) for module in target.extra_state.values()]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for slot, data in shown:
+                if slot.tensor.data_ptr() != data.data_ptr():
+                    slot.install(data)
+            for part, values in copies:
+                part.detach().copy_(values)
+        for put_back in own:
+            put_back()
+        for module, state in extra:
+            module.set_extra_state(state)
+
+    return restore
+
+
+def _can_be_shown_again(slot: Slot) -> bool:
+    return slot.shape is not None and not slot.tensor.is_meta and not is_sharded(slot.tensor)
