@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.law import assert_equal_bits, same_bits, snapshot
+from tests.versions import save_folder
 from torchload import errors, smart_resume
 
 STEPS, STOP = 7, 4
@@ -597,3 +598,56 @@ def test_files_that_frameworks_wrote(monkeypatch, name, key, epoch, step):
     report = smart_resume(model, CORPUS / cases[name]["path"])
     assert report.load.key.split(".")[0] == key
     assert (report.epoch, report.step) == (epoch, step)
+
+
+# --- folders of torch.distributed.checkpoint ---
+
+
+def folder_state(run: Run, *, flat: bool) -> dict[str, Any]:
+    from torch.distributed.checkpoint import state_dict as helpers
+
+    options = helpers.StateDictOptions(flatten_optimizer_state_dict=flat)
+    return {
+        "model": helpers.get_model_state_dict(run.model),
+        "optimizer": helpers.get_optimizer_state_dict(run.model, run.optimizer, options=options),
+        "lr_scheduler": run.scheduler.state_dict(),
+        "train_state": {"step": STOP},
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["SGD momentum", "AdamW amsgrad", "Adagrad", "SGD"])
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])  # flat is torchtitan's way
+def test_training_goes_on_from_a_folder_of_distributed_checkpoint(tmp_path, optimizer, flat):
+    run = Run(optimizer)
+    run.train(0, STOP)
+    save_folder(folder_state(run, flat=flat), checkpoint_id=tmp_path / "step-4")
+    straight = run.train(STOP, STEPS)
+    again = Run(optimizer, seed=1)
+    report = smart_resume(again.model, tmp_path / "step-4", again.optimizer, again.scheduler)
+    assert again.train(STOP, STEPS) == straight
+    assert report.step == STOP
+
+
+def test_a_flat_state_is_matched_by_name_through_wrappers(tmp_path):
+    run = Run("AdamW amsgrad")
+    run.train(0, STOP)
+    save_folder(folder_state(run, flat=True), checkpoint_id=tmp_path / "x")
+    straight = run.train(STOP, STEPS)
+    again = Run("AdamW amsgrad", seed=1)
+    smart_resume(nn.DataParallel(again.model), tmp_path / "x", again.optimizer, again.scheduler)
+    assert again.train(STOP, STEPS) == straight
+
+
+def test_a_flat_state_that_does_not_fit_is_refused(tmp_path):
+    run = Run("AdamW amsgrad")
+    run.train(0, STOP)
+    save_folder(folder_state(run, flat=True), checkpoint_id=tmp_path / "x")
+    before = run.everything()
+    for parameters, complaint in (
+        (run.model.parameters(), "other settings in the file"),
+        (run.model[0].parameters(), "parameters that it doesn't optimize"),
+        ([*run.model.parameters(), nn.Parameter(torch.zeros(2))], "has no settings of"),
+    ):
+        with pytest.raises(errors.IncompatibleCheckpointError, match=complaint):
+            smart_resume(run.model, tmp_path / "x", torch.optim.AdamW(parameters, amsgrad=True))
+    assert_same_run(run, before)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torchload.companions.flat_optimizer import grouped, is_flat
 from torchload.copies import Copy
 from torchload.explain import group_names, plural
 from torchload.hooks import plain
@@ -57,16 +58,20 @@ def plan_optimizer(
 
     Args:
         optimizer: What the state is for.
-        state: Its ``state`` and ``param_groups`` in the file.
+        state: Its ``state`` and ``param_groups`` in the file, or the same in one flat mapping.
         names: Identity of a parameter → its name in the model.
 
     Returns:
         What to load; its `problems` say, one sentence each, what stands against it.
     """
-    groups = [group for group in state["param_groups"] if isinstance(group, Mapping)]
     ours = [list(group["params"]) for group in optimizer.param_groups]
     flat = [parameter for group in ours for parameter in group]
     plan = OptimizerPlan(optimizer, [], {}, flat)
+    if is_flat(state):
+        state = grouped(state, [[names.get(id(parameter), "") for parameter in group] for group in ours], plan.problems)
+        if plan.problems:
+            return plan
+    groups = [group for group in state["param_groups"] if isinstance(group, Mapping)]
     theirs = [list(group.get("params", ())) for group in groups]
     if len(theirs) != len(ours):
         plan.problems.append(f"the file has {plural(len(theirs), 'parameter group')}, the optimizer {len(ours)}")
@@ -87,7 +92,7 @@ def plan_optimizer(
         number += len(ours[index])
     numbered = {key: number for number, key in enumerate(order)}
     plan.reordered = order != [key for group in theirs for key in group]
-    for key, values in state["state"].items():
+    for key, values in state.get("state", {}).items():
         if key in numbered:
             plan.state[numbered[key]] = values
         else:

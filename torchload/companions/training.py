@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchload.companions.flat_optimizer import is_flat
 from torchload.index import Container, OpaqueTensor, Record, TensorEntry, record_fields
 from torchload.keys.tables import Standing, container_standing
 
@@ -160,8 +161,12 @@ def find_training_state(root: Any) -> TrainingState:
 
 
 def is_optimizer(value: Any) -> bool:
-    """Whether it is what `torch.optim.Optimizer.state_dict` returns."""
-    return isinstance(value, Mapping) and "param_groups" in value and "state" in value
+    """Whether it is what `torch.optim.Optimizer.state_dict` returns, or the same in one flat mapping."""
+    if not isinstance(value, Mapping) or is_flat(value):
+        return isinstance(value, Mapping)
+    groups = value.get("param_groups")
+    # Folders of torch.distributed.checkpoint lack what is empty: the state of plain SGD.
+    return groups is not None and ("state" in value or (isinstance(groups, list) and len(value) == 1))
 
 
 def _is_scheduler(value: Any) -> bool:
