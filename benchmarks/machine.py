@@ -16,6 +16,7 @@ import torch
 __all__ = ["describe", "drop_from_cache", "peer_version", "read_into_cache", "resident_fraction", "usable_cores"]
 
 CHUNK_BYTES = 8 << 20
+_PASSES = 5
 
 
 def usable_cores() -> int:
@@ -57,13 +58,20 @@ def drop_from_cache(path: str) -> float:
 
 
 def read_into_cache(path: str) -> float:
-    """Read the whole file; returns the fraction that is in the page cache afterwards."""
-    if resident_fraction(path) < 1.0:
-        buffer = bytearray(CHUNK_BYTES)
+    """Read the file until all of it is in the page cache, a few times at most; returns the fraction that is there.
+
+    Once isn't always enough: some kernels give up pages of idle files even while memory is free.
+    """
+    buffer = bytearray(CHUNK_BYTES)
+    fraction = resident_fraction(path)
+    for _ in range(_PASSES):
+        if fraction == 1.0:
+            break
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
-    return resident_fraction(path)
+        fraction = resident_fraction(path)
+    return fraction
 
 
 def peer_version(distribution: str) -> str | None:

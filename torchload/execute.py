@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 import torch
 
 from torchload import hooks
-from torchload.comparison import Pair, compare
 from torchload.copies import Copy
 from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.index import Extent
@@ -199,6 +198,8 @@ def compare_ties(plan: LoadPlan, path: str) -> None:
 
 def compare_landed(plan: LoadPlan, path: str) -> None:
     """Read back what was loaded and compare it with the file, tensor by tensor."""
+    from torchload.comparison import Pair, compare  # for `verify=True` only
+
     pairs = [Pair(item.name, item.source, item.slot, item.entry) for item in plan.assignments]
     if differing := compare(pairs):
         more = f" (and {len(differing) - 1:,} more)" if len(differing) > 1 else ""

@@ -16,7 +16,7 @@ from torchload import hooks
 from torchload.collector import collector_paused
 from torchload.execute import carry_out, compare_landed, compare_ties, extents_of
 from torchload.explain import group_names, plural, short_dtype
-from torchload.formats import open_checkpoint, torch_zip  # the commonest one is imported here, not in the first load
+from torchload.formats import archives, open_checkpoint, torch_zip  # the commonest one: imported before its first use
 from torchload.index import Checkpoint, Extent, Record, TensorEntry
 from torchload.keys.rewrite import Rename
 from torchload.model.placement import DeviceSpec, Placement
@@ -30,7 +30,7 @@ from torchload.transfer import verify_extents
 
 __all__ = ["smart_load"]
 
-_PRELOADED = (torch_zip,)  # keeps the import above from being called unused
+_PRELOADED = (archives, torch_zip)  # keeps the import above from being called unused
 
 _log = logging.getLogger("torchload")
 

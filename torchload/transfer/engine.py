@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,7 +12,6 @@ from torchload.copies import Copy
 from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.source import Source
 from torchload.transfer.crew import Crew, available_cores, can_limit_intra_op
-from torchload.transfer.cuda import Ring, RingWorker, cuda_ring
 from torchload.transfer.direct import REQUESTS_IN_FLIGHT
 from torchload.transfer.host import HostWorker, decode
 from torchload.transfer.memory import memory_at
@@ -19,6 +19,9 @@ from torchload.transfer.overflow import OverflowFoundError, largest_finite, over
 from torchload.transfer.pieces import Job, Piece, cut, schedule
 from torchload.transfer.reader import Reader
 from torchload.transfer.settings import thread_count
+
+if TYPE_CHECKING:
+    from torchload.transfer.cuda import Ring
 
 __all__ = ["Progress", "check_unchanged", "default_threads", "run"]
 
@@ -104,7 +107,11 @@ class _Worker:
 
     def __init__(self, reader: Reader, rings: Mapping[torch.device, Ring]) -> None:
         self._host = HostWorker(reader)
-        self._by_device = {device: RingWorker(reader, ring) for device, ring in rings.items()}
+        self._by_device: dict[torch.device, Callable[[Job], int]] = {}
+        if rings:
+            from torchload.transfer.cuda import RingWorker
+
+            self._by_device.update((device, RingWorker(reader, ring)) for device, ring in rings.items())
 
     def __call__(self, job: Job) -> int:
         worker = self._by_device.get(job.device)
@@ -115,10 +122,13 @@ def _new_rings(jobs: Iterable[Job], threads: int) -> dict[torch.device, Ring]:
     """A ring for each device that copies on its own."""
     by_device: dict[torch.device, list[Job]] = {}
     for job in jobs:
-        by_device.setdefault(job.device, []).append(job)
-    return {
-        device: cuda_ring(device, members, threads) for device, members in by_device.items() if device.type == "cuda"
-    }
+        if job.device.type == "cuda":
+            by_device.setdefault(job.device, []).append(job)
+    if not by_device:
+        return {}
+    from torchload.transfer.cuda import cuda_ring  # most loads have no use for it
+
+    return {device: cuda_ring(device, members, threads) for device, members in by_device.items()}
 
 
 def default_threads(total_bytes: int, *, computes: bool, cold: bool = False) -> int:
