@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,44 +67,55 @@ def pieces(flat: torch.Tensor, ranks: int) -> list[torch.Tensor]:
     return [piece.clone() for piece in padded.split(each)] if each else [flat] * ranks
 
 
-def zero3(path: Path, state: State, names: tuple[str, ...], ranks: int, subgroups: int = 1, **others: Any) -> Path:
-    parts = {name: pieces(state[name].flatten(), ranks) for name in names}
+def subgroups_of(names: Sequence[str], subgroups: int) -> list[Sequence[str]]:
+    """In order: each subgroup holds parameters that follow one another."""
+    size = -(-len(names) // subgroups)
+    return [names[start : start + size] for start in range(0, len(names), size)]
+
+
+def cut3(state: State, groups: Sequence[Sequence[str]], ranks: int) -> list[list[torch.Tensor]]:
+    """ZeRO 3: each parameter in equal pieces; for each rank, those of a subgroup one after the other."""
+    parts = {name: pieces(state[name].flatten(), ranks) for group in groups for name in group}
+    return [[torch.cat([parts[name][rank] for name in group]) for group in groups] for rank in range(ranks)]
+
+
+def zero3(
+    path: Path,
+    state: State,
+    names: tuple[str, ...],
+    ranks: int,
+    subgroups: int = 1,
+    optimizer: Sequence[Any] | None = None,
+    **others: Any,
+) -> Path:
     frozen = others.pop("frozen", ())
+    groups = subgroups_of(names, subgroups)
+    flat = cut3(state, groups, ranks)
     for rank in range(ranks):
-        cut = [list(names[index::subgroups]) for index in range(subgroups)]
-        cut = [[name for name in names if name in group] for group in cut]
-        if subgroups > 1:  # in order: each subgroup holds parameters that follow one another
-            size = -(-len(names) // subgroups)
-            cut = [list(names[start : start + size]) for start in range(0, len(names), size)]
-        flat = [torch.cat([parts[name][rank] for name in group]) for group in cut]
         placeholders = {name: torch.empty(0) if name in (*names, *frozen) else value for name, value in state.items()}
         held = model_states(placeholders, [names], **others)
-        held["param_shapes"] = [{name: state[name].shape for name in names}]
+        held["param_shapes"] = [{name: state[name].shape for name in group} for group in groups]
         held["frozen_param_shapes"] = {name: state[name].shape for name in frozen}
         held["frozen_param_fragments"] = {name: pieces(state[name].flatten(), ranks)[rank] for name in frozen}
         torch.save(held, path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-        optimizer = {"optimizer_state_dict": {"zero_stage": 3, "partition_count": ranks, "fp32_flat_groups": flat}}
-        torch.save(optimizer, path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        saved = {"zero_stage": 3, "partition_count": ranks, "fp32_flat_groups": flat[rank]}
+        if optimizer:
+            saved["optimizer_state_dict"] = optimizer[rank]
+        torch.save({"optimizer_state_dict": saved}, path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     return path
 
 
-def zero2(
-    path: Path,
-    state: State,
-    groups: list[tuple[str, ...]],
-    ranks: int,
-    *,
-    slices: bool,
-    padding: int = 0,
-    lean: bool = True,
-) -> Path:
-    """ZeRO 1 and 2: every group is flattened, padded to a multiple of 2 · ranks, and cut into equal pieces."""
-    torch.save(
-        model_states({name: value.bfloat16() for name, value in state.items()}, groups),
-        path / "mp_rank_00_model_states.pt",
-    )
+def cut2(
+    state: State, groups: Sequence[Sequence[str]], ranks: int, padding: int = 0
+) -> tuple[list[list[torch.Tensor]], list[list[dict[str, Address]]], list[list[int]]]:
+    """ZeRO 1 and 2: every group is flattened, padded to a multiple of 2 · ranks, and cut into equal pieces.
+
+    Returns:
+        For each rank and group: the piece, the place of each parameter in it, and how much of it is padding.
+    """
     partitions: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
     mappings: list[list[dict[str, Address]]] = [[] for _ in range(ranks)]
+    paddings: list[list[int]] = [[] for _ in range(ranks)]
     for group in groups:
         starts: dict[str, int] = {}
         flat = torch.zeros(0)
@@ -117,17 +128,44 @@ def zero2(
         flat = torch.cat([flat, torch.full((total - used,), float("nan"))])
         for rank in range(ranks):
             begin, end = rank * each, (rank + 1) * each
-            partitions[rank].append(flat[begin : min(end, max(used, begin)) if lean else end].clone())
+            partitions[rank].append(flat[begin:end].clone())
+            paddings[rank].append(end - min(end, max(used, begin)))
             mapping = {}
             for name in group:
                 first, last = max(begin, starts[name]), min(end, starts[name] + state[name].numel())
                 if first < last:
                     mapping[name] = Address(first - begin, last - first)
             mappings[rank].append(mapping)
+    return partitions, mappings, paddings
+
+
+def zero2(
+    path: Path,
+    state: State,
+    groups: list[tuple[str, ...]],
+    ranks: int,
+    *,
+    slices: bool = True,
+    padding: int = 0,
+    lean: bool = True,
+    optimizer: Sequence[Any] | None = None,
+) -> Path:
+    torch.save(
+        model_states({name: value.bfloat16() for name, value in state.items()}, groups),
+        path / "mp_rank_00_model_states.pt",
+    )
+    partitions, mappings, paddings = cut2(state, groups, ranks, padding)
     for rank in range(ranks):
         held: dict[str, Any] = {"single_partition_of_fp32_groups": partitions[rank], "partition_count": [ranks]}
+        if lean:
+            held["group_paddings"] = paddings[rank]
+            held["single_partition_of_fp32_groups"] = [
+                part[: part.numel() - spare].clone() for part, spare in zip(partitions[rank], paddings[rank])
+            ]
         if slices:
             held["param_slice_mappings"] = mappings[rank]
+        if optimizer:
+            held["base_optimizer_state"] = optimizer[rank]
         torch.save({"optimizer_state_dict": held}, path / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     return path
 

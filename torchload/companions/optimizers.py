@@ -97,6 +97,7 @@ def plan_optimizer(
             plan.state[numbered[key]] = values
         else:
             plan.state[key] = values
+    _count_steps_by_parameter(plan)
     _check_shapes(plan, names)
     return plan
 
@@ -127,7 +128,9 @@ def _by_name(
         plan.problems.append("it has parameters that are not the model's, and the file names its own")
         return None
     pairs = align(tree_of(file_names), tree_of(flat)).pairs
-    if missing := [name for name in flat if name not in pairs]:
+    # Frozen parameters have no state; DeepSpeed leaves them out.
+    frozen = {name for name, parameter in zip(flat, plan.parameters) if not parameter.requires_grad}
+    if missing := [name for name in flat if name not in pairs and name not in frozen]:
         plan.problems.append(f"the file has no state group for {', '.join(group_names(missing)[:6])}")
     used = set(pairs.values())
     if extra := [name for name in file_names if name not in used]:
@@ -138,7 +141,7 @@ def _by_name(
     for index, group in enumerate(ours):
         for parameter in group:
             name = names[id(parameter)]
-            where, key = file_names[pairs[name]]
+            where, key = file_names[pairs[name]] if name in pairs else (index, object())
             if where != index:
                 plan.problems.append(f"{name} is in group {where} of the file and in group {index} here")
             order.append(key)
@@ -167,6 +170,18 @@ def _check_group(plan: OptimizerPlan, index: int, group: Mapping[str, Any], live
             f"the file's groups lack {', '.join(map(repr, lacking))}: they are of another kind of optimizer than "
             f"{type(plan.optimizer).__name__}"
         )
+
+
+def _count_steps_by_parameter(plan: OptimizerPlan) -> None:
+    """Give each parameter the number of steps that apex's and DeepSpeed's FusedAdam keep for a whole group."""
+    if not type(plan.optimizer).__module__.startswith("torch.optim"):
+        return
+    for group in plan.groups:
+        if "step" in group and "step" not in plan.optimizer.defaults:
+            step = group.pop("step")
+            for number in group["params"]:
+                if isinstance(values := plan.state.get(number), Mapping):
+                    plan.state[number] = {"step": step, **values}
 
 
 def _check_shapes(plan: OptimizerPlan, names: Mapping[int, str]) -> None:

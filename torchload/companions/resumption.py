@@ -21,6 +21,7 @@ from torchload.companions.training import Found, average_of, find_training_state
 from torchload.errors import IncompatibleCheckpointError
 from torchload.execute import carry_out, compare_ties
 from torchload.explain import plural
+from torchload.formats.deepspeed import MASTER_KEY
 from torchload.index import Checkpoint
 from torchload.keys.rewrite import Rename
 from torchload.model.placement import Placement
@@ -71,6 +72,8 @@ class Resumption:
         """Choose the raw weights; averaged ones where there are no others."""
         root = self.checkpoint.root
         raw = weights_of(root) if key is None else root
+        if key is None and prefix is None and isinstance(raw, Mapping) and MASTER_KEY in raw:
+            key = MASTER_KEY  # DeepSpeed goes on from the float32 originals of half-precision weights
         choice = {"key": key, "prefix": prefix, "rename": rename}
         try:
             load = self._plan(model, raw, skip, choice)
@@ -194,9 +197,9 @@ class Resumption:
 
     def _absent(self, what: str, argument: str, cause: Exception | None = None) -> None:
         if self.strict:
-            self.problems.append(
-                f"the file holds no {what}{f' that fit ({cause})' if cause else ''}; leave {argument}= out"
-            )
+            why = [str(cause)] if cause else [note for note in self.checkpoint.notes if argument in note]
+            reason = f" that fit{'s' * what.endswith('state')} ({'; '.join(why)})" if why else ""
+            self.problems.append(f"the file holds no {what}{reason}; leave {argument}= out")
         else:
             self.notes.append(f"the file holds no {what}; {argument} stays as it is")
 
