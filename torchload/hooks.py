@@ -290,17 +290,35 @@ def run_post_hooks(target: Target, missing: list[str], unexpected: list[str]) ->
 
 
 def plain(value: Any, read: ReadTensor) -> Any:
-    """A value of the tree as ordinary Python: dicts, lists, tensors.
+    """A value of the tree as ordinary Python: dicts, lists, tensors. What the file has once, the result has once.
 
     Raises:
-        ValueError: It holds an object that would have to be built by running code.
+        ValueError: It holds an object that would have to be built by running code, or itself, or is nested very deeply.
     """
+    return _plain(value, read, {}, _DEEPEST)
+
+
+_DEEPEST = 100
+_PENDING = object()
+
+
+def _plain(value: Any, read: ReadTensor, known: dict[int, Any], levels: int) -> Any:
+    if isinstance(value, (Mapping, list, tuple)):
+        found = known.get(id(value))
+        if found is None:
+            if levels == 0:
+                raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+            known[id(value)] = _PENDING
+            if isinstance(value, Mapping):
+                found = {key: _plain(inner, read, known, levels - 1) for key, inner in value.items()}
+            else:
+                found = type(value)([_plain(inner, read, known, levels - 1) for inner in value])
+            known[id(value)] = found
+        if found is _PENDING:
+            raise ValueError("it holds itself")
+        return found
     if isinstance(value, TensorEntry):
         return read(value)
-    if isinstance(value, Mapping):
-        return {key: plain(inner, read) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(plain(inner, read) for inner in value)
     if isinstance(value, OpaqueTensor) and value.quantized is not None and value.shape is not None:
         return quantized_tensor(value.shape, value.quantized, read)
     if isinstance(value, (Record, OpaqueTensor)):

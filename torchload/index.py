@@ -224,6 +224,11 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def size_bytes(self) -> int:
+        """Length of all its files together, in bytes."""
+        return sum(source.size for source in self.sources)
+
     def close(self) -> None:
         """Release every file. Tensors that were mapped from them stay valid."""
         for source in self.sources:

@@ -34,11 +34,12 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
         transient=transient,
         skip_pattern=skipped,
     )
+    choice.update(path=checkpoint.path, size_bytes=checkpoint.size_bytes)
     hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
     if not hooked:
-        return select(checkpoint.root, wanted, path=checkpoint.path, strict=strict, **choice)
+        return select(checkpoint.root, wanted, strict=strict, **choice)
     try:
-        selection = select(checkpoint.root, wanted, path=checkpoint.path, strict=strict, **choice)
+        selection = select(checkpoint.root, wanted, strict=strict, **choice)
         second = not selection.fits
     except IncompatibleCheckpointError:
         second = True
@@ -51,7 +52,7 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
             shapes={name: None if name in free else shape for name, shape in shapes.items()},
             optional=frozenset(name for name in shapes if name.startswith(hooked)),
         )
-        selection = select(checkpoint.root, theirs, path=checkpoint.path, strict=strict, **choice)
+        selection = select(checkpoint.root, theirs, strict=strict, **choice)
     selection = hooks.run_pre_hooks(target, selection, map_entry)
     selection.missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
     selection.tolerated = list(dict.fromkeys([*selection.tolerated, *harmless]))

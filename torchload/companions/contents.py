@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from torchload.allowance import Allowance
 from torchload.collector import collector_paused
 from torchload.explain import plural, short_dtype
 from torchload.formats import open_checkpoint
@@ -195,7 +196,7 @@ def inspect_checkpoint(path: Any) -> CheckpointInfo:
 def _describe_checkpoint(checkpoint: Checkpoint) -> CheckpointInfo:
     is_container = isinstance(checkpoint.root, (Mapping, list, tuple, Record))
     root = checkpoint.root if is_container else {"": checkpoint.root}
-    places = {place.path: place for place in find_places(root, None, checkpoint.path)}
+    places = {place.path: place for place in find_places(root, None, Allowance(checkpoint.path, checkpoint.size_bytes))}
     listed, values = _outline(root, places)
     containers: list[ContainerInfo] = []
     tensors: list[TensorInfo] = []

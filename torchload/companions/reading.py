@@ -80,7 +80,7 @@ def read_state_dict(
         raise TypeError("device must be one device: 'auto', a torch.device, a string or an index")
     place = resolve_device(device)
     with collector_paused(), open_checkpoint(path) as checkpoint:
-        chosen = find_state_dict(checkpoint.root, checkpoint.path, key)
+        chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes)
         if chosen.rivals:
             _log.info("%s: read %r; beside it are %s", checkpoint.path, chosen.key, ", ".join(map(repr, chosen.rivals)))
         entries = _tensors(chosen, checkpoint.path)

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchload.allowance import Allowance
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError
 from torchload.index import OpaqueTensor, TensorEntry
 from torchload.keys.tables import WRAPPERS, Standing, container_standing
 from torchload.select import Leaf, Place, find_places, standing_in_company
 
 __all__ = ["StateDict", "find_state_dict", "is_optimizer_state"]
+
+_LISTED = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,13 +61,14 @@ class _Candidate:
         return self.place.leaves
 
 
-def find_state_dict(root: Any, path: str, key: str | None = None) -> StateDict:
+def find_state_dict(root: Any, path: str, key: str | None = None, size_bytes: int = 0) -> StateDict:
     """Find the weights of a checkpoint.
 
     Args:
         root: The checkpoint's tree.
         path: The checkpoint, for messages.
         key: Dotted path of the container to take; ``""`` takes the whole file; ``None`` looks for it.
+        size_bytes: Length of the checkpoint's files, which bounds what its names may cost.
 
     Returns:
         The container. Tensors in containers inside it count as its own, under dotted names.
@@ -84,7 +88,7 @@ def find_state_dict(root: Any, path: str, key: str | None = None) -> StateDict:
     """
     if isinstance(root, TensorEntry) and not key:
         return StateDict("", {"": root}, {"": root})
-    places = find_places(root, key, path)
+    places = find_places(root, key, Allowance(path, size_bytes))
     if not places:
         raise IncompatibleCheckpointError(f"{path} holds no tensors.", path=path)
     here = places[0]
@@ -175,8 +179,9 @@ def _signature(leaves: Mapping[str, Leaf]) -> set[tuple[str, object]]:
 def _ambiguous(equals: list[_Candidate], path: str) -> AmbiguousCheckpointError:
     names = [candidate.path for candidate in equals]
     listing = "\n".join(
-        f"    key={name!r}    {len(candidate.leaves):,} tensors" for name, candidate in zip(names, equals)
+        f"    key={name!r}    {len(candidate.leaves):,} tensors" for name, candidate in zip(names[:_LISTED], equals)
     )
+    listing += f"\n    and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
     return AmbiguousCheckpointError(
         f"{path} holds {len(equals)} sets of tensors, and nothing says which are the weights. Nothing was read. Say "
         f"which one is meant, or take all of them with key='':\n{listing}",

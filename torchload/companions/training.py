@@ -5,6 +5,7 @@ One closed table; a row per way of writing it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,7 +199,7 @@ def _at(what: str, root: Any) -> Iterator[Found]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # --- raw and averaged weights ---
@@ -246,31 +247,42 @@ def plain_values(root: Any, known: set[str]) -> dict[str, Any]:
         What holds a tensor, or can't be told without running code, is left out.
     """
     values: dict[str, Any] = {}
+    known_values: dict[int, Any] = {}
     if isinstance(root, Mapping):
         for name, value in root.items():
             if str(name) not in known:
                 try:
-                    values[str(name)] = _plain(value)
+                    values[str(name)] = _plain(value, known_values)
                 except _NotPlainError:
                     continue
     return values
 
 
 class _NotPlainError(Exception):
-    """A value that holds a tensor or an object."""
+    """A value that holds a tensor or an object, or itself."""
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+_DEEPEST = 50
+_PENDING = object()
+
+
+def _plain(value: Any, known: dict[int, Any], levels: int = _DEEPEST) -> Any:
+    """The value without records; what the file has once, the result has once."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, set, frozenset)):
         return value
-    if depth > 50:
+    if not isinstance(value, (Mapping, list, tuple, Record)) or levels == 0:
         raise _NotPlainError
-    if isinstance(value, Mapping):
-        return {name: _plain(inner, depth + 1) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(inner, depth + 1) for inner in value)
-    if isinstance(value, (set, frozenset)):
-        return value
-    if isinstance(value, Record) and (fields := record_fields(value)):
-        return _plain(fields, depth + 1)
-    raise _NotPlainError
+    found = known.get(id(value))
+    if found is None:
+        known[id(value)] = _PENDING
+        if isinstance(value, (list, tuple)):
+            found = type(value)([_plain(inner, known, levels - 1) for inner in value])
+        else:
+            inside = record_fields(value) if isinstance(value, Record) else value
+            if isinstance(value, Record) and not inside:
+                raise _NotPlainError
+            found = {name: _plain(inner, known, levels - 1) for name, inner in inside.items()}
+        known[id(value)] = found
+    if found is _PENDING:
+        raise _NotPlainError
+    return found

@@ -11,7 +11,10 @@ become by a change of ``__class__``, so that cycles and shared references surviv
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from itertools import islice
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -38,6 +41,10 @@ __all__ = [
 
 MAX_KEY_PARTS = 32  # of a tuple that is a dictionary key
 MAX_KEY_BITS = 4096  # of an integer that is one
+MAX_KEY_CHARACTERS = 4096  # of text inside one that isn't text itself
+MAX_COLLIDING = 128
+MEAN_KEYS_BETWEEN_CHECKS = 1024
+_chance = Random()  # noqa: S311 - of its own, so that the process's random numbers stay as they are
 UNRESOLVED: Any = type("Unresolved", (), {"__slots__": ()})()
 AS_RECORD: Any = type("AsRecord", (), {"__slots__": ()})()  # what a converter returns for a call it can't interpret
 
@@ -262,28 +269,36 @@ def new_stand_in(base: type, qualified: str, **attributes: Any) -> StandInType:
 
 
 def check_key(mapping: dict[Any, Any], key: Any) -> None:
-    """Refuse a key that would be expensive to hash or compare.
+    """Refuse a key that would be expensive to hash, to compare, or to print.
 
     Raises:
-        TypeError: It is a tuple with too many parts, a huge integer, or one of many made to collide.
+        TypeError: It is a tuple or a set with too many parts, a huge integer, long text inside something else, or one
+            of many made to collide.
     """
-    if not _is_forgeable(key):
+    if type(key) is str or type(key) is float or key is None:
         return
-    parts = [key]
+    parts, characters, numbers = [key], 0, 0
     for part in parts:  # grows while it runs, to the limit
-        if type(part) is tuple:
+        kind = type(part)
+        if kind is tuple:
             parts.extend(part[: MAX_KEY_PARTS + 1])
-        elif type(part) is int and part.bit_length() > MAX_KEY_BITS:
-            raise TypeError(f"a dictionary key is an integer of more than {MAX_KEY_BITS} bits")
+        elif kind is frozenset:
+            parts.extend(islice(part, MAX_KEY_PARTS + 1))
+        elif kind is int:
+            numbers += part is not key or not -(1 << 64) < part < 1 << 64
+            if part.bit_length() > MAX_KEY_BITS:
+                raise TypeError(f"a dictionary key is an integer of more than {MAX_KEY_BITS} bits")
+        elif kind is float:
+            numbers += 1
+        elif kind is str or kind is bytes:
+            characters += len(part)
         if len(parts) > MAX_KEY_PARTS:
-            raise TypeError(f"a dictionary key is a tuple of more than {MAX_KEY_PARTS} parts")
-    count = len(mapping)
-    if count >= 8 and count & (count - 1) == 0:
-        hashes = [hash(other) for other in mapping if _is_forgeable(other)]
-        if 2 * len(set(hashes)) < len(hashes):
-            raise TypeError("a dictionary's keys all have the same hash")
-
-
-def _is_forgeable(key: Any) -> bool:
-    """Whether many different keys of the kind can be made to have one hash, so that each access is linear."""
-    return type(key) is tuple or (type(key) is int and not -(1 << 64) < key < 1 << 64)
+            raise TypeError(f"a dictionary key is a collection of more than {MAX_KEY_PARTS} parts")
+    if characters > MAX_KEY_CHARACTERS:
+        raise TypeError(f"a dictionary key holds more than {MAX_KEY_CHARACTERS} characters")
+    # Text has hashes that nobody can foresee; numbers can be chosen to collide with each other, and then each access
+    # takes time in proportion to their number. When to look for that is left to chance, or a file would work around it.
+    if numbers and len(mapping) >= MAX_COLLIDING and _chance.random() < 1 / MEAN_KEYS_BETWEEN_CHECKS:
+        [(_, most)] = Counter(map(hash, mapping)).most_common(1)
+        if most > MAX_COLLIDING:
+            raise TypeError(f"more than {MAX_COLLIDING} of a dictionary's keys have the same hash")

@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from torchload.allowance import Allowance
 from torchload.keys.tables import RENAMES, WRAPPER_STATE, WRAPPERS
 
 __all__ = ["Alignment", "Node", "align", "is_path", "tree_of"]
@@ -29,10 +30,17 @@ class Node:
         names: What is left of each name below the node → the whole name. ``""`` is a tensor at the node itself.
     """
 
-    __slots__ = ("_chain", "_children", "names")
+    __slots__ = ("_allowance", "_chain", "_children", "names")
 
-    def __init__(self, names: dict[str, str]) -> None:
+    def __init__(self, names: dict[str, str], allowance: Allowance | None = None) -> None:
+        """A node whose children are made when they are looked at.
+
+        Args:
+            names: As the attribute.
+            allowance: What making them may cost, where the names are a stranger's.
+        """
         self.names = names
+        self._allowance = allowance
         self._children: dict[str, Node] | None = None
         self._chain: _Chain | None = None
 
@@ -45,6 +53,8 @@ class Node:
             {'weight': 'fc.weight', 'bias': 'fc.bias'}
         """
         if self._children is None:
+            if self._allowance is not None:
+                self._allowance.spend(len(self.names), sum(map(len, self.names)))
             parts: dict[str, dict[str, str]] = {}
             for rest, name in self.names.items():
                 if rest:
@@ -53,8 +63,12 @@ class Node:
                         parts[label][below] = name
                     else:
                         parts[label] = {below: name}
-            self._children = {label: Node(names) for label, names in parts.items()}
+            self._children = {label: Node(names, self._allowance) for label, names in parts.items()}
         return self._children
+
+    def without(self, names: Collection[str]) -> Node:
+        """The node without some names."""
+        return Node({rest: name for rest, name in self.names.items() if name not in names}, self._allowance)
 
     @property
     def chain(self) -> _Chain:
@@ -93,14 +107,18 @@ class Alignment:
     leftover: dict[str, str] = field(default_factory=dict)
 
 
-def tree_of(names: Iterable[str]) -> Node:
+def tree_of(names: Iterable[str], allowance: Allowance | None = None) -> Node:
     """The tree of whole names. Names that can't be a path (empty segments, absurd length) are left out.
+
+    Args:
+        names: The names.
+        allowance: What taking them apart may cost, where they are a stranger's.
 
     Example:
         >>> tree_of(["fc.weight", "a..b"]).names
         {'fc.weight': 'fc.weight'}
     """
-    return Node({name: name for name in names if is_path(name)})
+    return Node({name: name for name in names if is_path(name)}, allowance)
 
 
 def is_path(name: str) -> bool:
@@ -288,7 +306,7 @@ def _lift(
 
 def _remove(children: dict[str, Node], label: str, names: Collection[str]) -> None:
     """Take names away from one child of a node."""
-    children[label] = Node({rest: name for rest, name in children[label].names.items() if name not in names})
+    children[label] = children[label].without(names)
 
 
 _PARAMETRIZED = "parametrizations"

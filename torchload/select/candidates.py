@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from torchload.allowance import Allowance
 from torchload.index import Shape
 from torchload.keys.match import Alignment, Node, align, tree_of
 from torchload.keys.rewrite import Rename, renamer
@@ -26,6 +27,7 @@ def find_candidates(
     rename: Rename | None,
     least: int,
     strict: bool,
+    allowance: Allowance,
 ) -> Iterator[Selection]:
     """Every sub-tree with at least `least` tensors that shares names with the model, judged."""
     views = _model_views(wanted, strict)
@@ -34,7 +36,7 @@ def find_candidates(
         if len(place.leaves) < least:
             continue
         leaves = renamer(rename, place.leaves) if rename is not None else place.leaves
-        tree = tree_of(leaves)
+        tree = tree_of(leaves, allowance)
         if prefix is None and "model" in place.inner:  # OpenNMT: 'model' and 'generator' together are the model
             alignment = align(tree, views[0][1], lift=("model",))
             if ("file", "model") in alignment.dropped:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
+from torchload.allowance import Allowance
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError
 from torchload.index import TensorEntry
 from torchload.keys.match import is_path
@@ -17,6 +19,9 @@ from torchload.select.selection import Selection, Wanted
 
 __all__ = ["Candidate", "select", "standing_in_company"]
 
+_MOST_CANDIDATES = 5_000
+_LISTED = 20
+
 
 def select(
     root: Any,
@@ -27,6 +32,7 @@ def select(
     prefix: str | None = None,
     rename: Rename | None = None,
     strict: bool = True,
+    size_bytes: int = 0,
 ) -> Selection:
     """Choose the part of a checkpoint that belongs to a model.
 
@@ -38,6 +44,7 @@ def select(
         prefix: Prefix of the names to use; ``None`` searches all of them.
         rename: Applied to the names of each container before anything else (see `renamer`).
         strict: Whether only a whole fit will do. Otherwise the candidate that fills most is chosen.
+        size_bytes: Length of the checkpoint's files, which bounds what its names may cost.
 
     Returns:
         The candidate that fits; or, if none does, the best one with what it lacks, for the planner to report.
@@ -45,20 +52,46 @@ def select(
     Raises:
         AmbiguousCheckpointError: Several candidates of equal standing fit and hold different data.
         IncompatibleCheckpointError: `key` or `prefix` names nothing, or the file holds no tensors.
+        CorruptCheckpointError: Its names are out of all proportion to the file.
     """
-    places = find_places(root, key, path, wanted.whole)
+    allowance = Allowance(path, size_bytes)
+    places = find_places(root, key, allowance, wanted.whole)
     if strict:
-        candidates = find_candidates(places, wanted, prefix, rename, needed_tensors(wanted), strict)
-        if fitting := [candidate for candidate in candidates if candidate.fits]:
+        candidates = find_candidates(places, wanted, prefix, rename, needed_tensors(wanted), strict, allowance)
+        if fitting := _at_most(_MOST_CANDIDATES, (candidate for candidate in candidates if candidate.fits), path):
             return _best(fitting, root, path, strict)
-    partial = list(find_candidates(places, wanted, prefix, rename, 1, strict=False))
-    if not partial:
-        raise _nothing(places, wanted, prefix, path)
+    partial = find_candidates(places, wanted, prefix, rename, 1, False, allowance)
     if not strict:
-        return _best(partial, root, path, strict)
-    return max(
-        partial, key=lambda c: (len(c.pairs) - len(c.mismatched), not c.crossed, -len(c.unexpected), -c.standing)
-    )
+        if likely := _at_most(_MOST_CANDIDATES, _fullest(partial), path):
+            return _best(likely, root, path, strict)
+    elif nearest := max(partial, key=_nearness, default=None):
+        return nearest
+    raise _nothing(places, wanted, prefix, path)
+
+
+def _nearness(candidate: Selection) -> tuple[Any, ...]:
+    return _filled(candidate), not candidate.crossed, -len(candidate.unexpected), -candidate.standing
+
+
+def _filled(candidate: Selection) -> int:
+    return len(candidate.pairs) - len(candidate.mismatched)
+
+
+def _fullest(candidates: Iterable[Selection]) -> Iterator[Selection]:
+    """Those that fit, or fill as much as any before them: no others are ever taken, nor mentioned."""
+    most = 0
+    for candidate in candidates:
+        most = max(most, _filled(candidate))
+        if candidate.fits or _filled(candidate) == most:
+            yield candidate
+
+
+def _at_most(count: int, candidates: Iterable[Selection], path: str) -> list[Selection]:
+    """A list of candidates, if they aren't absurdly many."""
+    found = list(islice(candidates, count + 1))
+    if len(found) > count:
+        raise _ambiguous(found, path)
+    return found
 
 
 class Candidate(Protocol):
@@ -104,7 +137,7 @@ def _data(candidate: Selection) -> tuple[object, ...]:
 
 def _rank(candidate: Selection, strict: bool) -> tuple[Any, ...]:
     """Sort key: what decides, then what merely orders equals (a plain fit, a short path)."""
-    filled = 0 if strict else -(len(candidate.pairs) - len(candidate.mismatched))
+    filled = 0 if strict else -_filled(candidate)
     left = len(candidate.outside) + len(candidate.tolerated)
     return filled, candidate.standing, candidate.crossed, left, len(candidate.path)
 
@@ -143,7 +176,8 @@ def _ambiguous(equals: list[Selection], path: str) -> AmbiguousCheckpointError:
     containers = len({candidate.key for candidate in equals}) > 1
     argument = "key" if containers else "prefix"
     names = [candidate.key if containers else f"{candidate.prefix}." for candidate in equals]
-    listing = "\n".join(f"    {argument}={name!r}" for name in names)
+    listing = "\n".join(f"    {argument}={name!r}" for name in names[:_LISTED])
+    listing += f"\n    and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
     return AmbiguousCheckpointError(
         f"{path} holds {len(equals)} sets of weights that fit this model equally well. Nothing was loaded. "
         f"Say which one is meant:\n{listing}",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchload.errors import CorruptCheckpointError, IncompatibleCheckpointError
+from torchload.allowance import Allowance
+from torchload.errors import IncompatibleCheckpointError
 from torchload.index import OpaqueTensor, Record, Shape, TensorEntry, record_fields
 from torchload.select.paths import last
 
@@ -14,8 +15,8 @@ __all__ = ["Leaf", "Place", "as_mapping", "find_places", "shape_of"]
 
 Leaf = TensorEntry | OpaqueTensor | Any
 _DEEPEST = 64  # containers inside each other, within one state dict
-_EXPANSION = 8  # how often, on average, a tensor may be reached by different paths
 _EXTRA_STATE = "_extra_state"
+_OTHER_CHARACTERS = 20  # of a name that is a number, or something rarer: formats keep those short
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +49,24 @@ def shape_of(leaf: Leaf) -> Shape | None:
     return getattr(leaf[0] if isinstance(leaf, tuple) and leaf else leaf, "shape", None)
 
 
-def find_places(root: Any, key: str | None, path: str, whole: frozenset[str] = frozenset()) -> list[Place]:
+def find_places(root: Any, key: str | None, allowance: Allowance, whole: frozenset[str] = frozenset()) -> list[Place]:
     """Every container that holds tensors at any depth, outermost first, each once however often it is referred to.
 
     Args:
         root: The checkpoint's tree.
         key: Path of the one container to find; ``None`` for all.
-        path: The checkpoint, for messages.
+        allowance: What the names may cost.
         whole: Last segments of names under which any value counts as a tensor does, unless it is a mapping.
 
     Raises:
         IncompatibleCheckpointError: There is no container `key`.
-        CorruptCheckpointError: The containers expand to far too many tensors.
+        CorruptCheckpointError: The containers expand to far too many names.
     """
-    containers = _containers(root, whole)
-    leaves_in_all = sum(
-        _is_leaf(name, value, whole) for _, inside in containers.values() for name, value in inside.items()
-    )
+    path = allowance.path
+    containers = _containers(root, whole, allowance)
     found: list[Place] = []
     for here, inside in containers.values():
-        if leaves := _flatten(inside, containers, _EXPANSION * leaves_in_all + 1000, path, whole):
+        if leaves := _flatten(inside, containers, allowance, whole):
             inner = frozenset(str(name) for name, value in inside.items() if id(value) in containers)
             found.append(Place(here, inside, leaves, inner))
     if key is None:
@@ -81,7 +80,7 @@ def find_places(root: Any, key: str | None, path: str, whole: frozenset[str] = f
     return chosen
 
 
-def _containers(root: Any, whole: frozenset[str]) -> dict[int, tuple[str, Mapping[Any, Any]]]:
+def _containers(root: Any, whole: frozenset[str], allowance: Allowance) -> dict[int, tuple[str, Mapping[Any, Any]]]:
     """All containers of a tree below which tensors are: identity → (dotted path, what it holds), outermost first."""
     wide: dict[int, bool] = {}
     barren: set[int] = set()
@@ -105,6 +104,7 @@ def _containers(root: Any, whole: frozenset[str]) -> dict[int, tuple[str, Mappin
                             barren.add(id(value))
                         continue
                     known[id(value)] = (f"{here}.{name}" if here else str(name), below)
+                    allowance.spend(1, len(known[id(value)][0]))
                     above[id(value)] = []
                     todo.append((id(value), *known[id(value)]))
                 above[id(value)].append(identity)
@@ -142,11 +142,17 @@ def _is_leaf(name: Any, value: Any, whole: frozenset[str]) -> bool:
     return name.endswith(_EXTRA_STATE) or (bool(whole) and last(name) in whole and not isinstance(value, Mapping))
 
 
+def _characters(names: Iterable[Any]) -> int:
+    try:
+        return sum(map(len, names))
+    except TypeError:  # not all of them are text
+        return sum(len(name) if isinstance(name, str) else _OTHER_CHARACTERS for name in names)
+
+
 def _flatten(
     container: Mapping[Any, Any],
     containers: Mapping[int, tuple[str, Mapping[Any, Any]]],
-    most: int,
-    path: str,
+    allowance: Allowance,
     whole: frozenset[str],
 ) -> dict[str, Leaf]:
     """All tensors under a container by dotted name, in the file's order.
@@ -156,8 +162,7 @@ def _flatten(
     Args:
         container: Where to begin.
         containers: Those worth descending into, by identity.
-        most: How many names the expansion may have: a small file can refer to the same container over and over.
-        path: The checkpoint, for the message.
+        allowance: What the names may cost: a small file can refer to the same container over and over.
         whole: As `find_places` takes it.
 
     Raises:
@@ -166,14 +171,11 @@ def _flatten(
     leaves: dict[str, Leaf] = {}
     deeper: list[tuple[str, Mapping[Any, Any], frozenset[int]]] = [("", container, frozenset())]
     for prefix, inside, above in deeper:
+        allowance.spend(len(inside), len(inside) * len(prefix) + _characters(inside))
         for name, value in inside.items():
             if _is_leaf(name, value, whole):
                 leaves.setdefault(f"{prefix}{name}", value)
             elif id(value) in containers and id(value) not in above and len(above) < _DEEPEST:
                 deeper.append((f"{prefix}{name}.", containers[id(value)][1], above | {id(value)}))
-        if len(leaves) + len(deeper) > most + len(inside):
-            raise CorruptCheckpointError(
-                f"{path} refers to the same containers so often that they expand to over {most:,} tensors. Refused.",
-                path=path,
-            )
+        allowance.check(len(leaves))
     return leaves
