@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -115,7 +115,9 @@ def _to_look_at(pairs: Sequence[Pair]) -> list[int]:
 
 
 def compare_values(name: str, source: str, theirs: object, ours: object) -> Difference | None:
-    """Compare two values in memory: tensors, quantized ones among them, pairs of such, or anything with ``==``.
+    """Compare two values in memory: tensors, quantized ones among them, containers of such, or anything with ``==``.
+
+    Objects that compare by identity are compared by their attributes.
 
     Args:
         name: The model's name for the value.
@@ -123,11 +125,16 @@ def compare_values(name: str, source: str, theirs: object, ours: object) -> Diff
         theirs: What it should be.
         ours: What it is.
     """
+    if type(theirs) is type(ours) and type(ours).__eq__ is object.__eq__:
+        theirs, ours = dict(getattr(theirs, "__dict__", {})), dict(getattr(ours, "__dict__", {}))
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping) and theirs.keys() == ours.keys():
+        parts = (compare_values(name, source, theirs[key], ours[key]) for key in theirs)
+        return next((part for part in parts if part is not None), None)
     if isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)) and len(theirs) == len(ours):
         parts = (compare_values(name, source, here, there) for here, there in zip(theirs, ours))
         return next((part for part in parts if part is not None), None)
     if not (isinstance(theirs, torch.Tensor) and isinstance(ours, torch.Tensor)):
-        same = type(theirs) is type(ours) and theirs == ours
+        same = type(theirs) is type(ours) and _is_equal(theirs, ours)
         reason = f"{_brief(theirs)} in the file, {_brief(ours)} here"
         return None if same else Difference(name, source, 1, 1, reason=reason)
     numel = theirs.numel()
@@ -141,6 +148,12 @@ def compare_values(name: str, source: str, theirs: object, ours: object) -> Diff
     if (tally := tallies.get(0)) is None:
         return None
     return Difference(name, source, tally.count, numel, tally.largest, tally.nans)
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Whether ``==`` says so, of all elements where it answers for each (numpy's arrays do)."""
+    answer = one == other
+    return bool(answer.all() if hasattr(answer, "all") else answer)
 
 
 def _brief(value: object) -> str:

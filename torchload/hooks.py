@@ -7,6 +7,8 @@ just before the transfer, and what they changed can be taken back.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,9 +29,11 @@ from torchload.transfer.memory import memory_at
 
 __all__ = [
     "Undo",
+    "filled_by_itself",
     "in_memory",
     "is_given",
     "load_itself",
+    "offered",
     "plain",
     "restorer",
     "run_own_loader",
@@ -67,7 +71,7 @@ def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Sel
     """
     state: dict[str, Any] = {}
     entries: dict[int, str] = {}
-    for name, source in _offered(target.pre_hooks, selection).items():
+    for name, source in offered(target.pre_hooks, selection).items():
         value = selection.leaves[source]
         if isinstance(value, TensorEntry):
             value = read(value)
@@ -92,15 +96,15 @@ def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Sel
     return _revised(target, selection, before, state, entries)
 
 
-def _offered(hooked: list[HookedModule], selection: Selection) -> dict[str, str]:
+def offered(hooked: list[HookedModule], selection: Selection) -> dict[str, str]:
     """Model name → checkpoint name of everything below hooked modules, leftovers under the name they would have."""
     prefixes = tuple(item.prefix for item in hooked)
-    offered = {name: source for name, source in selection.pairs.items() if name.startswith(prefixes)}
+    found = {name: source for name, source in selection.pairs.items() if name.startswith(prefixes)}
     unused = {*selection.unexpected, *selection.outside, *selection.claimed}
     for source, name in selection.alignment.leftover.items():
         if source in unused and name.startswith(prefixes):
-            offered.setdefault(name, source)
-    return offered
+            found.setdefault(name, source)
+    return found
 
 
 def _revised(
@@ -202,10 +206,36 @@ def run_own_loader(
 
 def is_given(hooked: HookedModule, selection: Selection) -> bool:
     """Whether the checkpoint has something for a module that loads itself, or nothing says that it needn't."""
-    return bool(_offered([hooked], selection)) or not _may_lack(hooked.prefix, selection)
+    return bool(offered([hooked], selection)) or not _may_lack(hooked.prefix, selection)
 
 
-def load_itself(module: nn.Module, prefix: str, slots: Sequence[Slot], selection: Selection, read: ReadTensor) -> None:
+def filled_by_itself(hooked: HookedModule, slots: Sequence[Slot], selection: Selection, read: ReadTensor) -> set[str]:
+    """Which of the names that the file lacks a module that loads itself fills all the same, as upgrades of versions do.
+
+    A copy of the module without memory is loaded to see it.
+    """
+    missing = [name for name in selection.missing if name.startswith(hooked.prefix)]
+    if not missing or not is_given(hooked, selection):
+        return set()
+    memo = {id(slot.tensor): _without_memory(slot) for slot in slots if slot.shape is not None}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, that copying into a meta tensor does nothing
+            twin = copy.deepcopy(hooked.module, memo)
+            lacking = load_itself(twin, hooked.prefix, slots, selection, read)
+    except Exception:  # noqa: BLE001 - whatever the module's own code raises: then it fills nothing
+        return set()
+    return {name for name in missing if name[len(hooked.prefix) :] not in lacking}
+
+
+def _without_memory(slot: Slot) -> torch.Tensor:
+    tensor = torch.empty_like(slot.tensor.detach(), device="meta")
+    return nn.Parameter(tensor, slot.tensor.requires_grad) if slot.is_parameter else tensor
+
+
+def load_itself(
+    module: nn.Module, prefix: str, slots: Sequence[Slot], selection: Selection, read: ReadTensor
+) -> list[str]:
     """Call a module's `load_state_dict` with what the checkpoint has for it.
 
     Args:
@@ -214,6 +244,9 @@ def load_itself(module: nn.Module, prefix: str, slots: Sequence[Slot], selection
         slots: Its tensors. What is none of them, such as packed weights, it may keep as it gets it.
         selection: Where its values are.
         read: Gives a tensor over the file's bytes, without reading them.
+
+    Returns:
+        The names, below the prefix, that it reports as missing where the caller accepts that.
     """
     copied = {name for slot in slots for name in slot.names}
 
@@ -222,10 +255,11 @@ def load_itself(module: nn.Module, prefix: str, slots: Sequence[Slot], selection
 
     state_dict: Any = OrderedDict(
         (name[len(prefix) :], plain(selection.leaves[source], read if name in copied else own))
-        for name, source in _offered([HookedModule(prefix, module)], selection).items()
+        for name, source in offered([HookedModule(prefix, module)], selection).items()
     )
     state_dict._metadata = _metadata_below(selection, prefix)
-    module.load_state_dict(state_dict, strict=not _may_lack(prefix, selection))
+    missing: list[str] = module.load_state_dict(state_dict, strict=not _may_lack(prefix, selection)).missing_keys
+    return missing
 
 
 def _may_lack(prefix: str, selection: Selection) -> bool:

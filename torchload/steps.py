@@ -61,8 +61,8 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
 
 
 def _leave_to_own_loaders(target: Target, selection: Selection) -> None:
-    """Where a module that loads itself is offered names it does not have now, it alone knows what it lacks."""
-    for hooked, _ in own_loaders(target):
+    """What a module that loads itself lacks, it alone knows: what it is offered beside its names may stand for them."""
+    for hooked, slots in own_loaders(target):
         leftover = {
             source
             for source in selection.unexpected
@@ -72,3 +72,5 @@ def _leave_to_own_loaders(target: Target, selection: Selection) -> None:
             selection.unexpected = [source for source in selection.unexpected if source not in leftover]
             selection.missing = [name for name in selection.missing if not name.startswith(hooked.prefix)]
             selection.claimed |= leftover
+        elif filled := hooks.filled_by_itself(hooked, slots, selection, map_entry):
+            selection.missing = [name for name in selection.missing if name not in filled]

@@ -225,7 +225,7 @@ assert verify_weights(model, path)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 96 * 1024  # KiB; the file has 192 MiB
+    assert int(done.stdout) < 128 * 1024  # KiB; the file has 192 MiB
 
 
 @given(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -12,19 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchload import hooks
 from torchload.collector import collector_paused
-from torchload.comparison import Difference, Pair, compare, compare_values
+from torchload.companions.twins import Twins, compare_extra_states, load_twins
+from torchload.comparison import Difference, Pair, compare
 from torchload.explain import group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
 from torchload.index import OpaqueTensor, TensorEntry, entries_in
 from torchload.keys.rewrite import Rename
-from torchload.model.target import Slot, Target, describe_model, own_loaders
+from torchload.model.target import Slot, Target, describe_model
 from torchload.plan import glob_matcher
 from torchload.report import format_bytes, format_seconds
 from torchload.select import Selection
 from torchload.steps import select_for
-from torchload.transfer import map_entry
 
 __all__ = ["Difference", "VerifyReport", "verify_weights"]
 
@@ -108,7 +106,8 @@ def verify_weights(
     value that became infinite is a difference all the same. The file is read in pieces: memory does not grow with it.
 
     A module that loads itself (with a `_load_from_state_dict` of its own, as quantized ones have) may make something
-    else of what the file holds: a copy of it is loaded, one such module at a time, and the two are compared.
+    else of what the file holds: a copy of it is loaded, one such module at a time, and all that the two hold is
+    compared. Extra state is compared as well.
 
     Args:
         model: The model: on any device, wrapped or not. It is not changed.
@@ -148,11 +147,10 @@ def verify_weights(
         selection = select_for(
             target, checkpoint, glob_matcher(skip), strict=True, key=key, prefix=prefix, rename=rename
         )
-        copies = _load_copies(target, selection)
-        pairs, differing = _pairs(target, selection, copies)
-        differing += compare(pairs)
-    kept_leaves = (selection.leaves[selection.pairs[name]] for name in copies.kept)
-    held = sum(entry.nbytes for leaf in kept_leaves for entry in entries_in(leaf))
+        twins = load_twins(target, selection)
+        pairs, differing = _pairs(target, selection, twins)
+        differing += [*compare(pairs), *twins.differing, *compare_extra_states(target, selection)]
+    sources = [*twins.sources, *(pair.source for pair in pairs if pair.name not in twins.entries)]
     order = {name: position for position, name in enumerate(target.names)}
     casts: dict[tuple[str, str], int] = {}
     for pair in pairs:
@@ -164,9 +162,9 @@ def verify_weights(
         model=type(model).__name__,
         key=selection.key,
         prefix=selection.prefix,
-        tensors=len(pairs) + len(copies.kept),
-        nbytes=sum(pair.entry.nbytes for pair in pairs) + held,
-        differing=tuple(sorted(differing, key=lambda difference: order[difference.name])),
+        tensors=len(sources),
+        nbytes=sum(entry.nbytes for source in sources for entry in entries_in(selection.leaves[source])),
+        differing=tuple(sorted(differing, key=lambda difference: order.get(difference.name, len(order)))),
         missing_keys=selection.missing,
         unexpected_keys=selection.unexpected,
         skipped=tuple(selection.skipped),
@@ -175,60 +173,19 @@ def verify_weights(
     )
 
 
-@dataclass(slots=True)
-class _Copies:
-    """What modules that load themselves would hold after a load, found by loading copies of them.
-
-    Attributes:
-        entries: Model name → the tensor that would be there.
-        reasons: Model name → why that can't be told.
-        kept: Names of what such modules keep beside parameters and buffers: packed weights, a scale.
-        differing: What of that differs.
-    """
-
-    entries: dict[str, TensorEntry] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)
-    differing: list[Difference] = field(default_factory=list)
-
-
-def _load_copies(target: Target, selection: Selection) -> _Copies:
-    found = _Copies()
-    for hooked, slots in own_loaders(target):
-        prefix = hooked.prefix
-        names = [name for name in selection.pairs if name.startswith(prefix)]
-        if not hooks.is_given(hooked, selection) or any(slot.tensor.is_meta for slot in slots):
-            continue
-        try:
-            twin = copy.deepcopy(hooked.module)
-            hooks.load_itself(twin, prefix, slots, selection, map_entry)
-        except Exception as error:  # noqa: BLE001 - whatever the module's own code raises
-            reason = f"{type(hooked.module).__name__} loads itself, and a copy of it did not: {error}"
-            found.reasons.update(dict.fromkeys(names, reason))
-            continue
-        theirs, ours = twin.state_dict(), hooked.module.state_dict()
-        for name in names:
-            inside = name[len(prefix) :]
-            if name in target.own_state:
-                found.kept.append(name)
-                difference = compare_values(name, selection.pairs[name], theirs.get(inside), ours[inside])
-                found.differing += [difference] if difference is not None else []
-            elif isinstance(theirs.get(inside), torch.Tensor):
-                found.entries[name] = hooks.in_memory(theirs[inside])
-    return found
-
-
-def _pairs(target: Target, selection: Selection, copies: _Copies) -> tuple[list[Pair], list[Difference]]:
+def _pairs(target: Target, selection: Selection, twins: Twins) -> tuple[list[Pair], list[Difference]]:
     """What can be compared, and what differs before any data is looked at."""
-    pairs: list[Pair] = []
-    differing = list(copies.differing)
+    pairs = [
+        Pair(name, selection.pairs.get(name, name), target.by_name[name], entry)
+        for name, entry in twins.entries.items()
+    ]
+    differing: list[Difference] = []
+    given = set(twins.sources)
     for name, source in selection.pairs.items():
-        slot, leaf = target.by_name.get(name), copies.entries.get(name, selection.leaves[source])
-        if slot is None:
-            if name in copies.reasons:
-                differing.append(Difference(name, source, 0, 0, reason=copies.reasons[name]))
-            continue  # extra state: not a tensor
-        reason = copies.reasons.get(name) or _incomparable(name, slot, leaf, selection)
+        slot, leaf = target.by_name.get(name), selection.leaves[source]
+        if slot is None or source in given:
+            continue  # extra state, or what a copy was loaded with
+        reason = _incomparable(name, slot, leaf, selection)
         if reason is not None or not isinstance(leaf, TensorEntry):
             numel = math.prod(slot.shape or ())
             differing.append(Difference(name, source, numel, numel, reason=reason or ""))
