@@ -52,9 +52,19 @@ class Undo:
     steps: list[Callable[[], object]] = field(default_factory=list)
 
     def roll_back(self) -> None:
-        """Take everything back."""
+        """Take everything back; a step that fails does not keep the others from being taken.
+
+        Raises:
+            BaseException: What the first of those raised that failed.
+        """
+        failures = []
         while self.steps:
-            self.steps.pop()()
+            try:
+                self.steps.pop()()
+            except BaseException as error:  # noqa: BLE001 - a module's own code, or an interrupt
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
 
 def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Selection:
@@ -333,6 +343,7 @@ def plain(value: Any, read: ReadTensor) -> Any:
 
 
 _DEEPEST = 100
+_SMALL_BYTES = 256
 _PENDING = object()
 
 
@@ -352,6 +363,8 @@ def _plain(value: Any, read: ReadTensor, known: dict[int, Any], levels: int) -> 
             raise ValueError("it holds itself")
         return found
     if isinstance(value, TensorEntry):
+        if value.is_expanded and value.nbytes > _SMALL_BYTES:
+            raise ValueError("it holds a tensor of more elements than the file has room for")
         return read(value)
     if isinstance(value, OpaqueTensor) and value.quantized is not None and value.shape is not None:
         return quantized_tensor(value.shape, value.quantized, read)

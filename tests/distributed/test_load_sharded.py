@@ -269,3 +269,54 @@ def _refused_at_the_end(rank: int, folder: Path) -> None:
 
 def test_a_sharded_run_that_can_not_be_resumed_is_as_it_was(tmp_path):
     on_two_ranks(_refused_at_the_end, tmp_path)
+
+
+def _refused_in_every_phase(rank: int, folder: Path) -> None:
+    def trained(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = sharded(seed=seed)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(3, 6)).square().mean().backward()
+            optimizer.step()
+        return model, optimizer
+
+    def parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        values = [*model.parameters(), *model.buffers()]
+        values += [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+        return [(value.to_local() if hasattr(value, "to_local") else value).detach() for value in values]
+
+    model, optimizer = trained(1)
+    states = {
+        key: {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in values.items()}
+        for key, values in optimizer.state_dict()["state"].items()
+    }
+    saved = {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}
+    state = {"model": whole_on_first(model), "optimizer": saved, "scheduler": {"a": 1}}
+    lacking = {name: value for name, value in states[0].items() if name != "exp_avg_sq"}
+    files = {
+        "missing key": {**state, "model": {name: state["model"][name] for name in list(state["model"])[1:]}},
+        "missing moment": {**state, "optimizer": {**saved, "state": {**states, 0: lacking}}},
+        "scheduler refuses": state,
+    }
+    if rank == 0:
+        for name, content in files.items():
+            torch.save(content, folder / f"{name}.pth")
+    torch.distributed.barrier()
+    model, optimizer = trained(5)
+    groups = optimizer.state_dict()["param_groups"]
+    before, objects = [part.clone() for part in parts(model, optimizer)], list(model.parameters())
+    for name in files:
+        with pytest.raises(errors.IncompatibleCheckpointError):
+            smart_resume(model, folder / f"{name}.pth", optimizer, Refusing())
+        now = parts(model, optimizer)
+        assert len(now) == len(before)
+        assert all(same_bits(one, other) for one, other in zip(now, before)), name
+        assert all(one is other for one, other in zip(model.parameters(), objects))
+        assert optimizer.state_dict()["param_groups"] == groups
+    model(torch.ones(3, 6)).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_sharded_run_with_its_optimizer_is_as_it_was_whatever_fails(tmp_path):
+    on_two_ranks(_refused_in_every_phase, tmp_path)

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from torchload.companions.flat_optimizer import grouped, is_flat
+from torchload.companions.optimizer_form import malformed
 from torchload.copies import Copy
 from torchload.explain import group_names, plural
 from torchload.hooks import plain
-from torchload.index import OpaqueTensor, Record, TensorEntry
+from torchload.index import Extent, OpaqueTensor, Record, TensorEntry, entries_in
 from torchload.keys.match import align, tree_of
 from torchload.model.shards import is_sharded
 from torchload.plan import copies_of
 from torchload.transfer import allocate, map_entry, run
 
-__all__ = ["OptimizerPlan", "plan_optimizer", "read_states"]
+__all__ = ["OptimizerPlan", "extents_in", "plan_optimizer", "read_states"]
 
 # State of torch's own and of common other optimizers that has the shape of the parameter it belongs to.
 _LIKE_PARAMETER = frozenset(
@@ -67,6 +68,9 @@ def plan_optimizer(
     ours = [list(group["params"]) for group in optimizer.param_groups]
     flat = [parameter for group in ours for parameter in group]
     plan = OptimizerPlan(optimizer, [], {}, flat)
+    if problem := malformed(state):
+        plan.problems.append(f"this is no optimizer's state: {problem}")
+        return plan
     if is_flat(state):
         state = grouped(state, [[names.get(id(parameter), "") for parameter in group] for group in ours], plan.problems)
         if plan.problems:
@@ -97,7 +101,9 @@ def plan_optimizer(
             plan.state[numbered[key]] = values
         else:
             plan.state[key] = values
-    _count_steps_by_parameter(plan)
+    if _is_torchs_own(optimizer):
+        _count_steps_by_parameter(plan)
+        _check_completeness(plan, names)
     _check_shapes(plan, names)
     return plan
 
@@ -174,14 +180,30 @@ def _check_group(plan: OptimizerPlan, index: int, group: Mapping[str, Any], live
 
 def _count_steps_by_parameter(plan: OptimizerPlan) -> None:
     """Give each parameter the number of steps that apex's and DeepSpeed's FusedAdam keep for a whole group."""
-    if not type(plan.optimizer).__module__.startswith("torch.optim"):
-        return
     for group in plan.groups:
         if "step" in group and "step" not in plan.optimizer.defaults:
             step = group.pop("step")
             for number in group["params"]:
                 if isinstance(values := plan.state.get(number), Mapping):
                     plan.state[number] = {"step": step, **values}
+
+
+def _check_completeness(plan: OptimizerPlan, names: Mapping[int, str]) -> None:
+    """Parameters of a group have the same kinds of values, or none yet; Adafactor's depend on the dimensions."""
+    for group in plan.groups:
+        kinds: dict[bool, set[str]] = {}
+        states = {number: plan.state.get(number) for number in group["params"]}
+        full = {number: values for number, values in states.items() if isinstance(values, Mapping) and values}
+        for number, values in full.items():
+            kinds.setdefault(plan.parameters[number].dim() > 1, set()).update(map(str, values))
+        for number, values in full.items():
+            if lacking := kinds[plan.parameters[number].dim() > 1] - values.keys():
+                name = names.get(id(plan.parameters[number]), f"parameter {number}")
+                plan.problems.append(f"the state of {name} lacks {', '.join(map(repr, sorted(lacking)))}")
+
+
+def _is_torchs_own(optimizer: torch.optim.Optimizer) -> bool:
+    return any(base.__module__.startswith("torch.optim.") for base in type(optimizer).__mro__[:-2])
 
 
 def _check_shapes(plan: OptimizerPlan, names: Mapping[int, str]) -> None:
@@ -204,6 +226,13 @@ def _check_shapes(plan: OptimizerPlan, names: Mapping[int, str]) -> None:
 
 
 # --- reading ---
+
+
+def extents_in(plans: Sequence[OptimizerPlan]) -> list[Extent]:
+    """The runs of bytes that the states are in."""
+    states = [values for plan in plans for values in plan.state.values() if isinstance(values, Mapping)]
+    entries = [entry for values in states for entry in entries_in(list(values.values()))]
+    return [box.extent for entry in entries for box in entry.boxes]
 
 
 def read_states(plans: Sequence[OptimizerPlan], places: Mapping[int, Place]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -47,18 +48,33 @@ def taking_back(what: str, receiver: Any) -> Callable[[], object]:
     """What undoes a change to an object, prepared before it is made."""
     if what == "updates":
         return partial(setattr, receiver, "updates", receiver.updates)
-    return partial(receiver.load_state_dict, copy.deepcopy(receiver.state_dict()))
+    attributes = {
+        name: copy.copy(value) if isinstance(value, (dict, list)) else value
+        for name, value in getattr(receiver, "__dict__", {}).items()
+    }
+    before = copy.deepcopy(receiver.state_dict())
+
+    def take_back() -> None:
+        try:
+            with suppress(Exception):  # one that refuses whatever it is given has its attributes back all the same
+                receiver.load_state_dict(before)
+        finally:
+            if attributes:
+                replace_attributes(receiver, attributes)
+
+    return take_back
 
 
 def restorer(target: Target, plan: LoadPlan) -> Callable[[], None]:
     """How to show the memory again that the module has now, and to take back what changes in place.
 
-    That is what modules do that load themselves, and the parts of sharded tensors: FSDP owns their memory.
+    That is what modules do that load themselves, and all of a model with sharded tensors: FSDP owns the memory of its
+    parts, and such a model is not loaded into fresh memory.
     """
     shown = [(slot, slot.tensor.detach()) for slot in target.slots if _can_be_shown_again(slot)]
-    parts = [
-        local_region(slot.tensor)[0] for slot in target.slots if is_sharded(slot.tensor) and not slot.tensor.is_meta
-    ]
+    parts: list[torch.Tensor] = []
+    if any(is_sharded(slot.tensor) for slot in target.slots):
+        parts = [local_region(slot.tensor)[0] for slot in target.slots if _has_memory(slot)]
     copies = [(part, part.detach().clone()) for part in parts]
     own = [hooks.restorer(hooked.module, slots) for hooked, slots in plan.own_loaders]
     extra = [(module, copy.deepcopy(module.get_extra_state())) for module in target.extra_state.values()]
@@ -78,5 +94,9 @@ def restorer(target: Target, plan: LoadPlan) -> Callable[[], None]:
     return restore
 
 
+def _has_memory(slot: Slot) -> bool:
+    return slot.shape is not None and not slot.tensor.is_meta
+
+
 def _can_be_shown_again(slot: Slot) -> bool:
-    return slot.shape is not None and not slot.tensor.is_meta and not is_sharded(slot.tensor)
+    return _has_memory(slot) and not is_sharded(slot.tensor)

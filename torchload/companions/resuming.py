@@ -15,12 +15,10 @@ from torchload.collector import collector_paused
 from torchload.companions.resume_report import ResumeReport
 from torchload.companions.resumption import Resumption
 from torchload.companions.run_folder import training_tree
-from torchload.execute import extents_of
 from torchload.formats import open_checkpoint
 from torchload.keys.rewrite import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.plan import DtypeSpec, glob_matcher
-from torchload.transfer import verify_extents
 
 __all__ = ["smart_resume"]
 
@@ -101,8 +99,7 @@ def smart_resume(
             resumption.plan_random_states()
         resumption.check()
         if verify:
-            for load in resumption.loads:
-                verify_extents(extents_of(load.plan))
+            resumption.verify()
         resumption.carry_out()
         report = resumption.report()
     _log.info("%s", report)

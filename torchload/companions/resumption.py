@@ -12,14 +12,14 @@ from typing import Any
 from torch import nn
 
 from torchload import hooks, loading
-from torchload.companions.optimizers import OptimizerPlan, Place, plan_optimizer, read_states
+from torchload.companions.optimizers import OptimizerPlan, Place, extents_in, plan_optimizer, read_states
 from torchload.companions.random_states import RandomState, plan_random_states
 from torchload.companions.ranks import Ranks
 from torchload.companions.restoring import RefusedError, receive, replace_attributes, restorer, taking_back
 from torchload.companions.resume_report import ResumeReport
 from torchload.companions.training import Found, average_of, find_training_state, plain_values, weights_of
 from torchload.errors import IncompatibleCheckpointError
-from torchload.execute import carry_out, compare_ties
+from torchload.execute import carry_out, compare_ties, extents_of
 from torchload.explain import plural
 from torchload.formats.deepspeed import MASTER_KEY
 from torchload.index import Checkpoint
@@ -30,7 +30,7 @@ from torchload.model.target import Target, describe_model
 from torchload.plan import DtypeSpec, LoadPlan, Options, make_plan
 from torchload.select import Selection
 from torchload.steps import select_for
-from torchload.transfer import map_entry
+from torchload.transfer import map_entry, verify_extents
 
 __all__ = ["Resumption"]
 
@@ -212,6 +212,11 @@ class Resumption:
                 path=self.checkpoint.path,
                 problems=self.problems,
             )
+
+    def verify(self) -> None:
+        """Compare the data of weights and optimizer states with the checksums that the file records."""
+        extents = [extent for load in self.loads for extent in extents_of(load.plan)]
+        verify_extents([*extents, *extents_in(self.optimizers)])
 
     # --- carrying out ---
 
