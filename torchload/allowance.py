@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from torchload.errors import CorruptCheckpointError
 
-__all__ = ["Allowance"]
+__all__ = ["LONGEST_NAME", "Allowance"]
+
+LONGEST_NAME = 4096
+"""Characters of the path of a tensor."""
 
 # A name that is spelled out takes about this much beyond its characters: a string and its place in a mapping.
 _NAME_BYTES = 150
-_BASE_BYTES = 128 << 20
-_BASE_NAMES = 120_000
+_BASE_BYTES = 112 << 20
+_BASE_NAMES = 100_000
 # A tensor takes some 300 bytes of any file besides its data.
 _BYTES_PER_NAME = 256
 
@@ -50,15 +53,20 @@ class Allowance:
                 path=self.path,
             )
 
-    def check(self, names: int) -> None:
-        """Look at how many names a container has.
+    def check(self, names: int, longest: int) -> None:
+        """Look at how many names a container has, and at the length of the longest.
 
         Raises:
-            CorruptCheckpointError: They are more than `most_names`.
+            CorruptCheckpointError: They are more than `most_names`, or it is longer than any name is.
         """
+        if longest > LONGEST_NAME:
+            raise CorruptCheckpointError(
+                f"{self.path} has a name of {longest:,} characters; at most {LONGEST_NAME:,} are read. Refused.",
+                path=self.path,
+            )
         if names > self.most_names:
             raise CorruptCheckpointError(
-                f"{self.path} refers to its tensors by more than {self.most_names:,} names, which a file of its size "
-                "has no use for. Refused.",
+                f"{self.path} has a container of more than {self.most_names:,} names, tensors among them, which a file "
+                "of its size has no use for. Refused.",
                 path=self.path,
             )

@@ -114,6 +114,11 @@ class TensorEntry:
         return self.numel * self.dtype.itemsize
 
     @property
+    def is_expanded(self) -> bool:
+        """Whether it has more elements than the file has room for, since some of them are the same."""
+        return self.nbytes > sum({id(box.extent): box.extent.nbytes for box in self.boxes}.values())
+
+    @property
     def location(self) -> tuple[tuple[int, int, Shape, Shape], ...]:
         """Identity of the data: two entries with equal dtype and location are the same bytes (tied tensors)."""
         return tuple(box.location for box in self.boxes)

@@ -199,7 +199,8 @@ def _beside(root: Any, selection: Selection) -> dict[str, object]:
     for name, value in root.items():
         if isinstance(value, TensorEntry) or str(name) == top:
             continue
-        small = value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 200)
+        small = value is None or isinstance(value, float) or (isinstance(value, str) and len(value) <= 200)
+        small = small or (isinstance(value, int) and abs(value) < 1 << 64)  # Python refuses to print the hugest
         beside[str(name)] = value if small else value.name if isinstance(value, Record) else type(value).__name__
     return beside
 

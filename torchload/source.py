@@ -18,7 +18,7 @@ from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["FileSource", "MemorySource", "Source", "StreamSource"]
+__all__ = ["Descriptor", "FileSource", "MemorySource", "Source", "StreamSource"]
 
 
 class Source(ABC):
@@ -86,7 +86,7 @@ class FileSource(Source):
         name = os.fspath(path)
         # Without O_NONBLOCK, opening a FIFO waits for its writer; on regular files the flag does nothing.
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-        self._descriptor = _Descriptor()
+        self._descriptor = Descriptor()
         self._descriptor.take(os.open, name, flags)
         self._describe(name)
 
@@ -94,7 +94,7 @@ class FileSource(Source):
     def from_descriptor(cls, descriptor: int, name: str) -> FileSource:
         """The file behind a descriptor, which is duplicated: neither it nor its position is touched."""
         source = cls.__new__(cls)
-        source._descriptor = _Descriptor()
+        source._descriptor = Descriptor()
         source._descriptor.take(os.dup, descriptor)
         source._describe(name)
         return source
@@ -170,8 +170,8 @@ read_at = _preadv if hasattr(os, "preadv") else _pread if hasattr(os, "pread") e
 """``read_at(descriptor, buffer, position)`` reads what it can, and returns how many bytes that was; 0 at the end."""
 
 
-class _Descriptor:
-    """An open file descriptor, shared by a source and its slices; closed once, at the latest with the last of them.
+class Descriptor:
+    """An open file descriptor; closed once, at the latest with the last of those who hold it.
 
     An interrupt that comes during a call is raised after it, when the number that it returned would be lost, and the
     file open for good. So numbers go from call to list and back without a step of the interpreter in between.
@@ -191,7 +191,7 @@ class _Descriptor:
         return self._numbers[0] if self._numbers else -1
 
     def close(self) -> None:
-        with contextlib.suppress(IndexError):  # closed before
+        with contextlib.suppress(IndexError, AttributeError):  # closed before, or never begun
             any(map(os.close, map(self._numbers.pop, (-1,))))
 
     __del__ = close

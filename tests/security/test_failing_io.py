@@ -7,6 +7,7 @@ import io
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ from tests.security._machine import anonymous_bytes, changed, descriptors, in_ch
 from torchload import errors, smart_load, smart_save
 from torchload import source as source_module
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError, TorchLoadError
-from torchload.transfer.reader import Reader
+from torchload.source import FileSource
+from torchload.transfer.direct import DirectFile
+from torchload.transfer.reader import Reader, _Lease
 
 pytestmark = needs_proc
 
@@ -249,18 +252,36 @@ def test_an_interrupt_at_any_read(path: str, atomic: bool, monkeypatch: pytest.M
             assert difference in (set(), everything)
 
 
+# What is asked for → dtype in the file, and what has to give something for the test to be of that.
+ROUTES = {
+    "through the page cache": ("float32", "None"),
+    "past the page cache": ("float32", "torchload.transfer.direct.DirectFile.read"),
+    "from leased memory": ("float16", "torchload.transfer.reader._Lease.address"),
+}
+
 STORM = """
-import random, signal, sys, threading, os
+import pkgutil, random, signal, sys, threading, os
 import torch
 from torchload import smart_load
 
 model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(6)))
 versions = []
 for value in (1.0, 2.0):
-    state = {name: torch.full_like(tensor, value) for name, tensor in model.state_dict().items()}
+    dtype = getattr(torch, sys.argv[2])
+    state = {name: torch.full_like(tensor, value, dtype=dtype) for name, tensor in model.state_dict().items()}
     torch.save(state, sys.argv[1] + str(value))
     versions.append(value)
+if sys.argv[3] != "None":
+    owner, _, name = sys.argv[3].rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    original, used = getattr(owner, name), []
+    setattr(owner, name, lambda *arguments: used.append(original(*arguments)) or used[-1])
 smart_load(model, sys.argv[1] + "1.0", atomic=True)
+if sys.argv[3] != "None":
+    setattr(owner, name, original)
+    if not any(used):
+        print(-1)
+        raise SystemExit
 current, stopped = 1.0, 0
 descriptors = len(os.listdir("/proc/self/fd"))
 chooser = random.Random(0)
@@ -290,9 +311,72 @@ print(stopped)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX signals")
-def test_interrupts_at_any_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("route", ROUTES)
+def test_interrupts_at_any_moment(tmp_path: Path, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype, used = ROUTES[route]
+    monkeypatch.setenv("TORCHLOAD_DIRECT_IO", "1" if route == "past the page cache" else "0")
     script = "import signal\nsignal.signal(signal.SIGALRM, signal.default_int_handler)\n" + STORM
-    assert int(in_child(script, str(tmp_path / "model"))) > 5
+    stopped = int(in_child(script, str(tmp_path / "model"), dtype, used))
+    if stopped < 0:
+        pytest.skip("this system has no such way to read a file")
+    assert stopped > 5
+
+
+@needs_proc
+@pytest.mark.skipif(sys.platform != "linux", reason="takes what Linux has")
+@pytest.mark.parametrize("what", ["a file", "its copy", "past the page cache", "a lease"])
+def test_nothing_is_lost_between_opening_and_holding(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt right after each line of what opens a descriptor, or after each call that it makes."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    monkeypatch.setenv("TORCHLOAD_DIRECT_IO", "1")
+    source = FileSource(str(path))
+    opening: dict[str, Callable[[], Any]] = {
+        "a file": lambda: FileSource(str(path)),
+        "its copy": lambda: FileSource.from_descriptor(source.fd or 0, "copy"),
+        "past the page cache": lambda: DirectFile.open(source.fd or 0),
+        "a lease": lambda: _Lease.take(source),
+    }
+    if opening[what]() is None:
+        pytest.skip("this system has no such way to read a file")
+    before = descriptors()
+    interrupted = 0
+    for moment in range(1000):
+        if not _interrupted(opening[what], moment):
+            break
+        interrupted += 1
+        assert descriptors() == before, f"at moment {moment}"
+    assert 3 < interrupted < 1000
+    source.close()
+
+
+def _interrupted(action: Callable[[], Any], moment: int) -> bool:
+    """Whether an action was stopped by an interrupt at its `moment`-th line or return from a call into C."""
+    passed = 0
+
+    def step(frame: Any, event: str, argument: object) -> Any:
+        nonlocal passed
+        if "torchload" in frame.f_code.co_filename and event in ("line", "c_return"):
+            passed += 1
+            if passed > moment:
+                sys.settrace(None)
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+        return step
+
+    sys.settrace(step)
+    sys.setprofile(step)
+    try:
+        held = action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+        sys.setprofile(None)
+    del held  # now that nothing interrupts
+    return False
 
 
 # --- files that change ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torchload.select import Place, as_mapping, find_places
 
 __all__ = ["CheckpointInfo", "ContainerInfo", "TensorInfo", "inspect_checkpoint"]
 
+_SHOWN_CONTAINERS = 100
 _SHOWN_TENSORS = 12
 _SHOWN_VALUES = 12
 _SHOWN_ROWS = 2_000
@@ -105,15 +107,17 @@ class CheckpointInfo:
 
     def __str__(self) -> str:
         lines = [self._headline()]
-        width = max((len(_title(container)) for container in self.containers), default=0)
-        for container in self.containers:
+        width = max((len(_title(container)) for container in self.containers[:_SHOWN_CONTAINERS]), default=0)
+        tensors = {path: list(group) for path, group in groupby(self.tensors, lambda tensor: tensor.container)}
+        for container in self.containers[:_SHOWN_CONTAINERS]:
             count = f"{plural(container.tensors, 'tensor')}, {format_bytes(container.nbytes)}"
             lines.append(f"  {_title(container):<{width}}  {count}{_extras(container)}")
-            first = [tensor for tensor in self.tensors if tensor.container == container.path][: _SHOWN_TENSORS + 1]
-            shown = first[: _SHOWN_TENSORS if len(self.containers) == 1 else 3]
+            shown = tensors.get(container.path, [])[: _SHOWN_TENSORS if len(self.containers) == 1 else 3]
             lines += [f"    {_printable(tensor.name)}  {_describe(tensor)}" for tensor in shown]
             if container.tensors > len(shown):
                 lines.append(f"    … and {container.tensors - len(shown):,} more")
+        if (more := len(self.containers) - _SHOWN_CONTAINERS) > 0:
+            lines.append(f"  … and {more:,} more containers")
         lines += [f"  {label:<9} {text}" for label, text in self._facts()]
         return "\n".join(lines)
 
@@ -122,7 +126,7 @@ class CheckpointInfo:
         containers = "".join(
             f"<tr><td>{escape(_title(container))}</td><td>{container.tensors:,}</td>"
             f"<td>{escape(format_bytes(container.nbytes))}{escape(_extras(container))}</td></tr>"
-            for container in self.containers
+            for container in self.containers[:_SHOWN_ROWS]
         )
         tensors = "".join(
             f"<tr><td>{escape(_printable(tensor.container))}</td><td>{escape(_printable(tensor.name))}</td>"

@@ -37,6 +37,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
 # Containers of those: Megatron and Composer have a list with one for each rank; `random` is a file beside the weights.
 _HOLDERS = ("rng_state", "rng_states", "rng", "random_states", "random_state", "rng_state_dict", "random")
 _WORDS, _NUMPY_WORDS = 625, 624  # of a Mersenne twister; python's counts its position
+_LEFT_BYTES, _NEXT_BYTES = 8, 16  # where torch keeps how many words are left before it makes new ones, and the next one
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,8 @@ def _python(state: Any) -> _Generator:
     version, words, gauss = state
     if len(words) != _WORDS or not all(type(word) is int for word in words):
         raise ValueError("it has another form than python's")
+    if not (gauss is None or type(gauss) is float):
+        raise ValueError("its next number is none")
     state = (version, tuple(words), gauss)
     random.Random().setstate(state)  # noqa: S311 - not for secrets
     return random.getstate, random.setstate, state
@@ -162,6 +165,10 @@ def _numpy(state: Any) -> _Generator:
 
 
 def _torch(state: Any) -> _Generator:
+    # torch looks at the two positions one by one; together they could lead it beyond its words.
+    left, position = (int(state[start : start + 4].view(torch.int32)) for start in (_LEFT_BYTES, _NEXT_BYTES))
+    if left + position > _NUMPY_WORDS + 1:
+        raise ValueError("it has another form than torch's")
     torch.Generator().set_state(state)
     return torch.get_rng_state, torch.set_rng_state, state
 

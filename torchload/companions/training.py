@@ -5,7 +5,6 @@ One closed table; a row per way of writing it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,7 +198,7 @@ def _at(what: str, root: Any) -> Iterator[Found]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1 << 63
 
 
 # --- raw and averaged weights ---
@@ -210,7 +209,7 @@ def weights_of(root: Any) -> Any:
     if not isinstance(root, Mapping):
         return root
     averages = {name for name in root if _is_average(root, name)}
-    return Container({name: value for name, value in root.items() if name not in averages})
+    return Container({name: value for name, value in root.items() if name not in averages}) if averages else root
 
 
 def average_of(root: Any) -> Container:

@@ -28,7 +28,7 @@ def parse_object(data: bytes | bytearray, what: str, path: str) -> dict[str, Any
     """The JSON object that `data` spells, and nothing else.
 
     Args:
-        data: UTF-8 text, possibly hostile; the caller bounds its length.
+        data: UTF-8 text, possibly hostile; the caller bounds its length. A `bytearray` is empty afterwards.
         what: What the text is, for messages: ``"header"``, ``"index"``.
         path: The file it comes from, for messages.
 
@@ -53,13 +53,16 @@ def parse_object(data: bytes | bytearray, what: str, path: str) -> dict[str, Any
     names = data.count(b":")
     if names > _MAX_NAMES:
         raise refuse(f"lists about {names:,} names; more than {_MAX_NAMES:,} are not read")
-    if len(data) > _MAX_NON_ASCII_BYTES and not data.isascii():
+    escapes = b"\\u" in data
+    if len(data) > _MAX_NON_ASCII_BYTES and (escapes or not data.isascii()):
         raise refuse(f"is {len(data):,} bytes of text beyond ASCII, which is not read")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise refuse(f"is not UTF-8 text (byte {error.start})") from None
-    hook = _unique_and_encodable if "\\u" in text else _unique
+    if isinstance(data, bytearray):
+        data.clear()  # text and objects are enough at a time
+    hook = _unique_and_encodable if escapes else _unique
     try:
         parsed = json.loads(text, object_pairs_hook=hook, parse_int=_integer_parser())
     except _RefusedKeyError as error:

@@ -50,6 +50,8 @@ def quantized(walk: Walk, dtype: torch.dtype, shape: Shape, data: Any, quantizer
         data: Its integers, as an entry.
         quantizer: As torch records it: ``(scheme, scale, zero point)``, or ``(scheme, scales, zero points, axis)``.
     """
+    if data.is_expanded:  # torch would need memory for all of it
+        return OpaqueTensor("a quantized tensor", shape)
     scheme = getattr(quantizer[0], "qualified", "")
     if scheme == "torch.per_tensor_affine":
         _, scale, zero_point = quantizer
@@ -74,6 +76,8 @@ def _numbers(walk: Walk, value: Any, dtype: torch.dtype) -> TensorEntry:
     """One number for each position: a tensor, or a list as older versions of torch wrote it."""
     value = walk.value(value)
     if type(value) is TensorEntry:
+        if value.is_expanded:
+            walk.fail("is quantized by expanded scales or zero points")
         return value
     numbers: Sequence[Any] = walk.allow(value)
     shape = (len(numbers),)

@@ -25,6 +25,7 @@ __all__ = ["open_index", "open_list", "recognizes"]
 OpenFile = Callable[[str], Checkpoint]
 
 _MAX_INDEX_BYTES = 100_000_000
+_MAX_INDEX_NAMES = 500_000
 _COMPARED_BYTES = 1024 * 1024
 
 
@@ -64,7 +65,9 @@ def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
         )
     if source.size > _MAX_INDEX_BYTES:
         raise CorruptCheckpointError(f"{path} is {source.size:,} bytes long; no index of shards is.", path=path)
-    index = parse_object(source.read(0, source.size), "index", path)
+    data = bytearray(source.size)
+    source.readinto(0, memoryview(data))
+    index = parse_object(data, "index", path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointFormatError(
@@ -73,6 +76,8 @@ def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
             path=path,
             found="JSON file",
         )
+    if len(weight_map) > _MAX_INDEX_NAMES:
+        raise CorruptCheckpointError(f"{path} lists {len(weight_map):,} tensors; no index of shards does.", path=path)
     if not weight_map:
         raise CorruptCheckpointError(f"{path} lists no tensors: its weight_map is empty.", path=path)
     shards = _shard_paths(weight_map, path)

@@ -18,6 +18,7 @@ from torchload.index import Box, Container, Record, Shape, TensorEntry, record_f
 __all__ = ["ContradictionError", "Zero"]
 
 MAX_DIMENSIONS = 16  # of a parameter
+MAX_GROUPS = 100_000  # of the optimizer; under ZeRO 3, parts of them
 MAX_KEYS = 32  # of the optimizer's state of a parameter; real ones have up to six
 
 # Where a rank keeps its float32 weights, and beside them the optimizer's own state dict.
@@ -42,6 +43,8 @@ class Zero:
 
     def __init__(self, shapes: Any, states: Sequence[Container]) -> None:
         groups = [shapes] if isinstance(shapes, dict) else shapes
+        if isinstance(groups, list) and len(groups) > MAX_GROUPS:
+            _refuse(f"it has {len(groups):,} parameter groups")
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             _refuse("its model states lack 'param_shapes'")
         if STAGE_3[0] not in states[0] and STAGE_2[0] not in states[0]:
@@ -180,17 +183,21 @@ def _from_slices(
     group: Any, vectors: Sequence[FlatVector], mappings: Sequence[Any], found: dict[str, TensorEntry]
 ) -> None:
     """Each rank says which part of which parameter it has, and where."""
+    left = [vector.size for vector in vectors]
     for name, shape in _shapes([group]):
         numel = math.prod(shape)
         boxes: list[Box] = []
         first = 0
-        for vector, mapping in zip(vectors, mappings):
+        for rank, (vector, mapping) in enumerate(zip(vectors, mappings)):
             address = record_fields(mapping[name]) if isinstance(mapping.get(name), Record) else None
             if address is None:
                 continue
             start, count = address.get("start"), address.get("numel")
             if type(start) is not int or type(count) is not int or not 0 <= count <= numel - first:
                 _refuse(f"the parts of {name!r} don't make up its shape {list(shape)}")
+            left[rank] -= count
+            if left[rank] < 0:
+                _refuse(f"its parameters need more elements than the {vector.size} that a rank holds")
             boxes += _boxes(name, vector, start, shape, first, count)
             first += count
         if first != numel:

@@ -34,6 +34,9 @@ _DESCRIPTOR64 = struct.Struct("<4sL2Q")
 _HAS_DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11
 _UNREADABLE = 1 | 1 << 5 | 1 << 6 | 1 << 13  # encrypted, patched, strongly encrypted, masked headers
 _LIMIT16, _LIMIT32 = 0xFFFF, 0xFFFFFFFF
+# How many records are read: each takes more memory than it takes of the file, and next to data it is little of either.
+_BASE_RECORDS = 100_000
+_BYTES_PER_RECORD = 320
 _NEAR_BYTES = 16 << 10  # so much data between two headers is read as quickly as a header alone
 _WINDOW_BYTES = 256 << 10  # headers this near one another are read together
 _HEADER_BYTES = 1024  # else just this much, which holds a header and its name
@@ -182,6 +185,9 @@ def _find_central(source: Source) -> tuple[int, int, int]:
             f"its directory is said to lie at bytes {offset} to {offset + size}, but ends at {end_position}: "
             "bytes are missing or were added",
         )
+    most = _BASE_RECORDS + source.size // _BYTES_PER_RECORD
+    if count > most:
+        _damaged(source, f"it declares {count:,} records, and more than {most:,} are not read from a file of its size")
     if count * _CENTRAL.size > size:
         _damaged(source, f"its directory is too short for the {count} records it declares")
     return count, offset, size

@@ -15,12 +15,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from torchload.allowance import Allowance
+from torchload.allowance import LONGEST_NAME, Allowance
 from torchload.keys.tables import RENAMES, WRAPPER_STATE, WRAPPERS
 
 __all__ = ["Alignment", "Node", "align", "is_path", "tree_of"]
-
-_LONGEST_NAME = 4096
 
 
 class Node:
@@ -63,6 +61,8 @@ class Node:
                         parts[label][below] = name
                     else:
                         parts[label] = {below: name}
+            if self._allowance is not None:
+                self._allowance.spend(2 * len(parts), 0)  # a node takes as much as two names
             self._children = {label: Node(names, self._allowance) for label, names in parts.items()}
         return self._children
 
@@ -123,7 +123,7 @@ def tree_of(names: Iterable[str], allowance: Allowance | None = None) -> Node:
 
 def is_path(name: str) -> bool:
     """Whether a name can be the path of a tensor in a tree of modules."""
-    return bool(name) and ".." not in name and name[0] != "." and name[-1] != "." and len(name) <= _LONGEST_NAME
+    return bool(name) and ".." not in name and name[0] != "." and name[-1] != "." and len(name) <= LONGEST_NAME
 
 
 def align(source: Node, model: Node, *, lift: Iterable[str] = ()) -> Alignment:

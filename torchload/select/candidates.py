@@ -18,6 +18,7 @@ __all__ = ["find_candidates", "needed_tensors"]
 # A part of the model is looked at if it is at least this share of the whole, and a sub-tree that may fill it, if it is
 # of the part: to try every part with every sub-tree takes time as the cube of their number.
 _SHARE = 1 / 8
+_BYTES_PER_LEAF = 16  # what a candidate says of each name of its container
 
 
 def find_candidates(
@@ -38,6 +39,7 @@ def find_candidates(
         leaves = renamer(rename, place.leaves) if rename is not None else place.leaves
         tree = tree_of(leaves, allowance)
         if prefix is None and "model" in place.inner:  # OpenNMT: 'model' and 'generator' together are the model
+            allowance.spend(0, _BYTES_PER_LEAF * len(leaves))
             alignment = align(tree, views[0][1], lift=("model",))
             if ("file", "model") in alignment.dropped:
                 yield _judge(place, "", leaves, tree, alignment, wanted, "")
@@ -52,6 +54,7 @@ def find_candidates(
                     continue
                 alignment = align(node, view)
                 if alignment.pairs:
+                    allowance.spend(0, _BYTES_PER_LEAF * len(leaves))
                     candidate = _judge(place, below, leaves, node, alignment, wanted, added)
                     yield candidate
                     if candidate.fits:

@@ -20,7 +20,8 @@ from torchload.select.selection import Selection, Wanted
 __all__ = ["Candidate", "select", "standing_in_company"]
 
 _MOST_CANDIDATES = 5_000
-_LISTED = 20
+_LISTED = 20  # of many candidates
+_SHOWN = 200  # characters of a name
 
 
 def select(
@@ -196,12 +197,12 @@ def _nothing(places: Sequence[Place], wanted: Wanted, prefix: str | None, path: 
         )
     largest = max(places, key=lambda place: len(place.leaves))
     if prefix is not None:
-        tops = sorted({name.partition(".")[0] for place in places for name in place.leaves})
+        tops = sorted({name.partition(".")[0][:_SHOWN] for place in places for name in place.leaves})
         what = f"no names under the prefix {prefix!r} that this model has"
         hint = f"Its names begin with: {', '.join(tops[:12])}{', …' if len(tops) > 12 else ''}."
     else:
         what = "not one name in common with this model"
-        theirs, ours = list(largest.leaves)[:4], list(wanted.shapes)[:4]
+        theirs, ours = [name[:_SHOWN] for name in list(largest.leaves)[:4]], list(wanted.shapes)[:4]
         hint = f"The file has {', '.join(theirs)}, …; the model has {', '.join(ours)}, …"
     return IncompatibleCheckpointError(
         f"{path} has {what}. Nothing was loaded; the model is unchanged.\n  {hint}",

@@ -142,11 +142,28 @@ def _is_leaf(name: Any, value: Any, whole: frozenset[str]) -> bool:
     return name.endswith(_EXTRA_STATE) or (bool(whole) and last(name) in whole and not isinstance(value, Mapping))
 
 
-def _characters(names: Iterable[Any]) -> int:
+def _characters(names: Iterable[Any]) -> tuple[int, int]:
+    """How long names are all together, and the longest."""
     try:
-        return sum(map(len, names))
+        return sum(map(len, names)), max(map(len, names), default=0)
     except TypeError:  # not all of them are text
-        return sum(len(name) if isinstance(name, str) else _OTHER_CHARACTERS for name in names)
+        lengths = [len(name) if isinstance(name, str) else _OTHER_CHARACTERS for name in names]
+        return sum(lengths), max(lengths)
+
+
+_Above = tuple[int, Any] | None
+"""Identities of the containers on the way up, the nearest first: (identity, those above it)."""
+
+
+def _is_above(identity: int, above: _Above) -> bool:
+    """Whether a container holds itself, or is too deep to be looked into."""
+    for _ in range(_DEEPEST):
+        if above is None:
+            return False
+        here, above = above
+        if here == identity:
+            return True
+    return True
 
 
 def _flatten(
@@ -169,13 +186,15 @@ def _flatten(
         CorruptCheckpointError: There would be more.
     """
     leaves: dict[str, Leaf] = {}
-    deeper: list[tuple[str, Mapping[Any, Any], frozenset[int]]] = [("", container, frozenset())]
+    deeper: list[tuple[str, Mapping[Any, Any], _Above]] = [("", container, None)]
     for prefix, inside, above in deeper:
-        allowance.spend(len(inside), len(inside) * len(prefix) + _characters(inside))
+        characters, longest = _characters(inside)
+        allowance.spend(len(inside), len(inside) * len(prefix) + characters)
+        allowance.check(max(len(inside), len(leaves)), len(prefix) + longest)
         for name, value in inside.items():
             if _is_leaf(name, value, whole):
                 leaves.setdefault(f"{prefix}{name}", value)
-            elif id(value) in containers and id(value) not in above and len(above) < _DEEPEST:
-                deeper.append((f"{prefix}{name}.", containers[id(value)][1], above | {id(value)}))
-        allowance.check(len(leaves))
+            elif id(value) in containers and not _is_above(id(value), above):
+                deeper.append((f"{prefix}{name}.", containers[id(value)][1], (id(value), above)))
+        allowance.check(len(leaves), 0)
     return leaves

@@ -13,6 +13,7 @@ import os
 import sys
 from collections import deque
 
+from torchload.source import Descriptor
 from torchload.transfer.memory import address_of, is_resident, move_much
 from torchload.transfer.settings import direct_io
 
@@ -34,7 +35,7 @@ class DirectFile:
     Scratch memory is held for each thread that reads at the same time, as large as the largest read so far.
     """
 
-    def __init__(self, descriptor: int, probe: mmap.mmap | None) -> None:
+    def __init__(self, descriptor: Descriptor, probe: mmap.mmap | None) -> None:
         self._descriptor = descriptor
         self._probe = probe
         self._scratch: deque[mmap.mmap] = deque()
@@ -47,12 +48,10 @@ class DirectFile:
             return None
         if wish is None and (_is_shared() or not is_cold(descriptor)):
             return None
-        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as undo:
-            direct = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-            undo.callback(os.close, direct)
-            probe = mmap.mmap(direct, 0, flags=mmap.MAP_PRIVATE) if wish is None else None
-            undo.pop_all()
-            return cls(direct, probe)
+        with contextlib.suppress(OSError, ValueError):
+            direct = Descriptor()
+            direct.take(os.open, f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            return cls(direct, mmap.mmap(direct.number, 0, flags=mmap.MAP_PRIVATE) if wish is None else None)
         return None
 
     def read(self, position: int, buffer: memoryview) -> bool:
@@ -93,16 +92,14 @@ class DirectFile:
 
     def close(self) -> None:
         self._scratch.clear()
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-            if self._probe is not None:
-                self._probe.close()
+        self._descriptor.close()
+        if self._probe is not None:
+            self._probe.close()
 
     def _request(self, parts: list[memoryview], position: int, nbytes: int) -> bool:
         """Read whole blocks, of which the first `nbytes` bytes are needed."""
         try:
-            return os.preadv(self._descriptor, parts, position) >= nbytes
+            return os.preadv(self._descriptor.number, parts, position) >= nbytes
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from types import TracebackType
 
-from torchload.source import Source
+from torchload.source import Descriptor, Source
 from torchload.transfer.direct import DIRECT_IO_BYTES, DirectFile
 from torchload.transfer.memory import address_of, advise, is_resident, scatter
 
@@ -104,7 +104,7 @@ class _Lease:
     owner, where the file system knows leases and nobody writes to the file.
     """
 
-    def __init__(self, descriptor: int, mapping: mmap.mmap) -> None:
+    def __init__(self, descriptor: Descriptor, mapping: mmap.mmap) -> None:
         self._descriptor = descriptor
         self._mapping: mmap.mmap | None = mapping
         self._address = address_of(mapping)
@@ -115,16 +115,15 @@ class _Lease:
         """Lease the file behind a source and map it, or None where that can't be had."""
         if sys.platform != "linux":
             return None
-        with contextlib.suppress(OSError, ValueError, AttributeError), contextlib.ExitStack() as undo:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             # Leases belong to an open file description; ours must not interfere with another transfer's.
-            descriptor = os.open(f"/proc/self/fd/{source.fd}", os.O_RDONLY | os.O_CLOEXEC)
-            undo.callback(os.close, descriptor)
-            fcntl.fcntl(descriptor, _F_SETSIG, signal.SIGURG)  # ignored by default, where SIGIO would kill
-            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            descriptor = Descriptor()
+            descriptor.take(os.open, f"/proc/self/fd/{source.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            number = descriptor.number
+            fcntl.fcntl(number, _F_SETSIG, signal.SIGURG)  # ignored by default, where SIGIO would kill
+            fcntl.fcntl(number, fcntl.F_SETLEASE, fcntl.F_RDLCK)
             flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-            mapping = mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-            undo.pop_all()
-            return cls(descriptor, mapping)
+            return cls(descriptor, mmap.mmap(number, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE))
         return None
 
     def address(self, position: int, nbytes: int) -> int | None:
@@ -134,7 +133,7 @@ class _Lease:
         address = self._address + position
         with contextlib.suppress(OSError):
             # A lease that is being broken holds for many seconds more (/proc/sys/fs/lease-break-time).
-            held = fcntl.fcntl(self._descriptor, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+            held = fcntl.fcntl(self._descriptor.number, fcntl.F_GETLEASE) == fcntl.F_RDLCK
             within = position + nbytes <= self._size
             if held and within and is_resident(address, nbytes) and advise(address, nbytes, _POPULATE_READ):
                 return address
@@ -144,4 +143,4 @@ class _Lease:
         mapping, self._mapping = self._mapping, None
         if mapping is not None:
             mapping.close()
-            os.close(self._descriptor)  # which ends the lease
+        self._descriptor.close()  # which ends the lease
