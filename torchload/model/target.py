@@ -23,6 +23,10 @@ __all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders", "s
 # Classes of torch whose `_load_from_state_dict` only tolerates what older versions saved; `keys.tables` covers that.
 _HARMLESS_OVERRIDES = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm)
 
+# Hooks of torch that only prepare what is prepared here by other means: lazy parameters are materialised, and the names
+# below wrappers are matched with or without their segment.
+_HARMLESS_HOOKS = frozenset({"LazyModuleMixin._lazy_load_hook", "ActivationWrapper._pre_load_state_dict_hook"})
+
 
 @dataclass(slots=True, eq=False)
 class Slot:
@@ -217,9 +221,7 @@ def _note_hooks(target: Target, prefix: str, module: nn.Module) -> None:
     cls = type(module)
     if cls.set_extra_state is not nn.Module.set_extra_state:
         target.extra_state[prefix + "_extra_state"] = module
-    if module._load_state_dict_pre_hooks and any(
-        _name(hook) != "_lazy_load_hook" for hook in module._load_state_dict_pre_hooks.values()
-    ):
+    if any(_name(hook) not in _HARMLESS_HOOKS for hook in module._load_state_dict_pre_hooks.values()):
         target.pre_hooks.append(HookedModule(prefix, module))
     if module._load_state_dict_post_hooks:
         target.post_hooks.append(HookedModule(prefix, module))
@@ -251,7 +253,7 @@ def _quantized_shape(value: Any) -> Shape | None:
 
 def _name(hook: Callable[..., object]) -> str:
     hook = getattr(hook, "hook", hook)  # torch wraps hooks that want the module
-    return getattr(hook, "__name__", "")
+    return getattr(hook, "__qualname__", "")
 
 
 def _address(tensor: torch.Tensor) -> int:
