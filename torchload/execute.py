@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -13,7 +14,7 @@ from torchload.copies import Copy
 from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.index import Extent
 from torchload.model.shards import empty_part, is_ordinary, is_sharded, local_region, refresh_shards
-from torchload.model.swap import swap
+from torchload.model.swap import remember, show_again, swap
 from torchload.model.target import Target
 from torchload.plan import Assignment, Conversion, LoadPlan, copies_into
 from torchload.select import Selection
@@ -33,6 +34,7 @@ def carry_out(
     mmap: bool,
     atomic: bool = False,
     guard: AbstractContextManager[object] | None = None,
+    finish: Callable[[], object] = lambda: None,
 ) -> int:
     """Move the bytes. Fresh memory is shown to the model only when everything has arrived.
 
@@ -47,6 +49,8 @@ def carry_out(
         mmap: Whether fresh CPU memory may be a private view of the file.
         atomic: Whether the model may be in use while new memory is shown to it.
         guard: What to hold while that happens.
+        finish: What else has to succeed once the model shows its new memory. Where `atomic`, old memory is kept until
+            then; if it fails, the model shows that again.
 
     Returns:
         Number of bytes that the model took from the file, in the file's dtypes.
@@ -59,6 +63,7 @@ def carry_out(
     undo = hooks.Undo()
     fresh: dict[int, torch.Tensor] = {}
     arrived: list[str] = []
+    is_shown = False
     try:
         hooks.set_extra_states(target, selection, map_entry, undo)
         for loader in plan.own_loaders:
@@ -71,12 +76,21 @@ def carry_out(
         arrived.extend(item.name for item in moved)
         changes = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
         changes += [(item.slot, _converted(item)) for item in plan.conversions]
-        interrupt = swap(changes, live=atomic, guard=guard)
-        if any(is_sharded(slot.tensor) for slot, _ in changes):
-            refresh_shards(target.model)
+        before = remember(changes) if atomic else []
+        interrupt = swap(changes, before=before, guard=guard)
+        refresh = partial(refresh_shards, target.model) if any(is_sharded(slot.tensor) for slot, _ in changes) else None
+        if before:
+            undo.steps += [refresh] if refresh is not None else []
+            undo.steps.append(partial(show_again, before, guard))
+        else:
+            is_shown = True
+        if refresh is not None:
+            refresh()
+        if interrupt is None:
+            finish()
     except BaseException as error:
         undo.roll_back()
-        _name_written(error, plan, arrived)
+        _name_written(error, plan, arrived, is_shown)
         raise
     if interrupt is not None:
         interrupt.written = tuple(name for item in plan.assignments for name in item.slot.names)  # type: ignore[attr-defined]
@@ -129,11 +143,18 @@ def _move(assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], prog
         raise
 
 
-def _name_written(error: BaseException, plan: LoadPlan, arrived: list[str]) -> None:
-    """Let an error name the model's tensors that it left changed, under all their names."""
+def _name_written(error: BaseException, plan: LoadPlan, arrived: list[str], is_shown: bool) -> None:
+    """Let an error name the model's tensors that it left changed, under all their names.
+
+    Args:
+        error: The error.
+        plan: What went where.
+        arrived: What was moved before it, wherever to.
+        is_shown: Whether the model shows fresh memory.
+    """
     touched = {*getattr(error, "written", ()), *arrived}
-    if touched:
-        changed = [item.slot for item in plan.assignments if not item.fresh and item.name in touched]
+    if touched or is_shown:
+        changed = [item.slot for item in plan.assignments if is_shown or (not item.fresh and item.name in touched)]
         names = [name for slot in changed for name in slot.names]
         error.written = tuple(names)  # type: ignore[attr-defined]
 

@@ -120,12 +120,24 @@ def smart_load(
         if verify:
             verify_extents(extents_of(plan))
         compare_ties(plan, checkpoint.path)
+
+        def finish() -> None:
+            if verify:
+                compare_landed(plan, checkpoint.path)
+            hooks.run_post_hooks(target, selection.missing, selection.unexpected)
+
         with progress_reporter(progress, checkpoint.path) as report_progress:
             guard = None if isinstance(atomic, bool) else atomic
-            nbytes = carry_out(plan, target, selection, report_progress, mmap=mmap, atomic=options.atomic, guard=guard)
-        if verify:
-            compare_landed(plan, checkpoint.path)
-        hooks.run_post_hooks(target, selection.missing, selection.unexpected)
+            nbytes = carry_out(
+                plan,
+                target,
+                selection,
+                report_progress,
+                mmap=mmap,
+                atomic=options.atomic,
+                guard=guard,
+                finish=finish,
+            )
         notes = tuple(notes_of(checkpoint, selection, plan, verify))
         report = report_of(target, checkpoint, selection, plan, nbytes, notes, time.perf_counter() - started)
     _tell(report, strict)

@@ -320,3 +320,49 @@ def _refused_in_every_phase(rank: int, folder: Path) -> None:
 
 def test_a_sharded_run_with_its_optimizer_is_as_it_was_whatever_fails(tmp_path):
     on_two_ranks(_refused_in_every_phase, tmp_path)
+
+
+class _Once:
+    """Fails the first time that it is called."""
+
+    def __init__(self, function) -> None:
+        self.function = function
+        self.calls = 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        if self.calls == 1:
+            raise RuntimeError("no")
+        return self.function(*arguments)
+
+
+def _failed_after_the_swap(rank: int, folder: Path) -> None:
+    from torchload import execute
+
+    state = whole_on_first(sharded(seed=1))
+    if rank == 0:
+        torch.save(state, folder / "x.pth")
+    torch.distributed.barrier()
+    refresh = execute.refresh_shards
+    for dtype in (None, torch.bfloat16):
+        for failing in ("refresh", "hook"):
+            model = sharded(seed=5)
+            before = {name: value.clone() for name, value in whole(model).items()}
+            objects = list(model.parameters())
+            if failing == "hook":
+                refuse = _Once(lambda module, keys: None)
+                model.register_load_state_dict_post_hook(refuse)
+            execute.refresh_shards = _Once(refresh) if failing == "refresh" else refresh
+            with pytest.raises(RuntimeError, match="no"):
+                smart_load(model, folder / "x.pth", dtype=dtype, atomic=True)
+            execute.refresh_shards = refresh
+            now = whole(model)
+            assert all(same_bits(now[name], before[name]) for name in before), (dtype, failing)
+            assert all(one is other for one, other in zip(model.parameters(), objects))
+            model(torch.ones(3, 6)).sum().backward()
+            smart_load(model, folder / "x.pth", dtype=dtype, atomic=True)
+            assert torch.equal(whole(model)["first.weight"], state["first.weight"].to(dtype or torch.float32))
+
+
+def test_an_atomic_load_that_fails_after_the_swap_is_taken_back(tmp_path):
+    on_two_ranks(_failed_after_the_swap, tmp_path)

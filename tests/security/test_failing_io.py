@@ -218,6 +218,34 @@ def test_signals_that_interrupt_reads(path: str) -> None:
     assert not changed(model, snapshot(whole))
 
 
+# --- what fails once the model shows the new values ---
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hook_that_fails_at_the_very_end(path: str, way: str) -> None:
+    options = dict(WAYS[way])
+    model = Model().half() if options.pop("half", False) else Model()
+    before, addresses = snapshot(model), [tensor.data_ptr() for tensor in model.state_dict().values()]
+
+    def refuse(module: nn.Module, keys: object) -> None:
+        assert changed(model, before) or model.first.weight.dtype is torch.bfloat16  # it came last
+        raise RuntimeError("not like this")
+
+    model.second.register_load_state_dict_post_hook(refuse)
+    with pytest.raises(RuntimeError, match="not like this") as caught:
+        smart_load(model, path, **options)
+    written = set(caught.value.written if hasattr(caught.value, "written") else ())
+    if way.startswith("atomic"):
+        assert not written
+        assert not changed(model, before)
+        assert [tensor.data_ptr() for tensor in model.state_dict().values()] == addresses
+        model.second._load_state_dict_post_hooks.clear()
+        smart_load(model, path, **options)
+        assert changed(model, before)
+    else:
+        assert written == set(before)
+
+
 # --- interrupts ---
 
 

@@ -207,9 +207,9 @@ def test_inflating_is_bounded() -> None:
                 struct.pack_into("<L", data, position, declared)
         return bytes(data)
 
-    assert "zip -0" in contained(lambda: open_bytes(bomb(100 << 20)))
-    assert "inflate" in contained(lambda: open_bytes(bomb(100 << 20, declared=1000)))
-    assert "inflate" in contained(lambda: open_bytes(bomb(1000, declared=5000)))
+    cases = [("zip -0", bomb(100 << 20)), ("inflate", bomb(100 << 20, 1000)), ("inflate", bomb(1000, 5000))]
+    for what, data in cases:
+        assert what in contained(lambda data=data: open_bytes(data))  # type: ignore[misc]
 
 
 def _directory_of(count: int, size: int) -> bytes:

@@ -21,7 +21,7 @@ import torch
 from torchload.model.shards import is_sharded
 from torchload.model.target import Slot, settle
 
-__all__ = ["swap"]
+__all__ = ["remember", "show_again", "swap"]
 
 PATIENCE_SECONDS = 2.0
 """How long old memory is kept for operators of other threads. Few run as long on the CPU, and what an unfinished
@@ -29,17 +29,24 @@ backward graph holds is held for longer."""
 _PAUSE_SECONDS = 0.0005
 
 Change = tuple[Slot, torch.Tensor]
+Memory = tuple[Slot, torch.Tensor, torch.Tensor]
+"""A slot, its tensor, what the tensor showed."""
+
+
+def remember(changes: Sequence[Change]) -> list[Memory]:
+    """What slots show that are about to be changed; nothing for those on the meta device, which have no memory."""
+    return [(slot, tensor, _kept(tensor)) for slot, tensor in _tensors(changes)]
 
 
 def swap(
-    changes: Sequence[Change], *, live: bool = False, guard: AbstractContextManager[object] | None = None
+    changes: Sequence[Change], *, before: Sequence[Memory] = (), guard: AbstractContextManager[object] | None = None
 ) -> BaseException | None:
     """Install new memory in slots of a model.
 
     Args:
         changes: (slot, what it shows from now on).
-        live: Whether the model may be in use: if one slot fails, all show again what they showed before, and old
-            memory is kept until operators that other threads began earlier are done with it.
+        before: What they show now, where the model may be in use: if one slot fails, all show it again, and this
+            waits until operators that other threads began earlier are done with it.
         guard: What to hold meanwhile, such as a lock that forward passes take.
 
     Returns:
@@ -47,15 +54,17 @@ def swap(
     """
     if not changes:
         return None
-    before = [(slot, tensor, _kept(tensor)) for slot, tensor in _tensors(changes)] if live else []
     with guard if guard is not None else contextlib.nullcontext():
         interrupt = _uninterrupted(partial(_install, changes, before))
-    try:
-        if before and threading.active_count() > 1:
-            _outlast([tensor for _, tensor, _ in before])
-    except BaseException as error:  # noqa: BLE001 - left to the caller
-        interrupt = error
-    return interrupt
+    return _outlast(before) or interrupt
+
+
+def show_again(before: Sequence[Memory], guard: AbstractContextManager[object] | None = None) -> None:
+    """Take a swap back; the memory that it showed must be kept until then."""
+    with guard if guard is not None else contextlib.nullcontext():
+        interrupt = _uninterrupted(partial(_reinstall, before))
+    if interrupt := _outlast(before) or interrupt:
+        raise interrupt
 
 
 def _tensors(changes: Sequence[Change]) -> list[tuple[Slot, torch.Tensor]]:
@@ -71,17 +80,22 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone() if is_sharded(tensor) else tensor.detach()
 
 
-def _install(changes: Sequence[Change], before: Sequence[tuple[Slot, torch.Tensor, torch.Tensor]]) -> None:
+def _install(changes: Sequence[Change], before: Sequence[Memory]) -> None:
     try:
         with torch.no_grad():
             for slot, data in changes:
                 slot.install(data)
             settle([slot for slot, _ in changes])
     except BaseException:
-        with torch.no_grad():
-            for slot, _, data in before:
-                slot.install(data)
+        _reinstall(before)
         raise
+
+
+def _reinstall(before: Sequence[Memory]) -> None:
+    with torch.no_grad():
+        for slot, _, data in before:
+            slot.install(data)
+        settle([slot for slot, _, _ in before])
 
 
 def _uninterrupted(action: Callable[[], object]) -> BaseException | None:
@@ -139,13 +153,19 @@ def _start(helper: threading.Thread, turn: list[Callable[[], object]]) -> BaseEx
     return None
 
 
-def _outlast(tensors: Sequence[Any]) -> None:
+def _outlast(before: Sequence[Memory]) -> BaseException | None:
     """Wait until operators that other threads began before now are done with these tensors.
 
     An operator holds a reference to each tensor it was given. Once no one but Python does, none is left.
+
+    Returns:
+        An interrupt that ended the wait.
     """
-    busy = [tensor for tensor in tensors if tensor._use_count() > 1]
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while busy and time.monotonic() < deadline:
-        time.sleep(_PAUSE_SECONDS)
-        busy = [tensor for tensor in busy if tensor._use_count() > 1]
+    try:
+        busy: list[Any] = [tensor for _, tensor, _ in before] if threading.active_count() > 1 else []
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (busy := [tensor for tensor in busy if tensor._use_count() > 1]) and time.monotonic() < deadline:
+            time.sleep(_PAUSE_SECONDS)
+    except BaseException as error:  # noqa: BLE001 - left to the caller
+        return error
+    return None
