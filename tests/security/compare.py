@@ -1,15 +1,13 @@
 """The same hostile and damaged files, read by others and by torchload: ``python -m tests.security.compare``.
 
-Each file is read in a process of its own, which may take 20 seconds and 256 MiB more than it has. Prints a table for
-``docs/explanation/security.md``.
+Each file is read in a process of its own, whose CPU time and memory the kernel measures; more than the promise allows
+is out of bounds. Prints a table for ``docs/explanation/security.md``.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import resource
-import signal
 import tempfile
 import warnings
 from collections import Counter
@@ -21,7 +19,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from tests.security._hostile import _limit, text
+from tests.security._hostile import measured, text
 from tests.security._payloads import CALLABLES, CONTAINERS, _zip, calls
 from tests.security._seeds import MAKERS, model
 from tests.security.test_pickle_bounds import BOMBS
@@ -114,22 +112,22 @@ READERS: dict[str, Callable[[str], Any]] = {
 
 def judge(reader: Callable[[str], Any], path: str, marker: str) -> int:
     """What becomes of one file in the hands of one reader."""
-    child = os.fork()
-    if child == 0:
+
+    def work() -> str:
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
-        os._exit(_in_child(reader, path))
-    _, status = os.waitpid(child, 0)
+        return str(_outcome(reader, path))
+
+    found = measured(work)
     if os.path.exists(marker):
         os.unlink(marker)
         return RAN
-    return CRASHED if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) > WRONG else os.WEXITSTATUS(status)
+    return int(found.outcome) if found.outcome and found.status == 0 and found.within_bounds else CRASHED
 
 
-def _in_child(reader: Callable[[str], Any], path: str) -> int:
+def _outcome(reader: Callable[[str], Any], path: str) -> int:
     warnings.simplefilter("ignore")
-    _limit()
     try:
         weights = _weights(reader(path))
     except (MemoryError, RecursionError, SystemExit):
@@ -141,8 +139,6 @@ def _in_child(reader: Callable[[str], Any], path: str) -> int:
 
 
 def main() -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     table: dict[str, dict[str, Counter[int]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         marker = f"{folder}/marker"
