@@ -146,6 +146,12 @@ def make_plan(target: Target, selection: Selection, options: Options) -> LoadPla
             what = entry.reason if isinstance(entry, OpaqueTensor) else f"a {type(entry).__name__}, not a tensor"
             problems.append(f"{name} is {what} in the file, which can't be loaded into a dense tensor")
             continue
+        if slot.is_hollow:
+            problems.append(
+                f"{name} is a {type(slot.tensor).__name__} without memory that could be written to; load the weights "
+                "before the model is converted to it"
+            )
+            continue
         dtype = _final_dtype(slot, entry, options, keep_fp32)
         if (reason := _impossible_cast(entry.dtype, dtype)) is not None:
             problems.append(f"{name}: {reason}")

@@ -318,3 +318,49 @@ def test_the_two_ways_of_weight_norm_are_one(tmp_path):
         torch.save(randomise(trained, 1).state_dict(), tmp_path / "x.pth")
         smart_load(model, tmp_path / "x.pth")
         assert torch.equal(model(inputs), trained(inputs))
+
+
+def fake() -> nn.Module:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return nn.Linear(3, 2)
+
+
+def wrapping() -> nn.Module:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = nn.Linear(3, 2)
+    model.weight = nn.Parameter(TwoTensor(torch.zeros(2, 3), torch.zeros(2, 3)))
+    return model
+
+
+def given_back() -> nn.Module:
+    model = nn.Linear(3, 2)
+    model.weight.untyped_storage().resize_(0)
+    return model
+
+
+def sparse() -> nn.Module:
+    model = nn.Linear(3, 2)
+    weight = torch.zeros(2, 3).to_sparse()
+    del model.weight
+    model.register_buffer("weight", weight)
+    return model
+
+
+HOLLOW = {"fake": fake, "wrapping": wrapping, "given back": given_back, "sparse": sparse}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+@pytest.mark.parametrize("name", HOLLOW)
+def test_tensors_without_memory_are_refused(tmp_path, name, dtype):
+    """To write where they say they are would end the process."""
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "x.pth")
+    model = HOLLOW[name]()
+    bias = model.bias
+    with pytest.raises(errors.IncompatibleCheckpointError, match="weight is a .* without memory"):
+        smart_load(model, tmp_path / "x.pth", dtype=dtype)
+    assert model.bias is bias
+    report = verify_weights(model, tmp_path / "x.pth")
+    assert "without memory that could be compared" in str(report)

@@ -204,6 +204,8 @@ def _incomparable(name: str, slot: Slot, leaf: object, selection: Selection) -> 
         return f"the file holds a {type(leaf).__name__}, not a tensor"
     if slot.shape is None or slot.tensor.is_meta:
         return "the model has no values for it yet"
+    if slot.is_hollow:
+        return f"the model has a {type(slot.tensor).__name__} there, without memory that could be compared"
     return None
 
 
