@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.arms import Job
 from benchmarks.cases import Case
-from benchmarks.machine import CHUNK_BYTES, usable_cores
+from benchmarks.machine import CHUNK_BYTES, anonymous_memory, usable_cores
 from benchmarks.models import named_tensors
 
 __all__ = ["CEILINGS", "Ceiling"]
@@ -45,7 +45,7 @@ class Ceiling:
 def _copy_into_model(job: Job, threads: int) -> Work:
     """Memory to the model's own parameters; both are present before the clock starts."""
     places = [(tensor.data_ptr(), tensor.nbytes) for _, tensor in named_tensors(job.model)]
-    source = _anonymous(sum(nbytes for _, nbytes in places), filled=True)
+    source = anonymous_memory(sum(nbytes for _, nbytes in places), filled=True)
     copies, position = [], _address(source)
     for place, nbytes in places:
         copies += [(place + at, position + at, min(CHUNK_BYTES, nbytes - at)) for at in range(0, nbytes, CHUNK_BYTES)]
@@ -56,11 +56,11 @@ def _copy_into_model(job: Job, threads: int) -> Work:
 def _copy_into_fresh(job: Job, threads: int) -> Work:
     """Memory to fresh huge pages, which are faulted in on the way: what a meta model can hope for."""
     nbytes = os.stat(job.path).st_size
-    source = _anonymous(nbytes, filled=True)
+    source = anonymous_memory(nbytes, filled=True)
     arenas = []  # outlives the work, which would otherwise also pay for unmapping
 
     def work() -> None:
-        arenas.append(_anonymous(nbytes, filled=False))
+        arenas.append(anonymous_memory(nbytes, filled=False))
         _run_copies(_chunks(_address(arenas[0]), _address(source), nbytes), threads, keep=source)
 
     return work
@@ -69,7 +69,7 @@ def _copy_into_fresh(job: Job, threads: int) -> Work:
 def _copy_same_bytes(job: Job, threads: int) -> Work:
     """As many bytes as the file has, memory to memory: a cast reads as much, and writes something else."""
     nbytes = os.stat(job.path).st_size
-    source, target = _anonymous(nbytes, filled=True), _anonymous(nbytes, filled=True)
+    source, target = anonymous_memory(nbytes, filled=True), anonymous_memory(nbytes, filled=True)
     return partial(_run_copies, _chunks(_address(target), _address(source), nbytes), threads, keep=(source, target))
 
 
@@ -92,7 +92,7 @@ def _read_direct(job: Job) -> Work:
     """The device past the page cache: O_DIRECT, eight reads of 8 MiB in flight, into memory that is reused."""
     nbytes = os.stat(job.path).st_size
     descriptor = os.open(job.path, os.O_RDONLY | os.O_DIRECT)
-    buffers = [_anonymous(CHUNK_BYTES, filled=True) for _ in range(8)]  # whole pages, as O_DIRECT wants them
+    buffers = [anonymous_memory(CHUNK_BYTES, filled=True) for _ in range(8)]  # whole pages, as O_DIRECT wants them
 
     def read_every_eighth(first: int) -> None:
         for position in range(first * CHUNK_BYTES, nbytes, 8 * CHUNK_BYTES):
@@ -150,16 +150,6 @@ def _run_all(tasks: list[Work]) -> None:
 
 def _chunks(target: int, source: int, nbytes: int) -> list[tuple[int, int, int]]:
     return [(target + at, source + at, min(CHUNK_BYTES, nbytes - at)) for at in range(0, nbytes, CHUNK_BYTES)]
-
-
-def _anonymous(nbytes: int, *, filled: bool) -> mmap.mmap:
-    """Private memory that asks for huge pages; present from the start where `filled`."""
-    region = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        region.madvise(mmap.MADV_HUGEPAGE)
-    if filled:
-        ctypes.memset(_address(region), 1, max(nbytes, 1))
-    return region
 
 
 def _address(region: mmap.mmap) -> int:

@@ -13,7 +13,16 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["describe", "drop_from_cache", "peer_version", "read_into_cache", "resident_fraction", "usable_cores"]
+__all__ = [
+    "anonymous_memory",
+    "describe",
+    "drop_from_cache",
+    "have_free_memory_ready",
+    "peer_version",
+    "read_into_cache",
+    "resident_fraction",
+    "usable_cores",
+]
 
 CHUNK_BYTES = 8 << 20
 _PASSES = 5
@@ -72,6 +81,26 @@ def read_into_cache(path: str) -> float:
                 pass
         fraction = resident_fraction(path)
     return fraction
+
+
+def anonymous_memory(nbytes: int, *, filled: bool) -> mmap.mmap:
+    """Private memory that asks for huge pages; present from the start where `filled`."""
+    region = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    if filled:
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(region)), 1, max(nbytes, 1))
+    return region
+
+
+def have_free_memory_ready(nbytes: int) -> None:
+    """Take so much memory, touch it, and give it back to the system, at most half of what is free.
+
+    A virtual machine's host may take away memory that lies idle for seconds. To get it back costs many times more than
+    a page fault, and whoever comes first would pay for all.
+    """
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+    anonymous_memory(min(nbytes, free_bytes // 2), filled=True).close()
 
 
 def peer_version(distribution: str) -> str | None:

@@ -24,7 +24,7 @@ from torchload import source as source_module
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError, TorchLoadError
 from torchload.source import FileSource
 from torchload.transfer.direct import DirectFile
-from torchload.transfer.reader import Reader, _Lease
+from torchload.transfer.reader import Reader
 
 pytestmark = needs_proc
 
@@ -76,7 +76,6 @@ def _intercept(monkeypatch: pytest.MonkeyPatch, event: Callable[[int], None], *,
         return read_at(descriptor, buffer, position)
 
     monkeypatch.setattr(source_module, "read_at", reading)
-    monkeypatch.setattr(Reader, "lend", lambda *_: None)
     monkeypatch.setattr(Reader, "scatter", lambda *_: False)
     return count
 
@@ -284,7 +283,7 @@ def test_an_interrupt_at_any_read(path: str, atomic: bool, monkeypatch: pytest.M
 ROUTES = {
     "through the page cache": ("float32", "None"),
     "past the page cache": ("float32", "torchload.transfer.direct.DirectFile.read"),
-    "from leased memory": ("float16", "torchload.transfer.reader._Lease.address"),
+    "with a cast": ("float16", "None"),
 }
 
 STORM = """
@@ -352,7 +351,7 @@ def test_interrupts_at_any_moment(tmp_path: Path, route: str, monkeypatch: pytes
 
 @needs_proc
 @pytest.mark.skipif(sys.platform != "linux", reason="takes what Linux has")
-@pytest.mark.parametrize("what", ["a file", "its copy", "past the page cache", "a lease"])
+@pytest.mark.parametrize("what", ["a file", "its copy", "past the page cache"])
 def test_nothing_is_lost_between_opening_and_holding(
     tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,7 +364,6 @@ def test_nothing_is_lost_between_opening_and_holding(
         "a file": lambda: FileSource(str(path)),
         "its copy": lambda: FileSource.from_descriptor(source.fd or 0, "copy"),
         "past the page cache": lambda: DirectFile.open(source.fd or 0),
-        "a lease": lambda: _Lease.take(source),
     }
     if opening[what]() is None:
         pytest.skip("this system has no such way to read a file")

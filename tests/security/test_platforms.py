@@ -48,7 +48,6 @@ MISSING = {
     "private mappings": WINDOWS_MAPPINGS,
     "flags": "del os.O_CLOEXEC, os.O_NONBLOCK",
     "sched_getaffinity and fork": "del os.sched_getaffinity, os.fork, os.register_at_fork",
-    "leases": "import fcntl\ndel fcntl.F_SETLEASE, fcntl.F_GETLEASE, fcntl.F_RDLCK",
     "calls into the C library": NO_C_LIBRARY,
     "Linux": "sys.platform = 'darwin'",
 }

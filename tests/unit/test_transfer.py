@@ -22,7 +22,6 @@ from torchload.index import Box, Extent, contiguous_strides
 from torchload.source import FileSource, MemorySource, Source
 from torchload.transfer import run
 from torchload.transfer.pieces import DIRECT_BYTES, STAGED_BYTES, STRIDED_BYTES, schedule
-from torchload.transfer.reader import Reader
 
 LARGE = 3 * STAGED_BYTES // 8 + 17
 """Elements of float32 that make several pieces."""
@@ -138,29 +137,12 @@ def test_nothing_to_do() -> None:
     assert run([whole(MemorySource(b""), torch.zeros(0, 3), torch.float32)]) == 0
 
 
-@pytest.mark.parametrize("lent", [True, False])
-def test_casts_with_and_without_a_lease(tmp_path: Path, lent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not lent:
-        monkeypatch.setattr(Reader, "lend", lambda *_: None)
+def test_casts_what_is_not_aligned(tmp_path: Path) -> None:
     values = torch.randn(LARGE)
-    source = write(tmp_path / "f", torch.zeros(3, dtype=torch.uint8), values)  # not aligned
+    source = write(tmp_path / "f", torch.zeros(3, dtype=torch.uint8), values)
     target = torch.zeros(LARGE, dtype=torch.float16)
     run([whole(source, target, torch.float32, offset=3)])
     assert torch.equal(target, values.half())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="leases are Linux's")
-def test_a_lease_yields_to_a_writer(tmp_path: Path) -> None:
-    """While bytes are lent, whoever wants to truncate the file waits; nothing more is lent, and the load goes on."""
-    source = write(tmp_path / "f", torch.ones(1 << 18))
-    with Reader() as reader:
-        if reader.lend(source, 0, 1 << 20) is None:
-            pytest.skip("this file system grants no leases")
-        with pytest.raises(BlockingIOError):
-            os.open(source.name, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK)
-        assert reader.lend(source, 0, 1 << 20) is None
-        assert os.path.getsize(source.name) == 1 << 20
-    os.close(os.open(source.name, os.O_WRONLY | os.O_NONBLOCK))  # given back
 
 
 # --- modes and settings of the caller -------------------------------------------------------------------------------
@@ -396,10 +378,7 @@ def test_a_file_that_was_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_file_that_is_truncated_meanwhile(
-    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Reader, "lend", lambda *_: None)  # a lease would make the writer wait
+def test_a_file_that_is_truncated_meanwhile(tmp_path: Path, dtype: torch.dtype) -> None:
     source = write(tmp_path / "f", torch.ones(8 * LARGE))
     target = torch.zeros(8 * LARGE, dtype=dtype)
 

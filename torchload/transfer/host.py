@@ -15,8 +15,6 @@ __all__ = ["HostWorker", "decode"]
 _PACKED_BYTES = 1 << 20
 """Small casts are packed together up to this size, on either side."""
 _PACKABLE_BYTES = 64 << 10
-_LENT_BYTES = 64 << 10
-"""Less than this is copied faster than it is lent."""
 _MUCH_BYTES = 64 << 10
 """From this size on other threads may run while bytes are moved."""
 _ALIGNMENT_BYTES = 4096
@@ -68,9 +66,6 @@ class HostWorker:
 
     def _fetch(self, job: Job) -> torch.Tensor:
         """A job's bytes, uint8, to be read before the next job."""
-        address = self._reader.lend(job.source, job.offset, job.nbytes) if job.nbytes >= _LENT_BYTES else None
-        if address is not None:
-            return torch.frombuffer(memory_at(address, job.nbytes), dtype=torch.uint8)
         shift = (job.source.base + job.offset) % _ALIGNMENT_BYTES
         data = self._scratch_of(shift + job.nbytes)[shift : shift + job.nbytes]
         self._reader.readinto(job.source, job.offset, memory_at(data.data_ptr(), job.nbytes))
