@@ -13,8 +13,11 @@ import os
 import sys
 from collections import deque
 
+import torch
+
 from torchload.source import Descriptor
-from torchload.transfer.memory import address_of, is_resident, move_much
+from torchload.transfer.arena import allocate
+from torchload.transfer.memory import address_of, is_resident, memory_at, move_much
 from torchload.transfer.settings import direct_io
 
 __all__ = ["DIRECT_IO_BYTES", "REQUESTS_IN_FLIGHT", "DirectFile", "is_cold"]
@@ -26,19 +29,22 @@ _MINIMUM_FILE_BYTES = 32 << 20
 """Smaller files arrive by readahead before threads have started."""
 _BLOCK_BYTES = 4096
 """What positions, lengths and addresses must be multiples of; a multiple of what any device asks for."""
+_SCRATCH_BYTES = 4 << 20
+"""What doesn't lie in memory as it does in the file is read so much at a time: on huge pages, since a device takes a
+request in pieces that are contiguous in memory."""
 _SAMPLES = 16
 
 
 class DirectFile:
     """A file opened a second time, past the page cache; safe to read from several threads.
 
-    Scratch memory is held for each thread that reads at the same time, as large as the largest read so far.
+    Scratch memory is held for each thread that reads at the same time.
     """
 
     def __init__(self, descriptor: Descriptor, probe: mmap.mmap | None) -> None:
         self._descriptor = descriptor
         self._probe = probe
-        self._scratch: deque[mmap.mmap] = deque()
+        self._scratch: deque[torch.Tensor] = deque()
 
     @classmethod
     def open(cls, descriptor: int) -> DirectFile | None:
@@ -64,31 +70,38 @@ class DirectFile:
         nbytes = len(buffer)
         if self._probe is not None and not _is_absent(self._probe, position, nbytes, 3):
             return False
-        head = position % _BLOCK_BYTES
-        tail = (position + nbytes) % _BLOCK_BYTES
-        address = address_of(buffer)
-        straight = (address - position) % _BLOCK_BYTES == 0 and nbytes > 2 * _BLOCK_BYTES
-        room_bytes = 2 * _BLOCK_BYTES if straight else head + nbytes + _BLOCK_BYTES
-        scratch = self._take_scratch(room_bytes)
-        view = memoryview(scratch)
+        straight = (address_of(buffer) - position) % _BLOCK_BYTES == 0 and nbytes > 2 * _BLOCK_BYTES
+        scratch = self._take_scratch()
         try:
-            if not straight:
-                span = view[: -(-(head + nbytes) // _BLOCK_BYTES) * _BLOCK_BYTES]
-                if not self._request([span], position - head, head + nbytes):
-                    return False
-                move_much(address, address_of(scratch) + head, nbytes)
-                return True
-            first, last = view[:_BLOCK_BYTES], view[_BLOCK_BYTES : 2 * _BLOCK_BYTES]
-            before = -position % _BLOCK_BYTES  # what of the buffer lies in a block that begins before it
-            parts = [first] * (before > 0) + [buffer[before : nbytes - tail]] + [last] * (tail > 0)
-            if not self._request(parts, position - head, head + nbytes):
-                return False
-            buffer[:before] = first[head:] if before else b""
-            buffer[nbytes - tail :] = last[:tail]
-            return True
+            return (self._read_straight if straight else self._read_by_way_of)(scratch, position, buffer)
         finally:
-            view.release()
             self._scratch.append(scratch)
+
+    def _read_straight(self, scratch: torch.Tensor, position: int, buffer: memoryview) -> bool:
+        """Whole blocks go to their place; what of the first and the last block isn't wanted goes to scratch memory."""
+        nbytes = len(buffer)
+        head, tail = position % _BLOCK_BYTES, (position + nbytes) % _BLOCK_BYTES
+        first = memory_at(scratch.data_ptr(), _BLOCK_BYTES)
+        last = memory_at(scratch.data_ptr() + _BLOCK_BYTES, _BLOCK_BYTES)
+        before = -position % _BLOCK_BYTES  # what of the buffer lies in a block that begins before it
+        parts = [first] * (before > 0) + [buffer[before : nbytes - tail]] + [last] * (tail > 0)
+        if not self._request(parts, position - head, head + nbytes):
+            return False
+        buffer[:before] = first[head:] if before else b""
+        buffer[nbytes - tail :] = last[:tail]
+        return True
+
+    def _read_by_way_of(self, scratch: torch.Tensor, position: int, buffer: memoryview) -> bool:
+        address, end = address_of(buffer), position + len(buffer)
+        while position < end:
+            head = position % _BLOCK_BYTES
+            nbytes = min(end - position, _SCRATCH_BYTES - head)
+            room = memory_at(scratch.data_ptr(), -(-(head + nbytes) // _BLOCK_BYTES) * _BLOCK_BYTES)
+            if not self._request([room], position - head, head + nbytes):
+                return False
+            move_much(address, scratch.data_ptr() + head, nbytes)
+            address, position = address + nbytes, position + nbytes
+        return True
 
     def close(self) -> None:
         self._scratch.clear()
@@ -105,15 +118,10 @@ class DirectFile:
                 raise
             return False  # the file system only said so now
 
-    def _take_scratch(self, nbytes: int) -> mmap.mmap:
+    def _take_scratch(self) -> torch.Tensor:
         with contextlib.suppress(IndexError):
-            scratch = self._scratch.popleft()
-            if len(scratch) >= nbytes:
-                return scratch
-        scratch = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError, AttributeError):
-            scratch.madvise(mmap.MADV_HUGEPAGE)
-        return scratch
+            return self._scratch.popleft()
+        return allocate([((_SCRATCH_BYTES,), torch.uint8)], torch.device("cpu"))[0]
 
 
 def is_cold(descriptor: int) -> bool:
