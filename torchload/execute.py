@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -12,15 +12,15 @@ import torch
 from torchload import hooks
 from torchload.copies import Copy
 from torchload.errors import IncompatibleCheckpointError, TorchLoadError
-from torchload.index import Extent
+from torchload.index import Extent, TensorEntry
 from torchload.model.shards import empty_part, is_ordinary, is_sharded, local_region, refresh_shards
 from torchload.model.swap import remember, show_again, swap
 from torchload.model.target import Target
 from torchload.plan import Assignment, Conversion, LoadPlan, copies_into
 from torchload.select import Selection
-from torchload.transfer import allocate, map_entries, map_entry, run, same_data
+from torchload.transfer import allocate, has_checksum, is_summed_in_place, map_entries, map_entry, run, same_data
 
-__all__ = ["carry_out", "compare_landed", "compare_ties", "extents_of"]
+__all__ = ["carry_out", "compare_landed", "compare_ties", "extents_of", "extents_to_check_first"]
 
 Progress = Callable[[int, int], None]
 
@@ -32,6 +32,7 @@ def carry_out(
     progress: Progress | None,
     *,
     mmap: bool,
+    verify: bool = False,
     atomic: bool = False,
     guard: AbstractContextManager[object] | None = None,
     finish: Callable[[], object] = lambda: None,
@@ -47,6 +48,7 @@ def carry_out(
         selection: Where modules that load themselves find their tensors.
         progress: Receives (bytes done, bytes in all).
         mmap: Whether fresh CPU memory may be a private view of the file.
+        verify: Whether to compare data with the file's checksums as it arrives.
         atomic: Whether the model may be in use while new memory is shown to it.
         guard: What to hold while that happens.
         finish: What else has to succeed once the model shows its new memory. Where `atomic`, old memory is kept until
@@ -72,7 +74,7 @@ def carry_out(
         fresh.update(zip(map(id, mapped), map_entries([item.entry for item in mapped])))
         moved = [item for item in plan.assignments if id(item) not in fresh] if mapped else plan.assignments
         fresh.update(_fresh_memory(moved))
-        _move(moved, fresh, progress)
+        _move(moved, fresh, verify, progress)
         arrived.extend(item.name for item in moved)
         changes = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
         changes += [(item.slot, _converted(item)) for item in plan.conversions]
@@ -113,7 +115,9 @@ def _converted(conversion: Conversion) -> torch.Tensor:
     return tensor.to(conversion.device, conversion.dtype)
 
 
-def _move(assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], progress: Progress | None) -> None:
+def _move(
+    assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], verify: bool, progress: Progress | None
+) -> None:
     """Into fresh memory first, then in place with a cast, which may overflow, then as it is."""
     phases: tuple[list[Copy], list[Copy], list[Copy]] = ([], [], [])
     for item in assignments:
@@ -133,7 +137,7 @@ def _move(assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], prog
     copies: list[Copy] = []
     try:
         for copies in phases:
-            done += run(copies, progress=report if progress is not None else None)
+            done += run(copies, check=verify, progress=report if progress is not None else None)
             written.extend(copy.name for copy in copies)
         report(total, total)
     except BaseException as error:
@@ -194,9 +198,28 @@ def _can_map(item: Assignment) -> bool:
 
 def extents_of(plan: LoadPlan) -> list[Extent]:
     """The runs of bytes that a plan takes data from, each once."""
-    entries = [*(item.entry for item in plan.assignments), *plan.given]
-    extents = {id(box.extent): box.extent for entry in entries for box in entry.boxes}
-    return list(extents.values())
+    return _extents([*(item.entry for item in plan.assignments), *plan.given])
+
+
+def extents_to_check_first(plan: LoadPlan, *, mmap: bool = False) -> list[Extent]:
+    """Those of `extents_of` that must be checked before the load: nothing can be taken back of what is done with them.
+
+    Fresh memory is thrown away if it turns out, as it arrives, that its data is damaged.
+    """
+    late = [
+        item.fresh
+        and not (mmap and _can_map(item))
+        and item.device.type == "cpu"
+        and is_ordinary(item.slot.tensor)
+        and len(item.entry.boxes) == 1
+        and has_checksum(item.entry.boxes[0], item.entry.dtype)
+        for item in plan.assignments
+    ]
+    return _extents([*(item.entry for item, is_late in zip(plan.assignments, late) if not is_late), *plan.given])
+
+
+def _extents(entries: Iterable[TensorEntry]) -> list[Extent]:
+    return list({id(box.extent): box.extent for entry in entries for box in entry.boxes}.values())
 
 
 def compare_ties(plan: LoadPlan, path: str) -> None:
@@ -217,13 +240,23 @@ def compare_ties(plan: LoadPlan, path: str) -> None:
         )
 
 
-def compare_landed(plan: LoadPlan, path: str) -> None:
-    """Read back what was loaded and compare it with the file, tensor by tensor."""
+def compare_landed(plan: LoadPlan, path: str, *, mmap: bool = False) -> None:
+    """Read back what was loaded and compare it with the file, tensor by tensor, unless its checksum told already."""
     from torchload.comparison import Pair, compare  # for `verify=True` only
 
-    pairs = [Pair(item.name, item.source, item.slot, item.entry) for item in plan.assignments]
+    pairs = [
+        Pair(item.name, item.source, item.slot, item.entry) for item in plan.assignments if not _was_summed(item, mmap)
+    ]
     if differing := compare(pairs):
         more = f" (and {len(differing) - 1:,} more)" if len(differing) > 1 else ""
         raise TorchLoadError(
             f"{path} did not arrive as it was read: {differing[0]}{more}. The memory or a bus is at fault.", path=path
         )
+
+
+def _was_summed(item: Assignment, mmap: bool) -> bool:
+    """Whether `carry_out` compared what lies in the model's memory with the file's checksum."""
+    if not is_ordinary(item.slot.tensor) or (mmap and _can_map(item)):
+        return False
+    copies = list(copies_into(item, item.slot.tensor))
+    return len(copies) == 1 and is_summed_in_place(copies[0])

@@ -14,7 +14,7 @@ from torch import nn
 
 from torchload import hooks
 from torchload.collector import collector_paused
-from torchload.execute import carry_out, compare_landed, compare_ties, extents_of
+from torchload.execute import carry_out, compare_landed, compare_ties, extents_of, extents_to_check_first
 from torchload.explain import group_names, plural, short_dtype
 from torchload.formats import archives, open_checkpoint, torch_zip  # the commonest one: imported before its first use
 from torchload.index import Checkpoint, Extent, Record, TensorEntry
@@ -76,8 +76,8 @@ def smart_load(
         rename: A mapping of regular expression → replacement, or a callable that returns the new name (``None`` drops
             it).
         skip: Globs of names to leave alone on either side, such as a head that is replaced: ``["fc.*"]``.
-        verify: Also check the checksums that the file records for its data, before anything is written, and compare
-            what landed with the file.
+        verify: Also check the checksums that the file records for its data, before anything of the model is changed,
+            and compare what landed with the file.
         atomic: Stage everything in fresh memory, then swap: whatever fails leaves the model as it was, and other
             threads may go on using it. A lock that these take for each forward pass may be given instead of ``True``:
             it is held for the swap alone, so that no pass sees old and new weights side by side.
@@ -118,12 +118,12 @@ def smart_load(
         selection = select_for(target, checkpoint, skipped, strict, key=key, prefix=prefix, rename=rename)
         plan = make_plan(target, selection, options)
         if verify:
-            verify_extents(extents_of(plan))
+            verify_extents(extents_to_check_first(plan, mmap=mmap))
         compare_ties(plan, checkpoint.path)
 
         def finish() -> None:
             if verify:
-                compare_landed(plan, checkpoint.path)
+                compare_landed(plan, checkpoint.path, mmap=mmap)
             hooks.run_post_hooks(target, selection.missing, selection.unexpected)
 
         with progress_reporter(progress, checkpoint.path) as report_progress:
@@ -134,6 +134,7 @@ def smart_load(
                 selection,
                 report_progress,
                 mmap=mmap,
+                verify=verify,
                 atomic=options.atomic,
                 guard=guard,
                 finish=finish,

@@ -17,7 +17,7 @@ from torchload.copies import Copy
 from torchload.index import Box, Extent, TensorEntry, box_end_bytes
 from torchload.source import FileSource, MemorySource, Source
 from torchload.transfer import map_entries, pieces, read_entries, run
-from torchload.transfer.checks import combine_crc32
+from torchload.transfer.checksums import combine_crc32
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

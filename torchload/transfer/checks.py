@@ -1,4 +1,4 @@
-"""Questions about data in files that are answered without keeping it: checksums, and whether two tensors are equal."""
+"""Questions about data in files that are answered without keeping it: is it sound, is it the same?"""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import threading
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from torchload.copies import Copy
-from torchload.errors import CorruptCheckpointError
 from torchload.index import Extent, TensorEntry
 from torchload.transfer.arena import allocate
+from torchload.transfer.checksums import combine_parts, report_damage
 from torchload.transfer.crew import Crew
 from torchload.transfer.direct import is_cold
 from torchload.transfer.engine import Progress, check_unchanged, default_threads
@@ -24,11 +23,12 @@ from torchload.transfer.memory import is_same, memory_at
 from torchload.transfer.pieces import STRIDED_BYTES, Job, Piece, schedule
 from torchload.transfer.reader import Reader
 
-__all__ = ["combine_crc32", "not_seen_equal", "same_data", "verify_extents"]
+__all__ = ["not_seen_equal", "same_data", "verify_extents"]
 
 _CHUNK_BYTES = 1 << 20
 """What is read at once: small enough for the cache, large enough for the call not to show."""
-_POLYNOMIAL = 0xEDB88320
+_READERS_OF_COLD_FILES = 3
+"""One reads, the others sum what they have read."""
 
 
 def verify_extents(
@@ -55,7 +55,7 @@ def verify_extents(
         OSError: A device failed.
     """
     checked = [extent for extent in dict.fromkeys(extents) if extent.crc32 is not None]
-    parts: dict[Extent, dict[int, int]] = {extent: {} for extent in checked}
+    parts: dict[Extent, dict[int, tuple[int, int]]] = {extent: {} for extent in checked}
     jobs = [
         _Part(extent, skip, min(_CHUNK_BYTES, extent.nbytes - skip), results)
         for extent, results in sorted(parts.items(), key=_position)
@@ -65,22 +65,20 @@ def verify_extents(
     check_unchanged(dict.fromkeys(extent.source for extent in checked))
     on_progress = None if progress is None else lambda done_bytes: progress(done_bytes, total_bytes)
     turns = _turns({extent.source.fd for extent in checked})
-    crew = Crew(jobs, lambda: _Summer(turns), threads or default_threads(total_bytes, computes=False), on_progress)
-    crew.run()
-    found: dict[Extent, int] = dict.fromkeys(checked, 0)
-    for extent, skip, nbytes, results in jobs:
-        found[extent] = combine_crc32(found[extent], results[skip], nbytes)
-    _report_damage([(extent, crc) for extent, crc in found.items() if crc != extent.crc32], names or {})
+    threads = threads or default_threads(total_bytes, computes=False)
+    Crew(jobs, lambda: _Summer(turns), max(threads, _READERS_OF_COLD_FILES) if turns else threads, on_progress).run()
+    found = {extent: combine_parts(results) for extent, results in parts.items()}
+    report_damage([(extent, crc) for extent, crc in found.items() if crc != extent.crc32], names or {})
     return total_bytes
 
 
 class _Part(NamedTuple):
-    """A stretch of an extent, and where to leave its checksum (by its position in the extent)."""
+    """A stretch of an extent, and where to leave its checksum and length (by its position in the extent)."""
 
     extent: Extent
     skip: int
     nbytes: int
-    results: dict[int, int]
+    results: dict[int, tuple[int, int]]
 
 
 class _Summer:
@@ -102,7 +100,7 @@ class _Summer:
         chunk = self._memory[: part.nbytes]
         with self._turns.get(source.fd, _AT_ONCE):
             source.readinto(part.extent.offset + part.skip, chunk)
-        part.results[part.skip] = zlib.crc32(chunk)
+        part.results[part.skip] = (zlib.crc32(chunk), part.nbytes)
         return part.nbytes
 
 
@@ -120,57 +118,6 @@ def _turns(descriptors: Iterable[int | None]) -> dict[int | None, AbstractContex
 
 def _position(item: tuple[Extent, object]) -> int:
     return item[0].source.base + item[0].offset
-
-
-def _report_damage(damaged: list[tuple[Extent, int]], names: Mapping[Extent, str]) -> None:
-    if not damaged:
-        return
-    shown = "\n".join(
-        f"  {names.get(extent, f'{extent.nbytes} bytes at offset {extent.offset}')}: "
-        f"CRC-32 {crc:08x}, recorded {extent.crc32:08x}"
-        for extent, crc in damaged[:10]
-    )
-    more = f"\n  and {len(damaged) - 10} more" if len(damaged) > 10 else ""
-    path = damaged[0][0].source.name
-    raise CorruptCheckpointError(
-        f"{path} is damaged: the data of {len(damaged)} of its records fails its checksum. Nothing was loaded. "
-        f"Download or copy it again.\n{shown}{more}",
-        path=path,
-    )
-
-
-def combine_crc32(first: int, second: int, second_nbytes: int) -> int:
-    """The CRC-32 of two runs of bytes, one after the other, from that of each.
-
-    Example:
-        >>> combine_crc32(zlib.crc32(b"check"), zlib.crc32(b"point"), 5) == zlib.crc32(b"checkpoint")
-        True
-    """
-    # Appending n bytes multiplies the polynomial of the first by x^(8n), modulo the CRC's own.
-    return _multiply(_power_of_x(8 * second_nbytes), first) ^ second
-
-
-@lru_cache(maxsize=64)
-def _power_of_x(exponent: int) -> int:
-    power, square = 1 << 31, 1 << 30  # x^0 and x^1: the highest bit is the lowest coefficient
-    while exponent:
-        if exponent & 1:
-            power = _multiply(square, power)
-        square = _multiply(square, square)
-        exponent >>= 1
-    return power
-
-
-def _multiply(left: int, right: int) -> int:
-    """Product of two polynomials over GF(2), modulo the CRC's."""
-    product = 0
-    bit = 1 << 31
-    while bit:
-        if left & bit:
-            product ^= right
-        right = (right >> 1) ^ (_POLYNOMIAL if right & 1 else 0)
-        bit >>= 1
-    return product
 
 
 def not_seen_equal(copies: Sequence[Copy]) -> list[Copy]:

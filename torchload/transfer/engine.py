@@ -11,6 +11,7 @@ import torch
 from torchload.copies import Copy
 from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.source import Source
+from torchload.transfer.checksums import Arrivals
 from torchload.transfer.crew import Crew, available_cores, can_limit_intra_op
 from torchload.transfer.direct import REQUESTS_IN_FLIGHT
 from torchload.transfer.host import HostWorker, decode
@@ -33,7 +34,9 @@ BYTES_PER_THREAD = 8 << 20
 Progress = Callable[[int, int], None]
 
 
-def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progress | None = None) -> int:
+def run(
+    copies: Sequence[Copy], *, check: bool = False, threads: int | None = None, progress: Progress | None = None
+) -> int:
     """Carry out checked copies.
 
     Whatever mode the caller is in (`inference_mode`, `no_grad`, `autocast`, a default device or dtype), targets are
@@ -41,6 +44,7 @@ def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progres
 
     Args:
         copies: What goes where. Sources, shapes and offsets are taken to be valid.
+        check: Whether to compare checksums on the way; see `Arrivals` for which.
         threads: How many threads may work, the calling one included; by default as many as are worth it.
         progress: Receives (bytes done, bytes in all) now and then, in the calling thread.
 
@@ -49,7 +53,7 @@ def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progres
 
     Raises:
         CastOverflowError: A finite value became infinite in a target's dtype.
-        CorruptCheckpointError: A source ended too early, or changed while it was read.
+        CorruptCheckpointError: A source ended too early, or changed while it was read, or data failed its checksum.
         OSError: A device failed.
 
         Any error, a KeyboardInterrupt included, has an attribute ``written``: the names of the copies whose targets
@@ -60,11 +64,16 @@ def run(copies: Sequence[Copy], *, threads: int | None = None, progress: Progres
     with Reader() as reader:
         with torch.inference_mode():
             jobs = schedule(copies, reader.look_at)
-        return _do(copies, jobs, reader, threads, progress) if jobs else 0
+        return _do(copies, jobs, reader, Arrivals(copies) if check else None, threads, progress)
 
 
 def _do(
-    copies: Sequence[Copy], jobs: Sequence[Job], reader: Reader, threads: int | None, progress: Progress | None
+    copies: Sequence[Copy],
+    jobs: Sequence[Job],
+    reader: Reader,
+    arrivals: Arrivals | None,
+    threads: int | None,
+    progress: Progress | None,
 ) -> int:
     """Work through the jobs, and account for what they did to the targets."""
     total_bytes = sum(job.nbytes for job in jobs)
@@ -76,12 +85,12 @@ def _do(
 
     if threads is None:
         threads = default_threads(
-            sum(job.nbytes for job in jobs if not job.can_scatter or reader.is_cold),
+            sum(job.nbytes for job in jobs if not job.can_scatter or reader.is_cold or arrivals is not None),
             computes=not all(job.is_direct or job.can_scatter or job.device.type == "cuda" for job in jobs),
             cold=reader.is_cold,
         )
     rings = _new_rings(jobs, threads)
-    crew = Crew(jobs, lambda: _Worker(reader, rings), threads, report if progress is not None else None)
+    crew = Crew(jobs, lambda: _Worker(reader, rings, arrivals), threads, report if progress is not None else None)
     try:
         check_unchanged(sources)
         try:
@@ -90,6 +99,8 @@ def _do(
             for ring in rings.values():
                 ring.drain()
         check_unchanged(sources)
+        if arrivals is not None:
+            arrivals.check()
     except BaseException as error:
         touched = {id(piece.copy) for job in crew.started for piece in job.pieces}
         written = [copy for copy in copies if id(copy) in touched]
@@ -105,8 +116,8 @@ def _do(
 class _Worker:
     """Does any job, each in the way of its device; one for each thread."""
 
-    def __init__(self, reader: Reader, rings: Mapping[torch.device, Ring]) -> None:
-        self._host = HostWorker(reader)
+    def __init__(self, reader: Reader, rings: Mapping[torch.device, Ring], arrivals: Arrivals | None) -> None:
+        self._host = HostWorker(reader, arrivals)
         self._by_device: dict[torch.device, Callable[[Job], int]] = {}
         if rings:
             from torchload.transfer.cuda import RingWorker

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from torchload.transfer.arena import allocate
+from torchload.transfer.checksums import Arrivals
 from torchload.transfer.memory import memory_at, move, move_much
 from torchload.transfer.overflow import OverflowFoundError, overflows
 from torchload.transfer.pieces import CAST, GAP_BYTES, RAW, STAGED_BYTES, Job, Piece, needs_swap
@@ -29,8 +30,15 @@ class HostWorker:
     Holds scratch memory: one worker for each thread.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, arrivals: Arrivals | None = None) -> None:
+        """Ready to work.
+
+        Args:
+            reader: Fetches the data.
+            arrivals: Sums it, if it is to be checked.
+        """
         self._reader = reader
+        self._arrivals = arrivals
         self._scratch: torch.Tensor | None = None
         self._packer: _Packer | None = None
         self._gaps = torch.empty(GAP_BYTES, dtype=torch.uint8, device="cpu")
@@ -50,6 +58,10 @@ class HostWorker:
             self._reader.readinto(job.source, job.offset, memory)
         elif not (job.can_scatter and self._scatter(job)):
             self._place(job, self._fetch(job))
+        if self._arrivals is not None and job.device.type == "cpu":
+            for piece in job.pieces:
+                if piece.kind == RAW:  # where it ended up
+                    self._arrivals.add(piece, memory_at(piece.target.data_ptr() + piece.skip_bytes, piece.nbytes))
         return job.nbytes
 
     def _scatter(self, job: Job) -> bool:
@@ -85,6 +97,8 @@ class HostWorker:
                 packer.add(piece, base + offset)
             else:
                 _put(piece, decode(piece, data[offset - job.offset :][:nbytes]))
+            if self._arrivals is not None and kind != RAW and on_cpu:  # as it was read
+                self._arrivals.add(piece, memory_at(base + offset, nbytes))
         if packer is not None:
             packer.flush()
 

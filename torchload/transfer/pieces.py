@@ -20,7 +20,19 @@ from torchload.copies import Copy
 from torchload.index import Extent, Shape, box_end_bytes
 from torchload.source import Source
 
-__all__ = ["CAST", "RAW", "STAGED_BYTES", "STRIDED_BYTES", "VIEW", "Job", "Piece", "cut", "needs_swap", "schedule"]
+__all__ = [
+    "CAST",
+    "RAW",
+    "STAGED_BYTES",
+    "STRIDED_BYTES",
+    "VIEW",
+    "Job",
+    "Piece",
+    "cut",
+    "is_plain",
+    "needs_swap",
+    "schedule",
+]
 
 _BIG_ENDIAN = sys.byteorder == "big"
 
@@ -122,7 +134,7 @@ def schedule(copies: Iterable[Copy], is_cold: Callable[[Source], bool] = lambda 
         if extent.source is not source or its_device != device:
             source, device = extent.source, its_device
             pieces = groups.setdefault((device, source), [])
-        if its_device is _CPU and _is_plain(copy) and 0 < (nbytes := target.nbytes) <= DIRECT_BYTES:  # most tensors
+        if its_device is _CPU and is_plain(copy) and 0 < (nbytes := target.nbytes) <= DIRECT_BYTES:  # most tensors
             box = copy.box
             piece = (copy, RAW, extent.offset + box.start, nbytes, target, 0, box.shape, box.strides)
             pieces.append(_new_tuple(Piece, piece))
@@ -135,7 +147,7 @@ def schedule(copies: Iterable[Copy], is_cold: Callable[[Source], bool] = lambda 
     return jobs
 
 
-def _is_plain(copy: Copy) -> bool:
+def is_plain(copy: Copy) -> bool:
     """Whether both sides are row-major and of one dtype. May say no where `_classify` says `RAW`, but is quicker."""
     target, box = copy.target, copy.box
     return (

@@ -1,0 +1,128 @@
+"""CRC-32 checksums: of data in files before it is used, and of data on its way to where it is used."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+
+import torch
+
+from torchload.copies import Copy
+from torchload.errors import CorruptCheckpointError
+from torchload.index import Box, Extent
+from torchload.transfer.pieces import Piece, is_plain
+
+__all__ = ["Arrivals", "combine_crc32", "combine_parts", "has_checksum", "is_summed_in_place", "report_damage"]
+
+_POLYNOMIAL = 0xEDB88320
+
+
+def has_checksum(box: Box, dtype: torch.dtype) -> bool:
+    """Whether the file records a checksum for just the bytes of a box."""
+    extent = box.extent
+    if extent.crc32 is None or box.start != 0 or math.prod(box.shape) * dtype.itemsize != extent.nbytes:
+        return False
+    return box.is_contiguous
+
+
+def is_summed_in_place(copy: Copy) -> bool:
+    """Whether `Arrivals` sums what lies in the target's own memory."""
+    return copy.target.is_cpu and is_plain(copy) and has_checksum(copy.box, copy.dtype)
+
+
+class Arrivals:
+    """Sums what arrives, while it is still in a core's cache, for comparison with what the file records.
+
+    What isn't changed on its way is summed where it ends up, so that the sum tells of the way too; all else as it was
+    read. Only copies to the CPU are summed, of boxes that have a checksum to themselves.
+    """
+
+    def __init__(self, copies: Iterable[Copy]) -> None:
+        self._copies = [copy for copy in copies if copy.target.is_cpu and has_checksum(copy.box, copy.dtype)]
+        self._parts: dict[int, dict[int, tuple[int, int]]] = {id(copy): {} for copy in self._copies}
+
+    def add(self, piece: Piece, memory: memoryview) -> None:
+        """Sum a piece's bytes; may be called from several threads."""
+        parts = self._parts.get(id(piece.copy))
+        if parts is not None:
+            parts[piece.offset] = (zlib.crc32(memory), piece.nbytes)
+
+    def check(self) -> None:
+        """Compare; raises CorruptCheckpointError, which names all that differs."""
+        found = [(copy, combine_parts(self._parts[id(copy)])) for copy in self._copies]
+        report_damage(
+            [(copy.box.extent, crc) for copy, crc in found if crc != copy.box.extent.crc32],
+            {copy.box.extent: copy.name for copy in self._copies},
+        )
+
+
+def report_damage(damaged: list[tuple[Extent, int]], names: Mapping[Extent, str]) -> None:
+    """Raise if there is any damage.
+
+    Args:
+        damaged: Extents with the checksums that were found.
+        names: What to call an extent.
+
+    Raises:
+        CorruptCheckpointError: With all of them named.
+    """
+    if not damaged:
+        return
+    shown = "\n".join(
+        f"  {names.get(extent, f'{extent.nbytes} bytes at offset {extent.offset}')}: "
+        f"CRC-32 {crc:08x}, recorded {extent.crc32:08x}"
+        for extent, crc in damaged[:10]
+    )
+    more = f"\n  and {len(damaged) - 10} more" if len(damaged) > 10 else ""
+    path = damaged[0][0].source.name
+    raise CorruptCheckpointError(
+        f"{path} is damaged: the data of {len(damaged)} of its records fails its checksum. "
+        f"Download or copy it again; if that doesn't help, a disk or this machine's memory is at fault.\n{shown}{more}",
+        path=path,
+    )
+
+
+def combine_parts(parts: Mapping[int, tuple[int, int]]) -> int:
+    """The CRC-32 of consecutive runs of bytes: position → (CRC-32, length in bytes)."""
+    total = 0
+    for _, (crc, nbytes) in sorted(parts.items()):
+        total = combine_crc32(total, crc, nbytes)
+    return total
+
+
+def combine_crc32(first: int, second: int, second_nbytes: int) -> int:
+    """The CRC-32 of two runs of bytes, one after the other, from that of each.
+
+    Example:
+        >>> combine_crc32(zlib.crc32(b"check"), zlib.crc32(b"point"), 5) == zlib.crc32(b"checkpoint")
+        True
+    """
+    if not first:
+        return second  # nothing comes before it, as a rule; the formula would give the same
+    # Appending n bytes multiplies the polynomial of the first by x^(8n), modulo the CRC's own.
+    return _multiply(_power_of_x(8 * second_nbytes), first) ^ second
+
+
+@lru_cache(maxsize=64)
+def _power_of_x(exponent: int) -> int:
+    power, square = 1 << 31, 1 << 30  # x^0 and x^1: the highest bit is the lowest coefficient
+    while exponent:
+        if exponent & 1:
+            power = _multiply(square, power)
+        square = _multiply(square, square)
+        exponent >>= 1
+    return power
+
+
+def _multiply(left: int, right: int) -> int:
+    """Product of two polynomials over GF(2), modulo the CRC's."""
+    product = 0
+    bit = 1 << 31
+    while bit:
+        if left & bit:
+            product ^= right
+        right = (right >> 1) ^ (_POLYNOMIAL if right & 1 else 0)
+        bit >>= 1
+    return product
