@@ -5,8 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
 
-__all__ = ["collector_paused"]
+from typing_extensions import ParamSpec
+
+__all__ = ["collector_paused", "with_collector_paused"]
+
+ParamsT = ParamSpec("ParamsT")
+ResultT = TypeVar("ResultT")
 
 _lock = threading.RLock()
 _holders: set[int] = set()
@@ -40,6 +48,20 @@ class collector_paused:  # noqa: N801 - used as a context manager, as if it were
             if len(_holders) == 1 and _was_enabled:
                 gc.enable()
             _holders.discard(id(self))
+
+
+def with_collector_paused(function: Callable[ParamsT, ResultT]) -> Callable[ParamsT, ResultT]:
+    """Let a function run in such a block, which ends when all that it made and doesn't return is gone already.
+
+    Started again any earlier, the collector would look through all of that.
+    """
+
+    @wraps(function)
+    def paused(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
+        with collector_paused():
+            return function(*args, **kwargs)
+
+    return paused
 
 
 def _start_again() -> None:

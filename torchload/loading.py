@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torchload import hooks
-from torchload.collector import collector_paused
+from torchload.collector import with_collector_paused
 from torchload.execute import carry_out, compare_landed, compare_ties, extents_of, extents_to_check_first
 from torchload.explain import group_names, plural, short_dtype
 from torchload.formats import archives, open_checkpoint, torch_zip  # the commonest one: imported before its first use
@@ -35,6 +35,7 @@ _PRELOADED = (archives, torch_zip)  # keeps the import above from being called u
 _log = logging.getLogger("torchload")
 
 
+@with_collector_paused
 def smart_load(
     model: nn.Module,
     path: Any,
@@ -111,7 +112,7 @@ def smart_load(
     started = time.perf_counter()
     check_arguments(model, dtype, skip, keep_fp32, atomic)
     placement = Placement(device)
-    with collector_paused(), open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         options = Options(placement, dtype, tuple(keep_fp32), strict, atomic is not False, checkpoint.path)
         target = describe_model(model)
         skipped = glob_matcher(skip)
@@ -277,4 +278,4 @@ def _tell(report: LoadReport, strict: bool) -> None:
             parts.append(
                 f"{plural(len(report.unexpected_keys), 'tensor')} of the file went unused: {', '.join(names[:8])}{more}"
             )
-        warnings.warn(f"{report.path} was loaded in part (strict=False). {'; '.join(parts)}", stacklevel=3)
+        warnings.warn(f"{report.path} was loaded in part (strict=False). {'; '.join(parts)}", stacklevel=4)

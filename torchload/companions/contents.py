@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torchload.allowance import Allowance
-from torchload.collector import collector_paused
+from torchload.collector import with_collector_paused
 from torchload.explain import plural, short_dtype
 from torchload.formats import open_checkpoint
 from torchload.index import Checkpoint, OpaqueTensor, Record, Shape, TensorEntry, entries_in
@@ -168,6 +168,7 @@ class CheckpointInfo:
             yield "note", _printable(note, limit=1000)
 
 
+@with_collector_paused
 def inspect_checkpoint(path: Any) -> CheckpointInfo:
     """Look into a checkpoint: what containers, tensors and values it holds.
 
@@ -193,7 +194,7 @@ def inspect_checkpoint(path: Any) -> CheckpointInfo:
         >>> info.values["epoch"], info.values["args"].state, info.wrappers
         (37, {'lr': 0.001}, ('module',))
     """
-    with collector_paused(), open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         return _describe_checkpoint(checkpoint)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchload.collector import collector_paused
+from torchload.collector import with_collector_paused
 from torchload.companions.sharing import Layout, Run, shared_runs
 from torchload.companions.state_dicts import StateDict, find_state_dict
 from torchload.copies import Copy
@@ -28,6 +28,7 @@ _CPU = torch.device("cpu")
 _log = logging.getLogger("torchload")
 
 
+@with_collector_paused
 def read_state_dict(
     path: Any,
     device: torch.device | str | int = "cpu",
@@ -79,7 +80,7 @@ def read_state_dict(
     if spec is None or isinstance(spec, Mapping):
         raise TypeError("device must be one device: 'auto', a torch.device, a string or an index")
     place = resolve_device(device)
-    with collector_paused(), open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes)
         if chosen.rivals:
             _log.info("%s: read %r; beside it are %s", checkpoint.path, chosen.key, ", ".join(map(repr, chosen.rivals)))
