@@ -18,7 +18,7 @@ from torchload.copies import Copy
 from torchload.explain import incompatible, short_dtype
 from torchload.index import Box, OpaqueTensor, Record, Shape, TensorEntry, entries_in
 from torchload.model.placement import Placement, check_room
-from torchload.model.shards import Region, home_of, is_ordinary, local_region
+from torchload.model.shards import Region, home_of, is_hollow, is_ordinary, local_region
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
 from torchload.select import Selection
 
@@ -146,7 +146,7 @@ def make_plan(target: Target, selection: Selection, options: Options) -> LoadPla
             what = entry.reason if isinstance(entry, OpaqueTensor) else f"a {type(entry).__name__}, not a tensor"
             problems.append(f"{name} is {what} in the file, which can't be loaded into a dense tensor")
             continue
-        if slot.is_hollow:
+        if is_hollow(slot.tensor):
             problems.append(
                 f"{name} is a {type(slot.tensor).__name__} without memory that could be written to; load the weights "
                 "before the model is converted to it"

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tests.integration.test_any_model import Shared, SpecialParameter
 from tests.law import assert_equal_bits, identities, randomise, snapshot
-from torchload import errors, smart_load, verify_weights
+from torchload import errors, smart_load, smart_save, verify_weights
 
 Build = Callable[[], nn.Module]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -364,3 +364,7 @@ def test_tensors_without_memory_are_refused(tmp_path, name, dtype):
     assert model.bias is bias
     report = verify_weights(model, tmp_path / "x.pth")
     assert "without memory that could be compared" in str(report)
+    for suffix in (".pth", ".safetensors"):
+        with pytest.raises(ValueError, match=r"(without memory|no plain tensor|not dense).*weight"):
+            smart_save(model, tmp_path / f"y{suffix}")
+        assert not (tmp_path / f"y{suffix}").exists()

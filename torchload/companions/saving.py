@@ -22,7 +22,7 @@ from torchload.companions.writers import FileFormat, format_of
 from torchload.companions.writers.blocks import Block, Content, StoredTensor
 from torchload.explain import group_names, plural, short_dtype
 from torchload.index import contiguous_strides
-from torchload.model.shards import is_sharded
+from torchload.model.shards import is_hollow, is_sharded
 from torchload.model.unwrapping import State, unwrapped_state
 from torchload.plan import glob_matcher
 from torchload.report import format_bytes, format_seconds
@@ -263,6 +263,8 @@ def _why_not(tensor: torch.Tensor, ranks: Ranks) -> str | None:
         return "quantized (dequantize() makes it plain)"
     if hasattr(tensor, "__tensor_flatten__"):
         return f"a {type(tensor).__name__}, which is no plain tensor"
+    if is_hollow(tensor):
+        return f"a {type(tensor).__name__} without memory, so without values"
     return None
 
 

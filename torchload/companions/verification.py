@@ -18,6 +18,7 @@ from torchload.explain import group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
 from torchload.index import OpaqueTensor, TensorEntry, entries_in
 from torchload.keys.rewrite import Rename
+from torchload.model.shards import is_hollow
 from torchload.model.target import Slot, Target, describe_model
 from torchload.plan import glob_matcher
 from torchload.report import format_bytes, format_seconds
@@ -204,7 +205,7 @@ def _incomparable(name: str, slot: Slot, leaf: object, selection: Selection) -> 
         return f"the file holds a {type(leaf).__name__}, not a tensor"
     if slot.shape is None or slot.tensor.is_meta:
         return "the model has no values for it yet"
-    if slot.is_hollow:
+    if is_hollow(slot.tensor):
         return f"the model has a {type(slot.tensor).__name__} there, without memory that could be compared"
     return None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchload.index import Shape
 
@@ -16,6 +17,7 @@ __all__ = [
     "Region",
     "empty_part",
     "home_of",
+    "is_hollow",
     "is_ordinary",
     "is_sharded",
     "local_region",
@@ -41,6 +43,24 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is spread over ranks (or could be): a `DTensor`."""
     dtensor = _dtensor_class()
     return dtensor is not None and isinstance(tensor, dtensor)
+
+
+def is_hollow(tensor: torch.Tensor) -> bool:
+    """Whether a tensor claims elements where there is no memory: to read or write where it says they are is a crash.
+
+    So do subclasses that wrap other tensors (quantized ones of torchao), fake tensors, layouts that are not strided,
+    and storage that was given back (FSDP's first version). Tensors on meta, lazy and sharded ones are another matter.
+
+    Example:
+        >>> is_hollow(torch.zeros(2)), is_hollow(torch.eye(2).to_sparse())
+        (False, True)
+    """
+    if tensor.device.type not in ("cpu", "cuda") or is_lazy(tensor) or is_sharded(tensor):
+        return False
+    try:
+        return tensor.data_ptr() == 0 and tensor.numel() > 0
+    except RuntimeError:
+        return True
 
 
 def local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:

@@ -56,21 +56,6 @@ class Slot:
         """The first of its names."""
         return self.names[0]
 
-    @property
-    def is_hollow(self) -> bool:
-        """Whether the tensor claims elements where there is no memory that could be written to.
-
-        So do subclasses that wrap other tensors (quantized ones of torchao), fake tensors, layouts that are not
-        strided, and storage that was given back (FSDP's first version). To write where they say they are is a crash.
-        """
-        tensor = self.tensor
-        if self.shape is None or tensor.device.type not in ("cpu", "cuda") or is_sharded(tensor):
-            return False
-        try:
-            return tensor.data_ptr() == 0 and tensor.numel() > 0
-        except RuntimeError:
-            return True
-
     def install(self, data: torch.Tensor) -> None:
         """Let the model's tensor show other memory: same object, new data.
 
