@@ -646,6 +646,25 @@ def _() -> bytes:
     return member.tobuf() + (b"30 path=" + b"y" * 21 + b"\n") * ((1 << 25) // 30 + 1)
 
 
+def torch_tar(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+@_file("tar: half a million storages, each a pickle", ".tar")
+def _() -> bytes:
+    declared = (
+        PROTO + b"(" + text(str(n)) + text("cpu") + named("torch", "FloatStorage") + b"t." for n in range(500_000)
+    )
+    storages = pickle.dumps(500_000, 2) + b"".join(one + bytes(8) for one in declared) + pickle.dumps([], 2)
+    return torch_tar({"storages": storages, "tensors": pickle.dumps(0, 2), "pickle": PROTO + b"}."})
+
+
 @_file("tar: a size of its own choosing", ".tar")
 def _() -> bytes:
     member = bytearray(tarfile.TarInfo("pickle").tobuf())

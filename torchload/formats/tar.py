@@ -31,6 +31,7 @@ __all__ = ["open", "read_members"]
 
 BLOCK_BYTES = 512
 MAX_MEMBERS = 10_000
+MAX_PARTS = 100_000  # storages or tensors: each is a pickle of its own
 MAX_DIMENSIONS = 64
 MAX_PAX_BYTES = 1 << 16
 MAX_BYTES = 1 << 63
@@ -250,8 +251,8 @@ def _entry(part: _Part, offset: int, shape: Shape, strides: Shape, path: str) ->
 def _number(source: Source, position: int, path: str) -> tuple[int, int]:
     """A pickled count, and where it ends."""
     number, end = _pickled(source, position, path)
-    if type(number) is not int or not 0 <= number <= source.size:
-        _damaged(path, "it doesn't say how many tensors it has")
+    if type(number) is not int or not 0 <= number <= MAX_PARTS:
+        _damaged(path, f"it doesn't say how many tensors it has, or says that they are more than {MAX_PARTS:,}")
     return number, end
 
 
