@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 from pathlib import Path
 
 import torch
@@ -118,9 +120,17 @@ def save(model: nn.Module) -> None:
     assert_type(found.nbytes, int)
 
 
+def live(model: nn.Module) -> None:
+    smart_load(model, "model.pth", atomic=threading.Lock())
+    smart_load(model, "model.pth", atomic=threading.RLock())
+    smart_load(model, "model.pth", atomic=contextlib.nullcontext())
+    smart_load(model, "model.pth", atomic=threading.Lock)  # type: ignore[arg-type]
+
+
 def misuse(model: nn.Module) -> None:
     smart_load(model, "model.pth", dtpye=torch.float16)  # type: ignore[call-arg]
     smart_load("model.pth", model)  # type: ignore[arg-type]
+    smart_load(model, "model.pth", atomic="yes")  # type: ignore[arg-type]
 
 
 assert_type(best_device(), torch.device)
