@@ -54,7 +54,8 @@ def find_candidates(
                     continue
                 alignment = align(node, view)
                 if alignment.pairs:
-                    allowance.spend(0, _BYTES_PER_LEAF * len(leaves))
+                    spelled = alignment.leftover.values()
+                    allowance.spend(len(spelled), sum(map(len, spelled)) + _BYTES_PER_LEAF * len(leaves))
                     candidate = _judge(place, below, leaves, node, alignment, wanted, added)
                     yield candidate
                     if candidate.fits:
