@@ -2,8 +2,9 @@
 
 ``mutate`` changes sound checkpoints of every format at random, and hostile ones too, until the time is up: whatever
 comes out that is neither a load nor a `TorchLoadError`, or takes too long, is kept in ``--keep`` with a traceback.
-``exhaustive`` flips a bit in every byte, and cuts every file at every length. ``bombs`` puts every bomb into every
-format. Seeds are made, never stored.
+``exhaustive`` flips a bit in every byte, and cuts every file at every length. ``bombs`` puts every bomb of opcodes into
+every format, sends every other bomb through every public function, and prints the most that any took. Seeds are made,
+never stored.
 """
 
 from __future__ import annotations
