@@ -352,6 +352,7 @@ def sparse() -> nn.Module:
 HOLLOW = {"fake": fake, "wrapping": wrapping, "given back": given_back, "sparse": sparse}
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 @pytest.mark.parametrize("name", HOLLOW)
 def test_tensors_without_memory_are_refused(tmp_path, name, dtype):

@@ -58,7 +58,10 @@ def is_hollow(tensor: torch.Tensor) -> bool:
     if tensor.device.type not in ("cpu", "cuda") or is_lazy(tensor) or is_sharded(tensor):
         return False
     try:
-        return tensor.data_ptr() == 0 and tensor.numel() > 0
+        if is_ordinary(tensor):
+            return tensor.data_ptr() == 0 and tensor.numel() > 0
+        storage = tensor.untyped_storage()  # a fake tensor warns of a look at its address
+        return storage.device.type == "meta" or (storage.data_ptr() == 0 and tensor.numel() > 0)
     except RuntimeError:
         return True
 
