@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +20,10 @@ from benchmarks.cases import Case
 from benchmarks.machine import CHUNK_BYTES, anonymous_memory, usable_cores
 from benchmarks.models import named_tensors
 
-__all__ = ["CEILINGS", "Ceiling"]
+__all__ = ["CEILINGS", "Ceiling", "Work"]
 
-Work = Callable[[], None]
+Work = Callable[[], Sequence[torch.Tensor]]
+"""What is timed; returns the tensors that it filled, if they have to be there for it to count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +45,25 @@ class Ceiling:
 
 def _copy_into_model(job: Job, threads: int) -> Work:
     """Memory to the model's own parameters; both are present before the clock starts."""
-    places = [(tensor.data_ptr(), tensor.nbytes) for _, tensor in named_tensors(job.model)]
+    tensors = [tensor.detach() for _, tensor in named_tensors(job.model)]
+    places = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
     source = anonymous_memory(sum(nbytes for _, nbytes in places), filled=True)
     copies, position = [], _address(source)
     for place, nbytes in places:
         copies += [(place + at, position + at, min(CHUNK_BYTES, nbytes - at)) for at in range(0, nbytes, CHUNK_BYTES)]
         position += nbytes
-    return partial(_run_copies, copies, threads, keep=source)
+    return partial(_run_copies, copies, threads, tensors, keep=source)
 
 
 def _copy_into_fresh(job: Job, threads: int) -> Work:
     """Memory to fresh huge pages, which are faulted in on the way: what a meta model can hope for."""
     nbytes = os.stat(job.path).st_size
     source = anonymous_memory(nbytes, filled=True)
-    arenas = []  # outlives the work, which would otherwise also pay for unmapping
 
-    def work() -> None:
-        arenas.append(anonymous_memory(nbytes, filled=False))
-        _run_copies(_chunks(_address(arenas[0]), _address(source), nbytes), threads, keep=source)
+    def work() -> Sequence[torch.Tensor]:
+        arena = anonymous_memory(nbytes, filled=False)
+        filled = [torch.frombuffer(arena, dtype=torch.uint8)]
+        return _run_copies(_chunks(_address(arena), _address(source), nbytes), threads, filled, keep=source)
 
     return work
 
@@ -70,7 +72,8 @@ def _copy_same_bytes(job: Job, threads: int) -> Work:
     """As many bytes as the file has, memory to memory: a cast reads as much, and writes something else."""
     nbytes = os.stat(job.path).st_size
     source, target = anonymous_memory(nbytes, filled=True), anonymous_memory(nbytes, filled=True)
-    return partial(_run_copies, _chunks(_address(target), _address(source), nbytes), threads, keep=(source, target))
+    copies = _chunks(_address(target), _address(source), nbytes)
+    return partial(_run_copies, copies, threads, [torch.frombuffer(target, dtype=torch.uint8)], keep=source)
 
 
 def _cast_in_memory(job: Job) -> Work:
@@ -81,9 +84,10 @@ def _cast_in_memory(job: Job) -> Work:
         for _, tensor in named_tensors(job.model)
     ]
 
-    def work() -> None:
+    def work() -> Sequence[torch.Tensor]:
         for target, source in pairs:
             target.copy_(source)
+        return [target for target, _ in pairs]
 
     return work
 
@@ -106,10 +110,11 @@ def _read_buffered(job: Job) -> Work:
     descriptor = os.open(job.path, os.O_RDONLY)
     buffer = bytearray(CHUNK_BYTES)
 
-    def work() -> None:
+    def work() -> Sequence[torch.Tensor]:
         position = 0
         while count := os.preadv(descriptor, [buffer], position):
             position += count
+        return ()
 
     return work
 
@@ -120,17 +125,20 @@ def _copy_to_gpu(job: Job) -> Work:
     source = torch.ones(min(nbytes, 256 << 20), dtype=torch.uint8).pin_memory()
     target = torch.empty_like(source, device=job.device)
 
-    def work() -> None:
+    def work() -> Sequence[torch.Tensor]:
         for position in range(0, nbytes, len(source)):
             count = min(len(source), nbytes - position)
             target[:count].copy_(source[:count], non_blocking=True)
         torch.cuda.synchronize(job.device)
+        return ()
 
     return work
 
 
-def _run_copies(copies: list[tuple[int, int, int]], threads: int, keep: object) -> None:
-    """Do (target, source, bytes) copies on so many threads; `keep` holds the memory they name."""
+def _run_copies(
+    copies: list[tuple[int, int, int]], threads: int, filled: Sequence[torch.Tensor], keep: object
+) -> Sequence[torch.Tensor]:
+    """Do (target, source, bytes) copies on so many threads; `filled` and `keep` hold the memory they name."""
     del keep
     copy = ctypes.CDLL(None).memcpy  # through CDLL, which releases the GIL; ctypes.memmove holds it
     copy.argtypes, copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
@@ -140,12 +148,14 @@ def _run_copies(copies: list[tuple[int, int, int]], threads: int, keep: object) 
             copy(target, source, nbytes)
 
     _run_all([partial(run, copies[first::threads]) for first in range(threads)])
+    return filled
 
 
-def _run_all(tasks: list[Work]) -> None:
+def _run_all(tasks: list[Callable[[], None]]) -> Sequence[torch.Tensor]:
     with ThreadPoolExecutor(len(tasks)) as pool:
         for done in [pool.submit(task) for task in tasks]:
             done.result()
+    return ()
 
 
 def _chunks(target: int, source: int, nbytes: int) -> list[tuple[int, int, int]]:

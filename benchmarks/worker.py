@@ -15,16 +15,15 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.arms import ARMS, Job
+from benchmarks.arms import ARMS, Arm, Job
 from benchmarks.cases import Case
-from benchmarks.ceilings import CEILINGS
+from benchmarks.ceilings import CEILINGS, Work
 from benchmarks.files import checksum
 from benchmarks.machine import drop_from_cache, have_free_memory_ready, read_into_cache
 from benchmarks.models import build_meta, materialize, named_tensors
@@ -57,7 +56,7 @@ def run(request: dict[str, Any], mark: Callable[[str], object]) -> dict[str, Any
         materialize(model, device)
     example = model.example(device, getattr(torch, case.model_dtype))
     job = Job(model, request["path"], device, case)
-    work = partial(arm.run, job) if arm else CEILINGS[request["ceiling"]].prepare(job)
+    work = _arm_work(arm, job) if arm else CEILINGS[request["ceiling"]].prepare(job)
 
     have_free_memory_ready(2 * os.stat(request["path"]).st_size)  # some contestants take it twice
     result["resident_before"] = _set_cache(case, request["path"])
@@ -67,12 +66,11 @@ def run(request: dict[str, Any], mark: Callable[[str], object]) -> dict[str, Any
     free_before = _free_gpu_bytes(device)
     mark("start")
     started = time.perf_counter()
-    work()
+    filled = work()
     _wait(device)
     result["load"] = time.perf_counter() - started
-    if arm:
-        touch(model)
-        result["touch"] = time.perf_counter() - started
+    touch(filled)
+    result["touch"] = time.perf_counter() - started
     mark("end")
     result["gpu_peak"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     result["gpu_growth"] = free_before - _free_gpu_bytes(device)
@@ -88,9 +86,16 @@ def run(request: dict[str, Any], mark: Callable[[str], object]) -> dict[str, Any
     return result
 
 
-def touch(model: nn.Module) -> int:
+def _arm_work(arm: Arm, job: Job) -> Work:
+    def work() -> list[Tensor]:
+        arm.run(job)
+        return [tensor.detach() for _, tensor in named_tensors(job.model)]
+
+    return work
+
+
+def touch(tensors: Sequence[Tensor]) -> int:
     """Read one byte of every page of every tensor, if they are on the CPU; returns their sum."""
-    tensors = [tensor.detach() for _, tensor in named_tensors(model)]
     return sum(_touch_tensor(tensor) for tensor in tensors) if tensors and tensors[0].device.type == "cpu" else 0
 
 

@@ -41,6 +41,8 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is spread over ranks (or could be): a `DTensor`."""
+    if is_ordinary(tensor):  # nearly always, and quickly seen
+        return False
     dtensor = _dtensor_class()
     return dtensor is not None and isinstance(tensor, dtensor)
 
@@ -55,6 +57,8 @@ def is_hollow(tensor: torch.Tensor) -> bool:
         >>> is_hollow(torch.zeros(2)), is_hollow(torch.eye(2).to_sparse())
         (False, True)
     """
+    if is_ordinary(tensor) and tensor.layout is torch.strided and tensor.data_ptr():  # nearly always
+        return False
     if tensor.device.type not in ("cpu", "cuda") or is_lazy(tensor) or is_sharded(tensor):
         return False
     try:
