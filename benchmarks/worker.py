@@ -58,7 +58,7 @@ def run(request: dict[str, Any], mark: Callable[[str], object]) -> dict[str, Any
     job = Job(model, request["path"], device, case)
     work = _arm_work(arm, job) if arm else CEILINGS[request["ceiling"]].prepare(job)
 
-    have_free_memory_ready(2 * os.stat(request["path"]).st_size)  # some contestants take it twice
+    have_free_memory_ready(os.stat(request["path"]).st_size)
     result["resident_before"] = _set_cache(case, request["path"])
     gc.collect()
     _prepare_memory(device)
