@@ -27,6 +27,7 @@ def _enter(rank: int, work: Callable[[int, Path], Any], folder: str) -> None:
         outcome = {"failed": traceback.format_exc()}
     torch.save(outcome, f"{folder}/outcome{rank}")
     distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads and torch's destructors race at the end of a process, which at times aborts it
 
 
 def on_two_ranks(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 import os
-import traceback
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.distributed._ranks import RANKS, on_two_ranks
 from torchload import errors, read_state_dict, smart_save, verify_weights
-
-RANKS = 2
-
-
-def _enter(rank, work, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", USE_LIBUV="0")
-    store = distributed.FileStore(f"{folder}/store", RANKS)
-    distributed.init_process_group("gloo", rank=rank, world_size=RANKS, store=store)
-    try:
-        outcome = work(rank, folder)
-    except BaseException:  # noqa: BLE001 - shown by the test that started this process
-        outcome = traceback.format_exc()
-    with open(f"{folder}/outcome{rank}", "w", encoding="utf-8") as file:
-        file.write(str(outcome))
-    distributed.destroy_process_group()
-
-
-def on_two_ranks(work, tmp_path):
-    """What a function of (rank, folder) returns on each rank, as text."""
-    torch.multiprocessing.spawn(_enter, (work, str(tmp_path)), nprocs=RANKS)
-    return [(tmp_path / f"outcome{rank}").read_text(encoding="utf-8") for rank in range(RANKS)]
 
 
 def build():
@@ -47,7 +26,7 @@ def _save_ddp(rank, folder):
 
 
 def test_one_rank_writes_and_the_others_wait(tmp_path):
-    assert on_two_ranks(_save_ddp, tmp_path) == ["(9, True, True)"] * 2
+    assert on_two_ranks(_save_ddp, tmp_path) == [(9, True, True)] * 2
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["model.pth"]
     assert verify_weights(build().half(), tmp_path / "model.pth")
 
@@ -80,7 +59,7 @@ def _fail_on_another(rank, folder):
 
 
 def test_an_error_of_another_rank_is_everybodys(tmp_path):
-    assert on_two_ranks(_fail_on_another, tmp_path) == ["True"] * 2
+    assert on_two_ranks(_fail_on_another, tmp_path) == [True] * 2
     assert list(tmp_path.glob("*.pth")) == []
 
 
@@ -93,7 +72,7 @@ def _different_models(rank, folder):
 
 
 def test_ranks_with_different_models_are_refused(tmp_path):
-    assert on_two_ranks(_different_models, tmp_path) == ["True"] * 2
+    assert on_two_ranks(_different_models, tmp_path) == [True] * 2
     assert list(tmp_path.glob("*.pth")) == []
 
 
@@ -142,7 +121,7 @@ def _save_sharded(rank, folder):
 
 
 def test_sharded_tensors_are_put_together(tmp_path):
-    assert on_two_ranks(_save_sharded, tmp_path) == ["(True, '0.weight')"] * 2
+    assert on_two_ranks(_save_sharded, tmp_path) == [(True, "0.weight")] * 2
     assert verify_weights(build(), tmp_path / "model.safetensors")
     assert verify_weights(build().bfloat16(), tmp_path / "model.pth")
     assert not list(tmp_path.glob("alone*"))
@@ -163,7 +142,7 @@ def test_fsdp2(tmp_path):
     pytest.importorskip("torch.distributed.fsdp", reason="no FSDP")
     if not hasattr(torch.distributed.fsdp, "fully_shard"):
         pytest.skip("FSDP2 came with torch 2.6")
-    assert on_two_ranks(_save_fsdp2, tmp_path) == ["9"] * 2
+    assert on_two_ranks(_save_fsdp2, tmp_path) == [9] * 2
     assert verify_weights(build(), tmp_path / "model.pth")
 
 
