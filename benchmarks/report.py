@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arms import ARMS
+
 __all__ = ["OURS", "Row", "main_ceiling", "markdown", "rows_of", "summary", "table", "write_docs"]
 
 OURS = "torchload"
@@ -99,13 +101,13 @@ def table(run: dict[str, Any]) -> str:
     for measured in run["cases"]:
         lines += [_title(measured), *_columns([_HEAD, *(_cells(row) for row in rows_of(measured))]), ""]
     lines += _columns([_SUMMARY_HEAD, *summary(run)])
-    lines += ["", *(f"skipped: {name} ({reason})" for name, reason in run["skipped"].items())]
+    lines += ["", _imports(run), *(f"skipped: {name} ({reason})" for name, reason in run["skipped"].items())]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def markdown(run: dict[str, Any], charts: list[str]) -> str:
     """The whole run for the documentation."""
-    lines = [_machine(run["environment"]), "", *_grid([_SUMMARY_HEAD, *summary(run)]), ""]
+    lines = [_machine(run["environment"]), "", *_grid([_SUMMARY_HEAD, *summary(run)]), "", _imports(run), ""]
     lines += [f"![{Path(chart).stem}]({chart})\n" for chart in charts]
     for measured in run["cases"]:
         lines += [f"### {_title(measured)}", "", *_grid([_HEAD, *(_cells(row) for row in rows_of(measured))]), ""]
@@ -203,6 +205,17 @@ def _machine(environment: dict[str, Any]) -> str:
         f"torchload at {environment['torchload_commit']}; {versions}; "
         f"load average at the start {environment['load_average_at_start'][0]}"
     )
+
+
+def _imports(run: dict[str, Any]) -> str:
+    """What the contestants' modules take to import, beside torch's."""
+    seconds: dict[str, list[float]] = {}
+    for measured in run["cases"]:
+        for entry in measured["entries"]:
+            if (arm := ARMS.get(entry["name"])) is not None and arm.modules:
+                seconds.setdefault(arm.distribution, []).extend(sample["import"] for sample in entry["samples"])
+    medians = sorted((statistics.median(samples), name) for name, samples in seconds.items() if samples)
+    return "Imported before the clock starts: " + ", ".join(f"{name} {_seconds(time)}" for time, name in medians) + "."
 
 
 def _columns(rows: list[list[str]]) -> list[str]:
