@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import zlib
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -64,9 +63,11 @@ def verify_extents(
     total_bytes = sum(job.nbytes for job in jobs)
     check_unchanged(dict.fromkeys(extent.source for extent in checked))
     on_progress = None if progress is None else lambda done_bytes: progress(done_bytes, total_bytes)
-    turns = _turns({extent.source.fd for extent in checked})
-    threads = threads or default_threads(total_bytes, computes=False)
-    Crew(jobs, lambda: _Summer(turns), max(threads, _READERS_OF_COLD_FILES) if turns else threads, on_progress).run()
+    turns = _turns(jobs)
+    if threads is None:
+        threads = default_threads(total_bytes, computes=False)
+        threads = max(threads, _READERS_OF_COLD_FILES) if turns else threads
+    Crew(jobs, lambda: _Summer(turns), threads, on_progress).run()
     found = {extent: combine_parts(results) for extent, results in parts.items()}
     report_damage([(extent, crc) for extent, crc in found.items() if crc != extent.crc32], names or {})
     return total_bytes
@@ -81,14 +82,34 @@ class _Part(NamedTuple):
     results: dict[int, tuple[int, int]]
 
 
+class _Turns(NamedTuple):
+    """A cold file: one thread at a time reads the next of its parts, the others sum what they have read.
+
+    It is read from front to back, so that readahead keeps its device busy, and stays in the page cache, where the load
+    finds it afterwards; several threads at once, or out of order, would confuse the readahead.
+    """
+
+    lock: threading.Lock
+    parts: deque[_Part]
+
+
+def _turns(parts: Iterable[_Part]) -> dict[int, _Turns]:
+    """File descriptor → whose turn it is, for each cold file among those of the parts."""
+    by_file: dict[int, deque[_Part]] = {}
+    for part in parts:
+        if (number := part.extent.source.fd) is not None:
+            by_file.setdefault(number, deque()).append(part)
+    return {number: _Turns(threading.Lock(), members) for number, members in by_file.items() if is_cold(number)}
+
+
 class _Summer:
     """Computes checksums of parts; one for each thread."""
 
-    def __init__(self, turns: Mapping[int | None, AbstractContextManager[object]]) -> None:
+    def __init__(self, turns: Mapping[int, _Turns]) -> None:
         """Ready to sum.
 
         Args:
-            turns: File descriptor → what to hold while reading from it, if anything.
+            turns: File descriptor → whose turn it is, for cold files.
         """
         self._turns = turns
         [scratch] = allocate([((_CHUNK_BYTES,), torch.uint8)], torch.device("cpu"))
@@ -96,24 +117,20 @@ class _Summer:
         self._memory = memory_at(scratch.data_ptr(), _CHUNK_BYTES)
 
     def __call__(self, part: _Part) -> int:
-        source = part.extent.source
-        chunk = self._memory[: part.nbytes]
-        with self._turns.get(source.fd, _AT_ONCE):
-            source.readinto(part.extent.offset + part.skip, chunk)
+        turns = self._turns.get(part.extent.source.fd or -1)
+        if turns is None:
+            chunk = self._read(part)
+        else:
+            with turns.lock:
+                part = turns.parts.popleft()  # as many are in there as there are jobs
+                chunk = self._read(part)
         part.results[part.skip] = (zlib.crc32(chunk), part.nbytes)
         return part.nbytes
 
-
-_AT_ONCE = contextlib.nullcontext()
-
-
-def _turns(descriptors: Iterable[int | None]) -> dict[int | None, AbstractContextManager[object]]:
-    """For each cold file a lock, so that threads take turns at reading it and then sum what they have read.
-
-    It is read from front to back, so that readahead keeps its device busy, and stays in the page cache, where the load
-    finds it afterwards; several threads at once would confuse the readahead.
-    """
-    return {number: threading.Lock() for number in descriptors if number is not None and is_cold(number)}
+    def _read(self, part: _Part) -> memoryview:
+        chunk = self._memory[: part.nbytes]
+        part.extent.source.readinto(part.extent.offset + part.skip, chunk)
+        return chunk
 
 
 def _position(item: tuple[Extent, object]) -> int:
