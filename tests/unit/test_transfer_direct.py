@@ -211,6 +211,7 @@ def test_the_environment_may_choose(monkeypatch: pytest.MonkeyPatch) -> None:
         assert thread_count() == count
         assert engine.default_threads(1, computes=True) == (count or 1)
     assert engine.default_threads(1 << 40, computes=False, cold=True) == 12
+    assert engine.default_threads(1 << 40, computes=False, least=100) == 12
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "many", "²"])

@@ -64,9 +64,7 @@ def verify_extents(
     check_unchanged(dict.fromkeys(extent.source for extent in checked))
     on_progress = None if progress is None else lambda done_bytes: progress(done_bytes, total_bytes)
     turns = _turns(jobs)
-    if threads is None:
-        threads = default_threads(total_bytes, computes=False)
-        threads = max(threads, _READERS_OF_COLD_FILES) if turns else threads
+    threads = threads or default_threads(total_bytes, computes=False, least=_READERS_OF_COLD_FILES if turns else 1)
     Crew(jobs, lambda: _Summer(turns), threads, on_progress).run()
     found = {extent: combine_parts(results) for extent, results in parts.items()}
     report_damage([(extent, crc) for extent, crc in found.items() if crc != extent.crc32], names or {})
@@ -93,19 +91,22 @@ class _Turns(NamedTuple):
     parts: deque[_Part]
 
 
-def _turns(parts: Iterable[_Part]) -> dict[int, _Turns]:
+def _turns(parts: Iterable[_Part]) -> dict[int | None, _Turns]:
     """File descriptor → whose turn it is, for each cold file among those of the parts."""
-    by_file: dict[int, deque[_Part]] = {}
+    by_file: dict[int | None, deque[_Part]] = {}
     for part in parts:
-        if (number := part.extent.source.fd) is not None:
-            by_file.setdefault(number, deque()).append(part)
-    return {number: _Turns(threading.Lock(), members) for number, members in by_file.items() if is_cold(number)}
+        by_file.setdefault(part.extent.source.fd, deque()).append(part)
+    return {
+        number: _Turns(threading.Lock(), members)
+        for number, members in by_file.items()
+        if number is not None and is_cold(number)
+    }
 
 
 class _Summer:
     """Computes checksums of parts; one for each thread."""
 
-    def __init__(self, turns: Mapping[int, _Turns]) -> None:
+    def __init__(self, turns: Mapping[int | None, _Turns]) -> None:
         """Ready to sum.
 
         Args:
@@ -117,7 +118,7 @@ class _Summer:
         self._memory = memory_at(scratch.data_ptr(), _CHUNK_BYTES)
 
     def __call__(self, part: _Part) -> int:
-        turns = self._turns.get(part.extent.source.fd or -1)
+        turns = self._turns.get(part.extent.source.fd)
         if turns is None:
             chunk = self._read(part)
         else:

@@ -142,20 +142,21 @@ def _new_rings(jobs: Iterable[Job], threads: int) -> dict[torch.device, Ring]:
     return {device: cuda_ring(device, members, threads) for device, members in by_device.items()}
 
 
-def default_threads(total_bytes: int, *, computes: bool, cold: bool = False) -> int:
+def default_threads(total_bytes: int, *, computes: bool, cold: bool = False, least: int = 1) -> int:
     """How many threads are worth starting for so much data.
 
     Args:
         total_bytes: Bytes to read.
         computes: Whether tensor operators run on them.
         cold: Whether the threads mostly wait for a device.
+        least: How many there should be however few cores there are, since some of them wait for others.
     """
     if (wish := thread_count()) is not None:
         return wish
     worth = 1 + total_bytes // BYTES_PER_THREAD
     if cold:
         return min(REQUESTS_IN_FLIGHT, worth)
-    threads = min(available_cores(), MAX_THREADS, worth)
+    threads = min(max(available_cores(), least), MAX_THREADS, worth)
     if threads > 1 and computes and not can_limit_intra_op():
         return 1  # torch's own threads share the work of each operator
     return threads
