@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +17,8 @@ from torchload.transfer.crew import Crew, available_cores, can_limit_intra_op
 from torchload.transfer.direct import REQUESTS_IN_FLIGHT
 from torchload.transfer.host import HostWorker, decode
 from torchload.transfer.memory import memory_at
-from torchload.transfer.overflow import OverflowFoundError, largest_finite, overflow_error
-from torchload.transfer.pieces import Job, Piece, cut, schedule
+from torchload.transfer.overflow import OverflowFoundError, largest_finite, limit_of, overflow_error, overflows
+from torchload.transfer.pieces import Job, Piece, schedule
 from torchload.transfer.reader import Reader
 from torchload.transfer.settings import thread_count
 
@@ -28,6 +29,8 @@ __all__ = ["Progress", "check_unchanged", "default_threads", "run"]
 
 MAX_THREADS = 8
 """More don't help: a few cores saturate memory. Scratch memory grows with them."""
+MAX_CUDA_THREADS = 12
+"""To read as fast as a device copies takes more of them than a machine's memory is good for."""
 BYTES_PER_THREAD = 8 << 20
 """A thread is worth starting for this much work."""
 
@@ -35,7 +38,12 @@ Progress = Callable[[int, int], None]
 
 
 def run(
-    copies: Sequence[Copy], *, check: bool = False, threads: int | None = None, progress: Progress | None = None
+    copies: Sequence[Copy],
+    *,
+    check: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    notes: list[str] | None = None,
 ) -> int:
     """Carry out checked copies.
 
@@ -47,6 +55,7 @@ def run(
         check: Whether to compare checksums on the way; see `Arrivals` for which.
         threads: How many threads may work, the calling one included; by default as many as are worth it.
         progress: Receives (bytes done, bytes in all) now and then, in the calling thread.
+        notes: Receives a sentence about what made this slower than it might be.
 
     Returns:
         Number of bytes read.
@@ -64,7 +73,7 @@ def run(
     with Reader() as reader:
         with torch.inference_mode():
             jobs = schedule(copies, reader.look_at)
-        return _do(copies, jobs, reader, Arrivals(copies) if check else None, threads, progress)
+        return _do(copies, jobs, reader, Arrivals(copies) if check else None, threads, progress, notes)
 
 
 def _do(
@@ -74,6 +83,7 @@ def _do(
     arrivals: Arrivals | None,
     threads: int | None,
     progress: Progress | None,
+    notes: list[str] | None,
 ) -> int:
     """Work through the jobs, and account for what they did to the targets."""
     total_bytes = sum(job.nbytes for job in jobs)
@@ -88,16 +98,18 @@ def _do(
             sum(job.nbytes for job in jobs if not job.can_scatter or reader.is_cold or arrivals is not None),
             computes=not all(job.is_direct or job.can_scatter or job.device.type == "cuda" for job in jobs),
             cold=reader.is_cold,
+            most=MAX_CUDA_THREADS if any(job.device.type == "cuda" for job in jobs) else MAX_THREADS,
         )
     rings = _new_rings(jobs, threads)
-    crew = Crew(jobs, lambda: _Worker(reader, rings, arrivals), threads, report if progress is not None else None)
+    crew = Crew(
+        jobs,
+        lambda stack: _Worker(reader, rings, arrivals, stack),
+        threads,
+        report if progress is not None else None,
+    )
     try:
         check_unchanged(sources)
-        try:
-            crew.run()
-        finally:
-            for ring in rings.values():
-                ring.drain()
+        _run(crew, rings.values())
         check_unchanged(sources)
         if arrivals is not None:
             arrivals.check()
@@ -110,14 +122,69 @@ def _do(
         error.written = tuple(copy.name for copy in written)  # type: ignore[attr-defined]
         raise
     _note_writes(copies)
+    if notes is not None and not all(lane.is_pinned for ring in rings.values() for lane in ring.lanes):
+        notes.append("the system gave too little pinned memory, so that copies to the GPU were slower")
     return crew.done_bytes
+
+
+def _run(crew: Crew[Job], rings: Collection[Ring]) -> None:
+    """Do the jobs, wait until all of them have arrived, and look closer at those that may have overflowed.
+
+    Raises:
+        BaseException: What a worker raised, or else what waiting did; overflow is reported only where nothing failed.
+    """
+    if not rings:
+        crew.run()
+        return
+    from torchload.transfer.cuda import drain_all
+
+    try:
+        crew.run()
+    except BaseException:
+        with suppress(BaseException):
+            drain_all(rings)
+        raise
+    drain_all(rings)
+    with torch.inference_mode():
+        for ring in rings:
+            for job in ring.suspicious():
+                _look_closer(job)
+
+
+def _look_closer(job: Job) -> None:
+    """Raise OverflowFoundError if a cast in the job lost a finite value, by doing it again on the host."""
+    for piece in job.pieces:
+        if limit_of(piece.copy.dtype, piece.target.dtype) is not None:
+            values = _read(piece)
+            if overflows(values, values.to(piece.target.dtype)):
+                raise OverflowFoundError(piece.copy)
+
+
+def _read(piece: Piece) -> torch.Tensor:
+    """A piece's values, on the host, in the file's dtype."""
+    data = torch.empty(piece.nbytes, dtype=torch.uint8, device="cpu")
+    piece.copy.box.extent.source.readinto(piece.offset, memory_at(data.data_ptr(), piece.nbytes))
+    return decode(piece, data)
 
 
 class _Worker:
     """Does any job, each in the way of its device; one for each thread."""
 
-    def __init__(self, reader: Reader, rings: Mapping[torch.device, Ring], arrivals: Arrivals | None) -> None:
+    def __init__(
+        self, reader: Reader, rings: Mapping[torch.device, Ring], arrivals: Arrivals | None, stack: ExitStack
+    ) -> None:
+        """Ready to work.
+
+        Args:
+            reader: Fetches the data.
+            rings: How to reach devices that copy on their own.
+            arrivals: Sums what arrives on the host.
+            stack: For what the thread has to leave again.
+        """
         self._host = HostWorker(reader, arrivals)
+        self._rings = rings
+        self._stack = stack
+        self._device: torch.device | None = None
         self._by_device: dict[torch.device, Callable[[Job], int]] = {}
         if rings:
             from torchload.transfer.cuda import RingWorker
@@ -126,7 +193,12 @@ class _Worker:
 
     def __call__(self, job: Job) -> int:
         worker = self._by_device.get(job.device)
-        return self._host(job) if worker is None else worker(job)
+        if worker is None:
+            return self._host(job)
+        if job.device != self._device:  # jobs are in order of their devices
+            self._stack.enter_context(self._rings[job.device].on_device())
+            self._device = job.device
+        return worker(job)
 
 
 def _new_rings(jobs: Iterable[Job], threads: int) -> dict[torch.device, Ring]:
@@ -142,7 +214,9 @@ def _new_rings(jobs: Iterable[Job], threads: int) -> dict[torch.device, Ring]:
     return {device: cuda_ring(device, members, threads) for device, members in by_device.items()}
 
 
-def default_threads(total_bytes: int, *, computes: bool, cold: bool = False, least: int = 1) -> int:
+def default_threads(
+    total_bytes: int, *, computes: bool, cold: bool = False, least: int = 1, most: int = MAX_THREADS
+) -> int:
     """How many threads are worth starting for so much data.
 
     Args:
@@ -150,13 +224,14 @@ def default_threads(total_bytes: int, *, computes: bool, cold: bool = False, lea
         computes: Whether tensor operators run on them.
         cold: Whether the threads mostly wait for a device.
         least: How many there should be however few cores there are, since some of them wait for others.
+        most: How many there should be however many cores there are.
     """
     if (wish := thread_count()) is not None:
         return wish
     worth = 1 + total_bytes // BYTES_PER_THREAD
     if cold:
         return min(REQUESTS_IN_FLIGHT, worth)
-    threads = min(max(available_cores(), least), MAX_THREADS, worth)
+    threads = min(max(available_cores(), least), most, worth)
     if threads > 1 and computes and not can_limit_intra_op():
         return 1  # torch's own threads share the work of each operator
     return threads
@@ -190,14 +265,8 @@ def _note_writes(copies: Iterable[Copy]) -> None:
 
 def _explain(copy: Copy, written: Iterable[Copy]) -> CastOverflowError:
     """The error for a copy that overflowed, with the largest value of the whole tensor."""
-    largest = 0.0
-    pieces: list[Piece] = []
     with torch.inference_mode():
-        cut(copy, pieces)
-        for piece in pieces:
-            data = torch.empty(piece.nbytes, dtype=torch.uint8, device="cpu")
-            copy.box.extent.source.readinto(piece.offset, memory_at(data.data_ptr(), piece.nbytes))
-            largest = max(largest, largest_finite(decode(piece, data)))
+        largest = max(largest_finite(_read(piece)) for job in schedule([copy]) for piece in job.pieces)
     error = overflow_error(copy, largest)
     error.written = tuple(item.name for item in written)
     return error

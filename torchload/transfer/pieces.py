@@ -49,14 +49,16 @@ STAGED_BYTES = 4 << 20
 """Read into scratch memory at most this much at once: much less, and the price of a job shows."""
 STRIDED_BYTES = 1 << 20
 """The same for what is rearranged, which should stay in the cache nearest to a core."""
-DEVICE_BYTES = (8 << 20) - (8 << 10)
-"""The same on the way to another device, where each copy has a price of its own."""
+DEVICE_BYTES = (4 << 20) - (8 << 10)
+"""The same on the way to another device, where each copy has a price of its own; see `_fill_lanes`."""
 SMALL_BYTES = 64 << 10
 """Below this size a plain tensor shares a read with its neighbours."""
 GAP_BYTES = 64 << 10
 """Reading over a gap of this size costs as much as another read."""
 MAX_SHARING = 500
 """Pieces that share a read at most: the kernel scatters to 1024 places, of which half are for gaps."""
+CUT_BYTES = 4096
+"""What is cut is cut where a block of the file begins, so that the rest lies well in memory and can be read directly."""
 COLD_BYTES = 8 << 20
 """From a device that waits for requests, read this much at once, whatever it is made up of."""
 COLD_SMALL_BYTES = 2 << 20
@@ -173,6 +175,10 @@ def cut(copy: Copy, pieces: list[Piece]) -> None:
     strides = box.strides
     kind, flat = _classify(copy)
     limit = (DIRECT_BYTES, STAGED_BYTES, STRIDED_BYTES)[kind] if target.is_cpu else DEVICE_BYTES
+    if not target.is_cpu and (flat or kind == RAW):
+        if kind != RAW and nbytes > limit:
+            target, shape, strides = target.reshape(-1), (nbytes // itemsize,), (1,)
+        limit = nbytes  # `_fill_lanes` knows where to cut
     if nbytes <= limit and (flat or kind == RAW):  # most tensors
         pieces.append(_new_tuple(Piece, (copy, kind, offset, nbytes, target, 0, shape, strides)))
         return
@@ -242,13 +248,13 @@ def _split(target: torch.Tensor, shape: Shape, strides: Shape, limit: int) -> It
 
 def _batch(device: torch.device, source: Source, pieces: Sequence[Piece], cold: bool) -> Iterator[Job]:
     """Let neighbours share a read."""
-    on_cpu = device.type == "cpu"
-    small, limit = SMALL_BYTES, STRIDED_BYTES if on_cpu else DEVICE_BYTES
-    if cold and on_cpu:
-        small, limit = COLD_SMALL_BYTES, COLD_BYTES
+    if device.type != "cpu":
+        yield from _fill_lanes(device, source, pieces)
+        return
+    small, limit = (COLD_SMALL_BYTES, COLD_BYTES) if cold else (SMALL_BYTES, STRIDED_BYTES)
     members: list[Piece] = []
     start = end = 0
-    can_scatter = on_cpu
+    can_scatter = True
     for piece in pieces:
         _, kind, offset, nbytes, _, _, _, _ = piece
         piece_end = offset + nbytes
@@ -257,7 +263,7 @@ def _batch(device: torch.device, source: Source, pieces: Sequence[Piece], cold: 
             continue
         if members and (offset - end > GAP_BYTES or max(end, piece_end) - start > limit or len(members) == MAX_SHARING):
             yield Job(device, source, start, end - start, members, can_scatter)
-            members, can_scatter = [], on_cpu
+            members, can_scatter = [], True
         if not members:
             start = end = offset
         if kind != RAW or offset < end:
@@ -266,6 +272,59 @@ def _batch(device: torch.device, source: Source, pieces: Sequence[Piece], cold: 
         end = max(end, piece_end)
     if members:
         yield Job(device, source, start, end - start, members, can_scatter)
+
+
+def _fill_lanes(device: torch.device, source: Source, pieces: Iterable[Piece]) -> Iterator[Job]:
+    """Reads of one size, whatever lies in them: each costs the same, and what isn't rearranged is cut where one ends."""
+    members: list[Piece] = []
+    start = end = 0
+    for whole in pieces:
+        piece: Piece | None = whole
+        while piece is not None:
+            if members and (piece.offset - end > GAP_BYTES or len(members) == MAX_SHARING):
+                yield Job(device, source, start, end - start, members)
+                members = []
+            if not members:
+                start = end = piece.offset
+            part, piece = _cut_off(piece, start + DEVICE_BYTES - piece.offset, bool(members))
+            if part is not None:
+                members.append(part)
+                end = max(end, part.offset + part.nbytes)
+            if piece is not None:
+                yield Job(device, source, start, end - start, members)
+                members = []
+    if members:
+        yield Job(device, source, start, end - start, members)
+
+
+def _cut_off(piece: Piece, room: int, may_wait: bool) -> tuple[Piece | None, Piece | None]:
+    """What of a piece fits into so many bytes, and what is left of it.
+
+    Args:
+        piece: What is to be put there.
+        room: For how many bytes there is room.
+        may_wait: Whether there will be more room; else something is taken.
+    """
+    if piece.nbytes <= room:
+        return piece, None
+    is_flat = piece.strides == (1,)
+    if piece.kind != RAW and not is_flat:
+        return (None, piece) if may_wait else (piece, None)
+    itemsize = piece.copy.dtype.itemsize
+    end = piece.offset + room
+    nbytes = room - (piece.copy.box.extent.source.base + end) % CUT_BYTES
+    nbytes -= nbytes % itemsize
+    if nbytes < SMALL_BYTES and may_wait:
+        return None, piece
+    left = piece.nbytes - nbytes
+    if piece.kind == RAW:
+        rest = piece._replace(offset=piece.offset + nbytes, nbytes=left, skip_bytes=piece.skip_bytes + nbytes)
+        return piece._replace(nbytes=nbytes), rest
+    count = nbytes // itemsize
+    rest = piece._replace(
+        offset=piece.offset + nbytes, nbytes=left, target=piece.target[count:], shape=(left // itemsize,)
+    )
+    return piece._replace(nbytes=nbytes, target=piece.target[:count], shape=(count,)), rest
 
 
 _offset = operator.attrgetter("offset")
