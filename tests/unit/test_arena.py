@@ -143,9 +143,9 @@ def test_what_a_gpu_reserves_for_a_tensor() -> None:
 def test_a_gpu_is_asked_once() -> None:
     device = torch.device("cuda")
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_stats(device)["num_device_alloc"]
+    before = torch.cuda.memory_stats(device).get("num_device_alloc", 0)
     requests = [((2 << 20,), torch.float16)] * 40
     tensors = allocate(requests, device)
-    assert torch.cuda.memory_stats(device)["num_device_alloc"] == before + 1
+    assert torch.cuda.memory_stats(device).get("num_device_alloc", 0) == before + 1
     assert len({tensor.data_ptr() for tensor in tensors}) == 40
     assert torch.cuda.memory_allocated(device) >= 40 * (4 << 20)

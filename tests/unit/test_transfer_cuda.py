@@ -6,7 +6,8 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +20,42 @@ from torchload.index import Box, Extent, contiguous_strides
 from torchload.source import FileSource, MemorySource, Source
 from torchload.transfer import engine, pieces, run
 from torchload.transfer.cuda import (
-    ALIGNMENT_BYTES,
     LANE_BYTES,
     MAX_LANES,
-    CudaLane,
+    CudaDevice,
+    Lane,
+    Load,
     Ring,
     RingWorker,
     Staging,
     Suspicion,
-    _host_memory,
+    _kept,
+    _pin,
     _streams,
     cuda_ring,
-    drain_all,
     send_pieces,
 )
-from torchload.transfer.pieces import Job, _fill_lanes, schedule
+from torchload.transfer.pieces import _fill_lanes, schedule
 from torchload.transfer.reader import Reader
 
 CPU = torch.device("cpu")
 
 
 class FakeEngine:
-    """Copies one job after the other, a little later."""
+    """A device that copies one job after the other, a little later."""
 
     pause = 0.002
+    fail_at: int | None = None
 
     def __init__(self) -> None:
         self.pending: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
-        self.lanes: list[FakeLane] = []
+        self.lanes: list[Lane] = []
+        self.in_use: set[int] = set()
+        self.sent: list[int] = []
+        self.senders: set[int] = set()
+        self.closed: list[Lane] = []
 
     def _work(self) -> None:
         with torch.inference_mode():
@@ -56,52 +63,54 @@ class FakeEngine:
                 time.sleep(self.pause)
                 work()
 
-    def new_lane(self) -> FakeLane:
-        self.lanes.append(FakeLane(self))
+    def new_lane(self) -> Lane:
+        memory = torch.full((LANE_BYTES,), 0xEE, dtype=torch.uint8)
+        self.lanes.append(Lane(memory, Staging(torch.zeros(LANE_BYTES, dtype=torch.uint8)), is_pinned=True))
         return self.lanes[-1]
 
-    def close(self) -> None:
-        self.pending.put(None)
-        self.thread.join()
+    def attached(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
-
-class FakeLane:
-    """A lane whose memory is in use until the engine has copied it."""
-
-    fail_at: int | None = None
-
-    def __init__(self, engine: FakeEngine) -> None:
-        self.memory = torch.full((LANE_BYTES,), 0xEE, dtype=torch.uint8)
-        self._engine = engine
-        self._left = threading.Event()
-        self._left.set()
-        self.is_pinned = True
-        self.suspicions: list[Suspicion] = []
-        self.sent = 0
-
-    def send(self, job: Job, start: int) -> None:
-        assert self._left.is_set(), "memory was lent while it was in use"
-        self._left.clear()
+    def send(self, loads: Sequence[Load]) -> Callable[[], list[Suspicion]]:
+        self.senders.add(threading.get_ident())
+        done = threading.Event()
+        found: list[Suspicion] = []
+        for load in loads:
+            assert id(load.lane) not in self.in_use, "memory was lent while it was in use"
+            self.in_use.add(id(load.lane))
+            self.sent.append(id(load.lane))
+            if self.fail_at is not None and len(self.sent) >= self.fail_at:
+                self.in_use.clear()
+                raise RuntimeError("the device is gone")
 
         def copy() -> None:
             try:
-                staging = Staging(torch.zeros(LANE_BYTES, dtype=torch.uint8))
-                self.suspicions += send_pieces(job, self.memory, start, staging)
+                found.extend(send_pieces(loads))
             finally:
-                self.memory.fill_(0xEE)  # what is read from it now is wrong
-                self._left.set()
+                for load in loads:
+                    load.lane.memory.fill_(0xEE)  # what is read from it now is wrong
+                    self.in_use.discard(id(load.lane))
+                done.set()
 
-        self._engine.pending.put(copy)
-        self.sent += 1
-        if self.fail_at == self.sent:
-            raise RuntimeError("the device is gone")  # with copies under way
+        self.pending.put(copy)
 
-    def wait(self) -> None:
-        assert self._left.wait(10)
+        def wait() -> list[Suspicion]:
+            assert done.wait(10)
+            return found
+
+        return wait
+
+    def close(self, lanes: Sequence[Lane]) -> None:
+        assert self.is_idle
+        self.closed += lanes
 
     @property
     def is_idle(self) -> bool:
-        return self._left.is_set()
+        return not self.in_use
+
+    def stop(self) -> None:
+        self.pending.put(None)
+        self.thread.join()
 
 
 @pytest.fixture
@@ -115,7 +124,7 @@ def lanes_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def fake(monkeypatch: pytest.MonkeyPatch, lanes_for_all: None) -> FakeEngine:
     """Jobs for the CPU go through a ring over a fake engine."""
     fake = FakeEngine()
-    monkeypatch.setattr(engine, "_new_rings", lambda jobs, threads: {CPU: Ring(fake.new_lane, 2 * threads)})
+    monkeypatch.setattr(engine, "_new_rings", lambda jobs, threads: {CPU: Ring(fake, 2 * threads)})
     return fake
 
 
@@ -153,25 +162,27 @@ def test_everything_arrives(
     assert run(copies, threads=threads) == sum(value.numel() * 4 for value in expected)
     for copy, value in zip(copies, expected):
         assert torch.equal(copy.target, value)
-    assert all(lane.is_idle for lane in fake.lanes)
+    assert fake.is_idle
     assert len(fake.lanes) <= 2 * threads
-    fake.close()
+    assert fake.closed == fake.lanes
+    assert len(fake.senders) == 1
+    assert threading.get_ident() not in fake.senders
+    fake.stop()
 
 
 def test_a_lane_is_lent_again_only_when_its_data_has_left(tmp_path: Path) -> None:
-    """Two lanes, many jobs: `FakeLane.send` fails if memory is lent too early, and spoils what was."""
+    """Two lanes, many jobs: `FakeEngine.send` fails if memory is lent too early, and spoils what was."""
     fake = FakeEngine()
-    ring = Ring(fake.new_lane, 2)
-    worker = RingWorker(Reader(), ring)
     copies, expected = model(tmp_path, [torch.float32])
-    for copy in copies:
-        for job in schedule([copy]):
-            worker(job)
+    with Ring(fake, 2) as ring:
+        worker = RingWorker(Reader(), ring)
+        for copy in copies:
+            for job in schedule([copy]):
+                worker(job)
     assert len(fake.lanes) == 2
-    assert min(lane.sent for lane in fake.lanes) > 5
-    drain_all([ring])
+    assert min(Counter(fake.sent).values()) > 5
     assert all(torch.equal(copy.target, value) for copy, value in zip(copies, expected))
-    fake.close()
+    fake.stop()
 
 
 def test_a_short_read_waits_for_what_was_sent(fake: FakeEngine) -> None:
@@ -185,30 +196,34 @@ def test_a_short_read_waits_for_what_was_sent(fake: FakeEngine) -> None:
     copies = [copy_of(source, torch.ones(250_000), index * 1_000_000, f"t{index}") for index in range(8)]
     with pytest.raises(CorruptCheckpointError, match="nothing there") as caught:
         run(copies, threads=2)
-    assert all(lane.is_idle for lane in fake.lanes)
+    assert fake.is_idle
     assert set(caught.value.written) >= {"t0", "t1", "t2"}
     assert all(not copy.target.any() for copy in copies[:3])
-    fake.close()
+    fake.stop()
 
 
 def test_a_device_that_fails_half_way(tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeLane, "fail_at", 1)
     copies, _ = model(tmp_path, [torch.float32])
+    monkeypatch.setattr(FakeEngine, "fail_at", 2)
     with pytest.raises(RuntimeError, match="the device is gone"):
         run(copies, threads=2)
     assert fake.lanes
-    assert all(lane.is_idle for lane in fake.lanes)
-    fake.close()
+    assert not fake.closed
+    assert fake.is_idle
+    fake.stop()
 
 
-def test_a_lane_that_can_not_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_lane() -> FakeLane:
+@pytest.mark.parametrize("what", ["new_lane", "attached", "close"])
+def test_what_can_not_be_had(tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine, "_new_rings", lambda jobs, threads: {CPU: Ring(no_lane, 2 * threads)})
+    monkeypatch.setattr(fake, what, refuse)
     copies, _ = model(tmp_path, [torch.float32])
     with pytest.raises(RuntimeError, match="out of memory"):
         run(copies, threads=3)
+    assert threading.active_count() <= 2, "the sender has left"
+    fake.stop()
 
 
 def test_cancelled_by_the_caller(tmp_path: Path, fake: FakeEngine) -> None:
@@ -218,8 +233,8 @@ def test_cancelled_by_the_caller(tmp_path: Path, fake: FakeEngine) -> None:
     copies, _ = model(tmp_path, [torch.float32])
     with pytest.raises(KeyboardInterrupt):
         run(copies, threads=2, progress=interrupt)
-    assert all(lane.is_idle for lane in fake.lanes)
-    fake.close()
+    assert fake.is_idle
+    fake.stop()
 
 
 def test_overflow_is_noticed_by_the_device(tmp_path: Path, fake: FakeEngine) -> None:
@@ -232,7 +247,7 @@ def test_overflow_is_noticed_by_the_device(tmp_path: Path, fake: FakeEngine) -> 
         run(copies)
     assert (caught.value.tensor, caught.value.largest) == ("t5", 1e9)
     assert caught.value.written == tuple(f"t{index}" for index in range(10))
-    fake.close()
+    fake.stop()
 
 
 class FakeStream:
@@ -244,33 +259,27 @@ class FakeStream:
     def wait_stream(self, other: FakeStream) -> None:
         self.told.append("wait")
 
-
-class FakeEvent:
-    """An event that must be recorded after each use of what it guards, and waited for before the next."""
-
-    def __init__(self, blocking: bool) -> None:
-        self.records = self.waits = 0
-
-    def record(self) -> None:
-        self.records += 1
-
     def synchronize(self) -> None:
-        self.waits += 1
+        self.told.append("synchronize")
 
 
 class FakeCuda:
     """What CUDA was asked for, thread by thread."""
 
     def __init__(self) -> None:
-        self.lanes: list[CudaLane] = []
         self.streams: list[FakeStream] = []
         self.places: dict[int, list[object]] = {}
         """Thread → the devices and streams that it is on, the last one innermost."""
         self.left: list[object] = []
+        self.events: list[FakeEvent] = []
 
     def new_stream(self, device: torch.device) -> FakeStream:
         self.streams.append(FakeStream(device))
         return self.streams[-1]
+
+    def new_event(self) -> FakeEvent:
+        self.events.append(FakeEvent())
+        return self.events[-1]
 
     @contextlib.contextmanager
     def on(self, place: object) -> Iterator[None]:
@@ -281,27 +290,30 @@ class FakeCuda:
         self.left.append(place)
 
 
+class FakeEvent:
+    def __init__(self) -> None:
+        self.records = self.waits = 0
+
+    def record(self) -> None:
+        self.records += 1
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch, lanes_for_all: None) -> Iterator[FakeCuda]:
-    """The real lanes over fake streams, with the CPU for a device."""
+    """The real thing over fake streams, with the CPU for a device."""
     cuda = FakeCuda()
-    real_lane, real_send = CudaLane.__init__, CudaLane.send
+    real = CudaDevice.send
 
-    def note(self: CudaLane, nbytes: int, staging: torch.Tensor) -> None:
-        assert [type(place) for place in cuda.places[threading.get_ident()]] == [torch.device, FakeStream], (
-            "memory is pinned, and copies begin, where the thread is on the load's device"
-        )
-        real_lane(self, nbytes, staging)
-        cuda.lanes.append(self)
-
-    def send(self: CudaLane, job: Job, start: int) -> None:
+    def send(self: CudaDevice, loads: Sequence[Load]) -> Callable[[], list[Suspicion]]:
         assert [type(place) for place in cuda.places[threading.get_ident()]] == [torch.device, FakeStream]
-        real_send(self, job, start)
+        return real(self, loads)
 
-    monkeypatch.setattr(CudaLane, "__init__", note)
-    monkeypatch.setattr(CudaLane, "send", send)
+    monkeypatch.setattr(CudaDevice, "send", send)
     monkeypatch.setattr(torch.cuda, "Stream", cuda.new_stream)
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "Event", cuda.new_event)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", cuda.on)
     monkeypatch.setattr(torch.cuda, "device", cuda.on)
@@ -313,23 +325,23 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, lanes_for_all: None) -> Iterator[
 
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float32, torch.float16, torch.bfloat16]])
-def test_lanes_keep_to_the_protocol(
+def test_one_thread_talks_to_the_device(
     tmp_path: Path, fake_cuda: FakeCuda, dtypes: list[torch.dtype], threads: int
 ) -> None:
     copies, expected = model(tmp_path, dtypes, shift=8)
-    for _ in range(2):
+    for number in range(2):
         for copy in copies:
             copy.target.zero_()
         run(copies, threads=threads)
         assert all(torch.equal(copy.target, value) for copy, value in zip(copies, expected))
-    assert len(fake_cuda.lanes) <= 2 * (threads + 1)
-    for lane in fake_cuda.lanes:
-        event: Any = lane._event
-        assert event.waits == event.records, "once before each use but the first, and once at the end"
-    assert len(fake_cuda.streams) == 2, "streams are kept: the memory that torch keeps for each of them is"
+        assert len(fake_cuda.places) <= number + 1, "readers never do, nor does the caller's thread"
+    assert threading.get_ident() not in fake_cuda.places
+    assert fake_cuda.events
+    assert all(event.records == event.waits == 1 for event in fake_cuda.events)
+    assert len(fake_cuda.streams) == 2, "streams are kept, since torch keeps memory for each of them"
     assert all(stream.told == ["wait", "wait"] for stream in fake_cuda.streams), "for what the caller's stream was told"
-    assert not any(fake_cuda.places.values()), "every thread has left the device again"
-    assert all(isinstance(*pair) for pair in zip(fake_cuda.left, [FakeStream, torch.device] * 99)), "in that order"
+    assert not any(fake_cuda.places.values()), "the device has been left again"
+    assert isinstance(fake_cuda.left[-1], torch.device), "after its streams"
 
 
 def test_what_was_sent_in_part_is_waited_for(
@@ -342,53 +354,60 @@ def test_what_was_sent_in_part_is_waited_for(
     copies, _ = model(tmp_path, [torch.float16])
     with pytest.raises(RuntimeError, match="the device is gone"):
         run(copies, threads=2)
-    events: list[Any] = [lane._event for lane in fake_cuda.lanes]
-    assert events
-    assert all(event.records == event.waits == 1 for event in events)
+    assert "synchronize" in [word for stream in fake_cuda.streams for word in stream.told]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 8, 12, 40])
-def test_what_is_held_is_bounded(tmp_path: Path, threads: int) -> None:
-    jobs = [Job(CPU, MemorySource(b""), 0, LANE_BYTES - ALIGNMENT_BYTES, [])] * 100
-    made: list[int] = []
-
-    class OneLane(FakeLane):
-        def __init__(self) -> None:
-            made.append(1)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "Stream", FakeStream)
-        patch.setattr(torch.cuda, "current_stream", FakeStream)
-        _streams.cache_clear()
-        ring = cuda_ring(CPU, jobs, threads)
-        _streams.cache_clear()
-    count = len(ring._lanes)
-    assert count > threads
-    assert count <= max(MAX_LANES, threads + 1)
-    assert MAX_LANES * LANE_BYTES <= 64 << 20
+@pytest.mark.parametrize("threads", [1, 8, 12])
+def test_what_is_held_is_bounded(fake_cuda: FakeCuda, threads: int) -> None:
+    """64 MiB on either side, however much there is to load, and no more than there is."""
+    source = MemorySource(b"")
+    weight = copy_of(source, torch.empty(1 << 20, device="meta"), 0, "weight", torch.float64)
+    job = schedule([weight])[0]
+    for count, lanes in ((100, MAX_LANES), (3, 3)):
+        ring = cuda_ring(CPU, [job] * count, threads)
+        device: Any = ring._device
+        assert ring._count == len(device._staging) == lanes
+        assert lanes * device._nbytes <= 64 << 20
+        assert sum(staging.numel() for staging in device._staging) <= 64 << 20
 
 
-def test_an_interrupt_while_waiting_leaves_nothing_under_way() -> None:
-    class Interrupted(FakeLane):
-        waits = 0
-
-        def wait(self) -> None:
-            self.waits += 1
-            if self.waits == 1:
-                raise KeyboardInterrupt
-            super().wait()
-
+def test_an_interrupt_while_waiting_leaves_nothing_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeEngine()
-    lanes = [Interrupted(fake), Interrupted(fake)]
-    made = iter(lanes)
-    rings = [Ring(lambda: next(made), 1), Ring(lambda: next(made), 1)]
-    for ring in rings:
-        with ring.lend():
-            pass
-    with pytest.raises(KeyboardInterrupt):
-        drain_all(rings)
-    assert [lane.waits for lane in lanes] == [2, 2]
-    fake.close()
+    fake.pause = 0.2
+    values = torch.randn(1 << 18)
+    copies = [copy_of(MemorySource(values.numpy().tobytes()), torch.zeros(1 << 18), 0, "weight")]
+    real, interrupts = threading.Thread.join, [KeyboardInterrupt("first"), KeyboardInterrupt("second")]
+
+    def join(thread: threading.Thread, *args: Any) -> None:
+        if interrupts and thread.name == "torchload-sender":
+            raise interrupts.pop(0)
+        real(thread, *args)
+
+    monkeypatch.setattr(threading.Thread, "join", join)
+    [job] = schedule(copies)
+
+    def load() -> None:
+        with Ring(fake, 1) as ring:
+            RingWorker(Reader(), ring)(job)
+
+    with pytest.raises(KeyboardInterrupt, match="second"):
+        load()
+    assert fake.is_idle
+    assert torch.equal(copies[0].target, values)
+    fake.stop()
+
+
+def test_a_sender_that_can_not_start(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    copies, _ = model(tmp_path, [torch.float32])
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start") as caught:
+        run(copies, threads=1)
+    assert caught.value.written == ()
+    monkeypatch.undo()
+    fake.stop()
 
 
 def test_every_device_is_waited_for_before_an_overflow_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,22 +415,20 @@ def test_every_device_is_waited_for_before_an_overflow_is_reported(monkeypatch: 
     slow, quick = FakeEngine(), FakeEngine()
     meta = torch.device("meta")  # another key; the data goes to the CPU all the same
     real = engine.schedule
-    monkeypatch.setattr(
-        engine, "schedule", lambda *a: [j._replace(device=meta if j.offset else CPU) for j in real(*a)]
-    )
-    monkeypatch.setattr(
-        engine, "_new_rings", lambda jobs, threads: {CPU: Ring(quick.new_lane, 2), meta: Ring(slow.new_lane, 2)}
-    )
+    monkeypatch.setattr(engine, "schedule", lambda *a: [j._replace(device=meta if j.offset else CPU) for j in real(*a)])
+    monkeypatch.setattr(engine, "_new_rings", lambda jobs, threads: {CPU: Ring(quick, 2), meta: Ring(slow, 2)})
     slow.pause = 0.3
     source = MemorySource(torch.full((2 << 18,), 1e9).numpy().tobytes())
     targets = [torch.zeros(1 << 18, dtype=torch.float16), torch.zeros(1 << 18)]
     copies = [copy_of(source, target, index << 20, f"t{index}") for index, target in enumerate(targets)]
     with pytest.raises(CastOverflowError):
         run(copies, threads=1)
-    assert all(lane.is_idle for lane in slow.lanes + quick.lanes)
+    assert slow.is_idle
+    assert quick.is_idle
+    assert slow.sent
     assert targets[1].eq(1e9).all()
-    slow.close()
-    quick.close()
+    slow.stop()
+    quick.stop()
 
 
 def test_an_interrupt_is_not_taken_for_an_overflow(fake: FakeEngine) -> None:
@@ -422,7 +439,7 @@ def test_an_interrupt_is_not_taken_for_an_overflow(fake: FakeEngine) -> None:
     copies = [copy_of(source, torch.zeros(1 << 18).half(), index << 20, f"t{index}") for index in range(4)]
     with pytest.raises(KeyboardInterrupt):
         run(copies, threads=1, progress=interrupt)
-    fake.close()
+    fake.stop()
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
@@ -458,7 +475,7 @@ def test_one_pair_of_dtypes_at_a_time(fake: FakeEngine, monkeypatch: pytest.Monk
         assert len(sources) == len(targets) == 1
         assert sources | targets <= kernels
         assert sources != targets or sources <= kernels - {torch.float16, torch.bfloat16}, "they go through float32"
-    fake.close()
+    fake.stop()
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3, 8])
@@ -475,7 +492,7 @@ def test_bytes_arrive_as_they_are(tmp_path: Path, fake: FakeEngine, offset: int,
     run(copies, threads=3)
     for copy, raw in zip(copies, raws):
         assert torch.equal(copy.target.view(torch.uint8), raw)
-    fake.close()
+    fake.stop()
 
 
 def test_what_only_looks_like_an_overflow(fake: FakeEngine) -> None:
@@ -484,7 +501,19 @@ def test_what_only_looks_like_an_overflow(fake: FakeEngine) -> None:
     target = torch.zeros(5, dtype=torch.float16)
     run([copy_of(MemorySource(values.numpy().tobytes()), target, 0, "mask")])
     assert torch.equal(target.nan_to_num(nan=1.0), values.half().nan_to_num(nan=1.0))
-    fake.close()
+    fake.stop()
+
+
+def test_what_overlaps_with_a_tensor_that_is_cut(fake: FakeEngine) -> None:
+    """Views of one storage, the widest of which takes several lanes."""
+    values = torch.randn(3 << 20)
+    source = MemorySource(values.numpy().tobytes())
+    places = [(0, 3 << 20), (0, 10), (4, 2 << 20), (1 << 20, 1 << 21), (8 << 20, 7)]
+    copies = [copy_of(source, torch.zeros(count), offset, f"{offset} {count}") for offset, count in places]
+    run(copies, threads=2)
+    for copy, (offset, count) in zip(copies, places):
+        assert torch.equal(copy.target, values[offset // 4 :][:count])
+    fake.stop()
 
 
 def test_memory_that_can_not_be_pinned(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -496,21 +525,42 @@ def test_memory_that_can_not_be_pinned(fake_cuda: FakeCuda, monkeypatch: pytest.
     assert len(notes) == 1
     assert "pinned" in notes[0]
 
-    real = torch.empty
+    class Runtime:
+        code = 0
 
-    def refuse(*args: Any, pin_memory: bool = False, **keywords: Any) -> torch.Tensor:
-        if pin_memory:
-            raise RuntimeError(message)
-        return real(*args, **keywords)
+        def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+            assert (address, nbytes, flags) == (memory.data_ptr(), memory.numel(), 1)
+            return self.code
 
-    monkeypatch.setattr(torch, "empty", refuse)
-    message = "CUDA error: out of memory"
-    memory, is_pinned = _host_memory(100, pin=True)
-    assert memory.numel() == 100
-    assert not is_pinned
-    message = "CUDA error: an illegal memory access was encountered"
-    with pytest.raises(RuntimeError, match="illegal"):
-        _host_memory(100, pin=True)
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr("torchload.transfer.cuda.advise", lambda *_: True)
+    memory = torch.empty(4096, dtype=torch.uint8)
+    assert _pin(memory)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: None)  # takes the error away
+    runtime.code = 2
+    assert not _pin(memory)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: (_ for _ in ()).throw(RuntimeError(f"error {code}")))
+    runtime.code = 700
+    with pytest.raises(RuntimeError, match="error 700"):
+        _pin(memory)
+
+
+@pytest.mark.gpu
+def test_memory_is_pinned_once_and_kept(tmp_path: Path) -> None:
+    values = torch.randn(6 << 20)
+    (tmp_path / "f").write_bytes(values.numpy().tobytes())
+    for _ in range(3):
+        notes: list[str] = []
+        target = torch.zeros(6 << 20, device="cuda")
+        run([copy_of(FileSource(tmp_path / "f"), target, 0, "weight")], notes=notes)
+        assert torch.equal(target.cpu(), values)
+        assert not notes
+        assert 0 < len(_kept) <= MAX_LANES
+        assert all(memory.is_pinned() for memory in _kept)
+    with pytest.raises(RuntimeError):
+        _pin(_kept[0])  # twice
+    assert torch.ones(3, device="cuda").sum() == 3, "the error is gone"
 
 
 @pytest.mark.gpu

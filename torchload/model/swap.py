@@ -2,7 +2,8 @@
 
 Three things must not happen. Half of a model: an interrupt (Ctrl-C) reaches the main thread only, so the swap runs in
 another one, to its end. A crash: an operator that another thread has begun reads the old memory without owning it, for
-torch keeps the *tensor* that it was given, not what the tensor showed then; so old memory is kept until it is done. A
+torch keeps the *tensor* that it was given, not what the tensor showed then; so old memory is kept until it is done, and
+until kernels are that were queued on any stream of a device: torch hands it out again as soon as nobody holds it. A
 forward pass that sees some layers old and some new: only a lock that forward passes take as well can prevent that.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -54,6 +55,8 @@ def swap(
     """
     if not changes:
         return None
+    if not before:
+        _finish_kernels([tensor for _, tensor in _tensors(changes)])
     with guard if guard is not None else contextlib.nullcontext():
         interrupt = _uninterrupted(partial(_install, changes, before))
     return _outlast(before) or interrupt
@@ -154,7 +157,7 @@ def _start(helper: threading.Thread, turn: list[Callable[[], object]]) -> BaseEx
 
 
 def _outlast(before: Sequence[Memory]) -> BaseException | None:
-    """Wait until operators that other threads began before now are done with these tensors.
+    """Wait until operators that other threads began before now, and their kernels, are done with these tensors.
 
     An operator holds a reference to each tensor it was given. Once no one but Python does, none is left.
 
@@ -166,6 +169,14 @@ def _outlast(before: Sequence[Memory]) -> BaseException | None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (busy := [tensor for tensor in busy if tensor._use_count() > 1]) and time.monotonic() < deadline:
             time.sleep(_PAUSE_SECONDS)
+        _finish_kernels([data for _, _, data in before])
     except BaseException as error:  # noqa: BLE001 - left to the caller
         return error
     return None
+
+
+def _finish_kernels(tensors: Iterable[torch.Tensor]) -> None:
+    """Wait for the devices of tensors whose memory is to be given up: microseconds, where nothing is queued."""
+    for device in {tensor.device for tensor in tensors}:
+        if device.type not in ("cpu", "meta"):
+            getattr(torch, device.type).synchronize(device)

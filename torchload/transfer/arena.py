@@ -16,7 +16,7 @@ import torch
 from torchload.index import Shape
 from torchload.transfer.memory import address_of
 
-__all__ = ["allocate"]
+__all__ = ["allocate", "map_memory"]
 
 HUGE_PAGE_BYTES = 2 << 20
 LARGE_BYTES = 2 * HUGE_PAGE_BYTES
@@ -63,7 +63,7 @@ def allocate(requests: Sequence[Request], device: torch.device) -> list[torch.Te
             return [_empty(request, device) for request in requests]
         tensors: list[torch.Tensor | None] = [None] * len(requests)
         for members, size_bytes in _layout(requests):
-            buffer = _map(size_bytes) if size_bytes >= HUGE_PAGE_BYTES else None
+            buffer = map_memory(size_bytes) if size_bytes >= HUGE_PAGE_BYTES else None
             for index, offset_bytes in members:
                 request = requests[index]
                 tensors[index] = _empty(request, device) if buffer is None else _carve(buffer, offset_bytes, request)
@@ -108,7 +108,7 @@ def _layout(requests: Sequence[Request]) -> list[tuple[list[tuple[int, int]], in
     return mappings
 
 
-def _map(nbytes: int) -> memoryview | None:
+def map_memory(nbytes: int) -> memoryview | None:
     """Private anonymous memory that begins on a huge page, or None where the system refuses."""
     try:
         mapping = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -35,7 +35,7 @@ class Crew(Generic[JobT]):
     def __init__(
         self,
         jobs: Sequence[JobT],
-        new_worker: Callable[[contextlib.ExitStack], Worker[JobT]],
+        new_worker: Callable[[], Worker[JobT]],
         threads: int,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -43,8 +43,7 @@ class Crew(Generic[JobT]):
 
         Args:
             jobs: What is to be done.
-            new_worker: Makes what does it; called once in each thread, so that each has its own scratch memory, with a
-                stack for what the thread has to leave again.
+            new_worker: Makes what does it; called once in each thread, so that each has its own scratch memory.
             threads: How many threads at most, including the calling one.
             on_progress: Receives `done_bytes` now and then, always in the calling thread.
         """
@@ -108,12 +107,8 @@ class Crew(Generic[JobT]):
 
     def _work(self, slot: int) -> None:
         # Inference mode, since it is the one mode in which both ordinary and inference tensors can be written to.
-        with (
-            torch.inference_mode(),
-            _one_intra_op_thread() if self._helpers else contextlib.nullcontext(),
-            contextlib.ExitStack() as stack,
-        ):
-            worker = self._new_worker(stack)
+        with torch.inference_mode(), _one_intra_op_thread() if self._helpers else contextlib.nullcontext():
+            worker = self._new_worker()
             while not self._errors:
                 try:
                     job = self._queue.popleft()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +29,6 @@ __all__ = ["Progress", "check_unchanged", "default_threads", "run"]
 
 MAX_THREADS = 8
 """More don't help: a few cores saturate memory. Scratch memory grows with them."""
-MAX_CUDA_THREADS = 12
-"""To read as fast as a device copies takes more of them than a machine's memory is good for."""
 BYTES_PER_THREAD = 8 << 20
 """A thread is worth starting for this much work."""
 
@@ -98,15 +96,9 @@ def _do(
             sum(job.nbytes for job in jobs if not job.can_scatter or reader.is_cold or arrivals is not None),
             computes=not all(job.is_direct or job.can_scatter or job.device.type == "cuda" for job in jobs),
             cold=reader.is_cold,
-            most=MAX_CUDA_THREADS if any(job.device.type == "cuda" for job in jobs) else MAX_THREADS,
         )
     rings = _new_rings(jobs, threads)
-    crew = Crew(
-        jobs,
-        lambda stack: _Worker(reader, rings, arrivals, stack),
-        threads,
-        report if progress is not None else None,
-    )
+    crew = Crew(jobs, lambda: _Worker(reader, rings, arrivals), threads, report if progress is not None else None)
     try:
         check_unchanged(sources)
         _run(crew, rings.values())
@@ -122,7 +114,7 @@ def _do(
         error.written = tuple(copy.name for copy in written)  # type: ignore[attr-defined]
         raise
     _note_writes(copies)
-    if notes is not None and not all(lane.is_pinned for ring in rings.values() for lane in ring.lanes):
+    if notes is not None and any(ring.lacks_pinned_memory for ring in rings.values()):
         notes.append("the system gave too little pinned memory, so that copies to the GPU were slower")
     return crew.done_bytes
 
@@ -133,21 +125,15 @@ def _run(crew: Crew[Job], rings: Collection[Ring]) -> None:
     Raises:
         BaseException: What a worker raised, or else what waiting did; overflow is reported only where nothing failed.
     """
-    if not rings:
-        crew.run()
-        return
-    from torchload.transfer.cuda import drain_all
-
-    try:
-        crew.run()
-    except BaseException:
-        with suppress(BaseException):
-            drain_all(rings)
-        raise
-    drain_all(rings)
-    with torch.inference_mode():
+    with ExitStack() as stack:
         for ring in rings:
-            for job in ring.suspicious():
+            stack.enter_context(ring)
+        crew.run()
+    if rings:
+        from torchload.transfer.cuda import suspicious
+
+        with torch.inference_mode():
+            for job in suspicious(rings):
                 _look_closer(job)
 
 
@@ -170,21 +156,8 @@ def _read(piece: Piece) -> torch.Tensor:
 class _Worker:
     """Does any job, each in the way of its device; one for each thread."""
 
-    def __init__(
-        self, reader: Reader, rings: Mapping[torch.device, Ring], arrivals: Arrivals | None, stack: ExitStack
-    ) -> None:
-        """Ready to work.
-
-        Args:
-            reader: Fetches the data.
-            rings: How to reach devices that copy on their own.
-            arrivals: Sums what arrives on the host.
-            stack: For what the thread has to leave again.
-        """
+    def __init__(self, reader: Reader, rings: Mapping[torch.device, Ring], arrivals: Arrivals | None) -> None:
         self._host = HostWorker(reader, arrivals)
-        self._rings = rings
-        self._stack = stack
-        self._device: torch.device | None = None
         self._by_device: dict[torch.device, Callable[[Job], int]] = {}
         if rings:
             from torchload.transfer.cuda import RingWorker
@@ -193,12 +166,7 @@ class _Worker:
 
     def __call__(self, job: Job) -> int:
         worker = self._by_device.get(job.device)
-        if worker is None:
-            return self._host(job)
-        if job.device != self._device:  # jobs are in order of their devices
-            self._stack.enter_context(self._rings[job.device].on_device())
-            self._device = job.device
-        return worker(job)
+        return self._host(job) if worker is None else worker(job)
 
 
 def _new_rings(jobs: Iterable[Job], threads: int) -> dict[torch.device, Ring]:
@@ -214,9 +182,7 @@ def _new_rings(jobs: Iterable[Job], threads: int) -> dict[torch.device, Ring]:
     return {device: cuda_ring(device, members, threads) for device, members in by_device.items()}
 
 
-def default_threads(
-    total_bytes: int, *, computes: bool, cold: bool = False, least: int = 1, most: int = MAX_THREADS
-) -> int:
+def default_threads(total_bytes: int, *, computes: bool, cold: bool = False, least: int = 1) -> int:
     """How many threads are worth starting for so much data.
 
     Args:
@@ -224,14 +190,13 @@ def default_threads(
         computes: Whether tensor operators run on them.
         cold: Whether the threads mostly wait for a device.
         least: How many there should be however few cores there are, since some of them wait for others.
-        most: How many there should be however many cores there are.
     """
     if (wish := thread_count()) is not None:
         return wish
     worth = 1 + total_bytes // BYTES_PER_THREAD
     if cold:
         return min(REQUESTS_IN_FLIGHT, worth)
-    threads = min(max(available_cores(), least), most, worth)
+    threads = min(max(available_cores(), least), MAX_THREADS, worth)
     if threads > 1 and computes and not can_limit_intra_op():
         return 1  # torch's own threads share the work of each operator
     return threads

@@ -7,7 +7,6 @@ every chunk harmless; only where both fail to is each element looked at. So the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -87,7 +86,7 @@ def out_of_range(source: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     return (torch.isfinite(source) & lost).any()
 
 
-def largest_of(sources: Sequence[torch.Tensor]) -> torch.Tensor:
+def largest_of(sources: list[torch.Tensor]) -> torch.Tensor:
     """The largest magnitude in tensors of one real floating dtype (of 16 bits or more), 0-dim; NaN if there is one.
 
     Where it doesn't exceed `limit_of` a dtype, casting to that was harmless. It takes three kernels, whatever their

@@ -58,7 +58,7 @@ GAP_BYTES = 64 << 10
 MAX_SHARING = 500
 """Pieces that share a read at most: the kernel scatters to 1024 places, of which half are for gaps."""
 CUT_BYTES = 4096
-"""What is cut is cut where a block of the file begins, so that the rest lies well in memory and can be read directly."""
+"""Cuts are made where a block of the file begins, so that what follows lies well in memory and can be read directly."""
 COLD_BYTES = 8 << 20
 """From a device that waits for requests, read this much at once, whatever it is made up of."""
 COLD_SMALL_BYTES = 2 << 20
@@ -275,13 +275,14 @@ def _batch(device: torch.device, source: Source, pieces: Sequence[Piece], cold: 
 
 
 def _fill_lanes(device: torch.device, source: Source, pieces: Iterable[Piece]) -> Iterator[Job]:
-    """Reads of one size, whatever lies in them: each costs the same, and what isn't rearranged is cut where one ends."""
+    """Reads of one size, whatever lies in them, since each costs the same; a tensor is cut where one ends."""
     members: list[Piece] = []
     start = end = 0
     for whole in pieces:
         piece: Piece | None = whole
         while piece is not None:
-            if members and (piece.offset - end > GAP_BYTES or len(members) == MAX_SHARING):
+            before = piece.offset < start  # what overlaps with a tensor that was cut may begin earlier
+            if members and (before or piece.offset - end > GAP_BYTES or len(members) == MAX_SHARING):
                 yield Job(device, source, start, end - start, members)
                 members = []
             if not members:
