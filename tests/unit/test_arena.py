@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from torchload.transfer import allocate
-from torchload.transfer.arena import ALIGNMENT_BYTES, HUGE_PAGE_BYTES, LARGE_BYTES, _pooled_bytes
+from torchload.transfer.arena import ALIGNMENT_BYTES, HUGE_PAGE_BYTES, LARGE_BYTES, _pooled_bytes, _reserve
 
 CPU = torch.device("cpu")
 DTYPES = [
@@ -137,6 +137,35 @@ def test_what_a_gpu_reserves_for_a_tensor() -> None:
     assert _pooled_bytes((((1 << 20) + 1,), torch.uint8)) == (1 << 20) + 512
     assert _pooled_bytes(((1 << 10, 1 << 10), torch.float32)) == 1 << 22
     assert _pooled_bytes(((0, 1 << 30), torch.float32)) == 0
+
+
+@pytest.mark.parametrize(
+    ("conf", "expected"),
+    [
+        ({}, [512 << 20, 512 << 20, 100 << 20]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native,expandable_segments:True"}, []),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, []),
+    ],
+)
+def test_how_a_gpu_is_asked(monkeypatch: pytest.MonkeyPatch, conf: dict[str, str], expected: list[int]) -> None:
+    asked: list[int] = []
+
+    def empty(nbytes: int, **_: object) -> torch.Tensor:
+        asked.append(nbytes)
+        return torch.zeros(0)
+
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in conf.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70 << 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 << 20)
+    monkeypatch.setattr("torchload.transfer.arena.torch.empty", empty)
+    _reserve(1124 << 20, torch.device("cuda"))
+    assert asked == expected
+    asked.clear()
+    _reserve(50 << 20, torch.device("cuda"))
+    assert asked == [], "there is enough in stock"
 
 
 @pytest.mark.gpu
