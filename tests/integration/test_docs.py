@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torchload import smart_load
-from torchload.keys import tables
+from torchload.match import tables
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

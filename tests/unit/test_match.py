@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from torchload.keys.match import align, tree_of
-from torchload.keys.tables import RENAMES, WRAPPERS
+from torchload.match.names import align, tree_of
+from torchload.match.tables import RENAMES, WRAPPERS
 
 
 def pairs(source, model, **options):

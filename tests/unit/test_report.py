@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torchload import smart_load
-from torchload.report import LoadReport, format_bytes
+from torchload.plan.report import LoadReport, format_bytes
 
 
 def report(**changes):

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from torchload.copies import Copy
+from torchload.core.checkpoint import Box, Extent, contiguous_strides
+from torchload.core.copies import Copy
+from torchload.core.source import FileSource, MemorySource, Source
 from torchload.errors import CastOverflowError, CorruptCheckpointError
-from torchload.index import Box, Extent, contiguous_strides
-from torchload.source import FileSource, MemorySource, Source
 from torchload.transfer import engine, run
 from torchload.transfer.cuda import (
     ALIGNMENT_BYTES,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from torchload.index import Shape
+from torchload.core.checkpoint import Shape
 from torchload.transfer.memory import address_of
 
 __all__ = ["allocate"]

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from torchload.copies import Copy
+from torchload.core.copies import Copy
 from torchload.transfer.host import decode
 from torchload.transfer.memory import memory_at
 from torchload.transfer.overflow import OverflowFoundError, may_overflow, out_of_range

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from torchload.copies import Copy
+from torchload.core.copies import Copy
 from torchload.errors import CastOverflowError
 
 __all__ = ["OverflowFoundError", "largest_finite", "may_overflow", "out_of_range", "overflow_error", "overflows"]
