@@ -16,12 +16,13 @@ if _typing.TYPE_CHECKING:
     from torchload.api.load import smart_load
     from torchload.api.read import read_state_dict
     from torchload.api.resume import smart_resume
-    from torchload.api.save import SaveReport, smart_save
+    from torchload.api.save import smart_save
     from torchload.api.verify import VerifyReport, verify_weights
     from torchload.model.placement import best_device
     from torchload.plan.compare import Difference
     from torchload.plan.report import LoadReport
     from torchload.training.report import ResumeReport
+    from torchload.writing.report import SaveReport
 
 __version__ = "0.1.0"
 
@@ -51,7 +52,7 @@ _HOME = {
     "Difference": "plan.compare",
     "LoadReport": "plan.report",
     "ResumeReport": "training.report",
-    "SaveReport": "api.save",
+    "SaveReport": "writing.report",
     "TensorInfo": "api.inspect",
     "VerifyReport": "api.verify",
     "best_device": "model.placement",

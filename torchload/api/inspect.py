@@ -13,11 +13,10 @@ import torch
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint, OpaqueTensor, Record, Shape, TensorEntry, entries_in
 from torchload.core.collector import with_collector_paused
+from torchload.core.text import format_bytes, plural, short_dtype
+from torchload.core.wrappers import WRAPPERS
 from torchload.formats import open_checkpoint
 from torchload.match import Place, as_mapping, find_places
-from torchload.match.tables import WRAPPERS
-from torchload.plan.explain import plural, short_dtype
-from torchload.plan.report import format_bytes
 
 __all__ = ["CheckpointInfo", "ContainerInfo", "TensorInfo", "inspect_checkpoint"]
 

@@ -1,31 +1,30 @@
-"""The public functions. Each is a walk through the five stages: open, select, match, plan, transfer."""
+"""`smart_load`: a walk through the five stages: open, select, match, plan, transfer."""
 
 from __future__ import annotations
 
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import nn
 
-from torchload.core.checkpoint import Checkpoint, Extent, Record, TensorEntry
 from torchload.core.collector import with_collector_paused
 from torchload.core.progress import progress_reporter
+from torchload.core.text import group_names, plural
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
 from torchload.formats.files import archives, torch_zip  # the commonest one: imported before its first use
-from torchload.match import Selection
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
-from torchload.model.target import Target, describe_model
+from torchload.model.target import describe_model
 from torchload.plan import hooks
-from torchload.plan.execute import carry_out, compare_landed, compare_ties, extents_of, extents_to_check_first
-from torchload.plan.explain import group_names, plural, short_dtype
-from torchload.plan.plan import DtypeSpec, LoadPlan, Options, glob_matcher, make_plan
-from torchload.plan.report import LoadReport, format_bytes
+from torchload.plan.account import notes_of, report_of
+from torchload.plan.arguments import check_arguments
+from torchload.plan.execute import carry_out, compare_landed, compare_ties, extents_to_check_first
+from torchload.plan.plan import DtypeSpec, Options, glob_matcher, make_plan
+from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
 from torchload.transfer import verify_extents
 
@@ -145,121 +144,6 @@ def smart_load(
         report = report_of(target, checkpoint, selection, plan, nbytes, notes, time.perf_counter() - started)
     _tell(report, strict)
     return report
-
-
-def check_arguments(model: nn.Module, dtype: Any, skip: Any, keep_fp32: Any, atomic: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the first argument is the model, an nn.Module, not {type(model).__name__}")
-    if dtype not in (None, "auto") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be None, 'auto' or a floating-point torch.dtype, not {dtype!r}")
-    for name, globs in (("skip", skip), ("keep_fp32", keep_fp32)):
-        if isinstance(globs, str):
-            raise TypeError(f"{name} is a list of globs: {name}=[{globs!r}]")
-    if not isinstance(atomic, (bool, AbstractContextManager)):
-        raise TypeError(f"atomic is a bool or a lock, not {type(atomic).__name__}")
-
-
-# --- the account ---
-
-
-def report_of(
-    target: Target,
-    checkpoint: Checkpoint,
-    selection: Selection,
-    plan: LoadPlan,
-    nbytes: int,
-    notes: tuple[str, ...],
-    seconds: float,
-) -> LoadReport:
-    filled = [slot for slot in target.slots if slot.persistent]
-    devices = dict.fromkeys(slot.tensor.device for slot in filled)
-    own = [name for name in target.own_state if name in selection.pairs]
-    lacking = {*selection.missing, *selection.skipped}
-    loaded = sum(item.slot.persistent for item in plan.assignments)
-    loaded += sum(slot.persistent and lacking.isdisjoint(slot.names) for _, slots in plan.own_loaders for slot in slots)
-    return LoadReport(
-        path=checkpoint.path,
-        model=type(target.model).__name__,
-        device=", ".join(map(str, devices)) or "no device",
-        format=checkpoint.format,
-        key=selection.key,
-        prefix=selection.prefix,
-        rivals=selection.rivals,
-        averaged=selection.averaged,
-        beside=_beside(checkpoint.root, selection),
-        rewrites=tuple(_rewrites(selection)),
-        tensors=loaded + len(own),
-        total=len(filled) + len(target.own_state),
-        nbytes=nbytes,
-        casts={(short_dtype(a), short_dtype(b)): count for (a, b), count in plan.casts.items()},
-        ties=tuple(tuple(slot.names) for slot in filled if len(slot.names) > 1),
-        missing_keys=selection.missing,
-        unexpected_keys=selection.unexpected,
-        mismatched=selection.mismatched,
-        skipped=tuple(selection.skipped),
-        outside=tuple(selection.outside),
-        tolerated=tuple(selection.tolerated),
-        seconds=seconds,
-        training=target.model.training,
-        notes=notes,
-    )
-
-
-def _beside(root: Any, selection: Selection) -> dict[str, object]:
-    """The other entries of the file's top level, as small values or the names of their types."""
-    if not isinstance(root, Mapping):
-        return {}
-    top = selection.key.split(".")[0]
-    beside: dict[str, object] = {}
-    for name, value in root.items():
-        if isinstance(value, TensorEntry) or str(name) == top:
-            continue
-        small = value is None or isinstance(value, float) or (isinstance(value, str) and len(value) <= 200)
-        small = small or (isinstance(value, int) and abs(value) < 1 << 64)  # Python refuses to print the hugest
-        beside[str(name)] = value if small else value.name if isinstance(value, Record) else type(value).__name__
-    return beside
-
-
-def _rewrites(selection: Selection) -> Iterator[str]:
-    """How names were reconciled, in words."""
-    total = len(selection.pairs)
-    for side, label in selection.alignment.dropped:
-        segment = f".{label}."
-        if side == "file":
-            count = sum(segment in f".{source}" for source in selection.pairs.values())
-            yield f"removed {label + '.'!r} from {'every name' if count >= total else plural(count, 'name')}"
-        else:
-            count = sum(segment in f".{name}" for name in selection.pairs)
-            yield f"added {label + '.'!r} to {'every name' if count >= total else plural(count, 'name')}"
-    if selection.added:
-        yield f"added {selection.added + '.'!r} to every name"
-    for rule in dict.fromkeys(selection.alignment.renamed.values()):
-        count = sum(kind == rule for kind in selection.alignment.renamed.values())
-        yield f"renamed {plural(count, 'tensor')} ({rule})"
-
-
-def notes_of(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verify: bool) -> Iterator[str]:
-    yield from checkpoint.notes
-    if verify:
-        yield from _unverified(extents_of(plan))
-    rivals = ", ".join(repr(rival) for rival in selection.rivals)
-    if selection.averaged and rivals:
-        yield f"took the averaged weights; {rivals} would fit too (key= chooses)"
-    elif rivals:
-        yield f"{rivals} would fit too (key= or prefix= chooses)"
-    yield from plan.notes
-
-
-def _unverified(extents: list[Extent]) -> Iterator[str]:
-    """What `verify` can't promise: data that changed on its way to this file shows only in a checksum."""
-    lacking = [extent for extent in extents if extent.crc32 is None and extent.nbytes]
-    if lacking:
-        part = (
-            "its data"
-            if len(lacking) == len(extents)
-            else f"{format_bytes(sum(e.nbytes for e in lacking))} of its data"
-        )
-        yield f"the file records no checksums for {part}: damage that keeps its size can't be told from other weights"
 
 
 def _tell(report: LoadReport, strict: bool) -> None:

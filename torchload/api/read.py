@@ -14,12 +14,12 @@ from torchload.core.collector import with_collector_paused
 from torchload.core.copies import Copy
 from torchload.core.quantized import quantized_tensor
 from torchload.core.sharing import Layout, Run, shared_runs
+from torchload.core.text import group_names
 from torchload.errors import CastOverflowError, IncompatibleCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.match import Leaf
 from torchload.match.state_dicts import StateDict, find_state_dict
 from torchload.model.placement import check_room, resolve_device
-from torchload.plan.explain import group_names
 from torchload.transfer import allocate, map_entries, map_entry, run
 
 __all__ = ["read_state_dict"]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchload.api import load as loading
 from torchload.core.collector import collector_paused
 from torchload.formats import open_checkpoint
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
+from torchload.plan.arguments import check_arguments
 from torchload.plan.plan import DtypeSpec, glob_matcher
 from torchload.training.report import ResumeReport
 from torchload.training.resumption import Resumption
@@ -87,7 +87,7 @@ def smart_resume(
         >>> len(optimizer.state) == len(list(model.parameters()))
         True
     """
-    loading.check_arguments(model, dtype, skip, (), False)
+    check_arguments(model, dtype, skip, (), False)
     with collector_paused(), ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path))
         resumption = Resumption(checkpoint, training_tree(checkpoint, path, stack), strict, Placement(device), dtype)

@@ -13,15 +13,14 @@ from torch import nn
 
 from torchload.core.checkpoint import OpaqueTensor, TensorEntry, entries_in
 from torchload.core.collector import collector_paused
+from torchload.core.text import format_bytes, format_seconds, group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
 from torchload.match import Selection
 from torchload.match.rename import Rename
 from torchload.model.shards import is_hollow
 from torchload.model.target import Slot, Target, describe_model
 from torchload.plan.compare import Difference, Pair, compare
-from torchload.plan.explain import group_names, plural, short_dtype
 from torchload.plan.plan import glob_matcher
-from torchload.plan.report import format_bytes, format_seconds
 from torchload.plan.steps import select_for
 from torchload.plan.twins import Twins, compare_extra_states, load_twins
 

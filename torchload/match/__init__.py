@@ -7,9 +7,9 @@ called decides only between candidates that fit equally.
 `containers` lists the containers of a tree, `candidates` judges them and the prefixes inside them against a model,
 `choice` takes one. `selection` has what goes in and what comes out. `state_dicts` chooses where there is no model.
 
-`tables` knows the words of the trade (wrapper segments, container names, old and new names of the same tensor); `names`
-reconciles two sets of names, `rename` does what the caller says. These are pure functions over strings and shapes: no
-I/O, no torch modules.
+`tables` knows the words of the trade (container names, old and new names of the same tensor); `names` reconciles
+two sets of names, `rename` does what the caller says. These are pure functions over strings and shapes: no I/O, no
+torch modules.
 """
 
 from torchload.match.choice import Candidate, select, standing_in_company

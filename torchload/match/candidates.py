@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Shape
+from torchload.core.wrappers import WRAPPER_STATE, WRAPPERS
 from torchload.match.containers import Leaf, Place, shape_of
 from torchload.match.names import Alignment, Node, align, tree_of
 from torchload.match.paths import joined, last
 from torchload.match.rename import Rename, renamer
 from torchload.match.selection import Selection, Wanted
-from torchload.match.tables import BENIGN_UNEXPECTED, WRAPPER_STATE, WRAPPERS, Standing, container_standing
+from torchload.match.tables import BENIGN_UNEXPECTED, Standing, container_standing
 
 __all__ = ["find_candidates", "needed_tensors"]
 

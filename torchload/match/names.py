@@ -16,7 +16,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torchload.core.budget import LONGEST_NAME, Allowance
-from torchload.match.tables import RENAMES, WRAPPER_STATE, WRAPPERS
+from torchload.core.wrappers import WRAPPER_STATE, WRAPPERS
+from torchload.match.tables import RENAMES
 
 __all__ = ["Alignment", "Node", "align", "is_path", "tree_of"]
 

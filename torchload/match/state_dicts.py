@@ -13,10 +13,11 @@ from typing import Any
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import OpaqueTensor, TensorEntry
+from torchload.core.wrappers import WRAPPERS
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError
 from torchload.match.choice import standing_in_company
 from torchload.match.containers import Leaf, Place, find_places
-from torchload.match.tables import WRAPPERS, Standing, container_standing
+from torchload.match.tables import Standing, container_standing
 
 __all__ = ["StateDict", "find_state_dict", "is_optimizer_state"]
 

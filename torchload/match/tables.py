@@ -7,33 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
+from torchload.core.wrappers import WRAPPERS
+
 __all__ = [
     "BENIGN_MISSING",
     "BENIGN_UNEXPECTED",
     "RENAMES",
-    "WRAPPERS",
-    "WRAPPER_STATE",
     "Benign",
     "Rename",
     "Standing",
     "container_standing",
 ]
-
-# Segments that a wrapper module puts into the names of what it wraps.
-WRAPPERS: dict[str, str] = {
-    "module": "DataParallel, DistributedDataParallel, AveragedModel, DeepSpeed, timm's ModelEmaV2",
-    "_orig_mod": "torch.compile",
-    "_fsdp_wrapped_module": "FullyShardedDataParallel",
-    "_fpw_module": "FullyShardedDataParallel before torch 1.13, fairscale",
-    "_checkpoint_wrapped_module": "torch's activation checkpointing",
-    "_forward_module": "Lightning strategies, Fabric",
-    "_original_module": "Fabric, beside _forward_module",
-    "_module": "Opacus GradSampleModule",
-    "_model": "nerfstudio pipelines",
-}
-
-# Tensors that such a wrapper keeps beside what it wraps: not the model's, so their presence or absence is no error.
-WRAPPER_STATE: dict[str, str] = {"n_averaged": "torch.optim.swa_utils.AveragedModel"}
 
 
 @dataclass(frozen=True, slots=True)

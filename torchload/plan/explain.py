@@ -4,56 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-
-import torch
+from collections.abc import Sequence
 
 from torchload.core.checkpoint import Shape
+from torchload.core.text import group_names, plural
 from torchload.errors import IncompatibleCheckpointError
 from torchload.match import Selection
 from torchload.model.target import Target
 
-__all__ = ["group_names", "incompatible", "plural", "short_dtype"]
+__all__ = ["incompatible"]
 
 _MOST_LINES = 8
-
-
-def short_dtype(dtype: torch.dtype) -> str:
-    """The dtype without torch's name before it.
-
-    Example:
-        >>> short_dtype(torch.float16)
-        'float16'
-    """
-    return str(dtype).removeprefix("torch.")
-
-
-def plural(count: int, noun: str) -> str:
-    """A count with its noun.
-
-    Example:
-        >>> plural(1, "tensor"), plural(1200, "tensor")
-        ('1 tensor', '1,200 tensors')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def group_names(names: Iterable[str]) -> list[str]:
-    """Join the tensors of one module, so that many names stay readable.
-
-    Example:
-        >>> group_names(["fc.weight", "fc.bias", "conv.weight"])
-        ['fc.{weight, bias}', 'conv.weight']
-    """
-    modules: dict[str, list[str]] = {}
-    for name in names:
-        module, _, leaf = name.rpartition(".")
-        modules.setdefault(module, []).append(leaf)
-    lines = []
-    for module, leaves in modules.items():
-        dot = f"{module}." if module else ""
-        lines.append(f"{dot}{leaves[0]}" if len(leaves) == 1 else f"{dot}{{{', '.join(leaves)}}}")
-    return lines
 
 
 def incompatible(

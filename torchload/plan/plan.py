@@ -16,11 +16,12 @@ import torch
 
 from torchload.core.checkpoint import Box, OpaqueTensor, Record, Shape, TensorEntry, entries_in
 from torchload.core.copies import Copy
+from torchload.core.text import short_dtype
 from torchload.match import Selection
 from torchload.model.placement import Placement, check_room
 from torchload.model.shards import Region, home_of, is_hollow, is_ordinary, local_region
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
-from torchload.plan.explain import incompatible, short_dtype
+from torchload.plan.explain import incompatible
 
 __all__ = ["Assignment", "DtypeSpec", "LoadPlan", "Options", "copies_into", "copies_of", "glob_matcher", "make_plan"]
 

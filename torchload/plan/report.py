@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torchload.core.checkpoint import Shape
-from torchload.plan.explain import group_names, plural
+from torchload.core.text import format_bytes, format_seconds, group_names, plural
 
-__all__ = ["LoadReport", "format_bytes", "format_seconds"]
+__all__ = ["LoadReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,31 +129,6 @@ class LoadReport:
             more = f", {len(self.beside) - 8} more" if len(self.beside) > 8 else ""
             text += f" (beside it: {', '.join(beside)}{more})"
         return text
-
-
-def format_bytes(count: int) -> str:
-    """A number of bytes for people, in binary units.
-
-    Example:
-        >>> format_bytes(102_550_000)
-        '97.8 MiB'
-    """
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration for people.
-
-    Example:
-        >>> format_seconds(0.0123)
-        '12 ms'
-    """
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
 
 
 def _names(names: list[str] | tuple[str, ...]) -> str:

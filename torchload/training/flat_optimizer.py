@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchload.core.checkpoint import TensorEntry
+from torchload.core.text import group_names
 from torchload.match.names import align, tree_of
-from torchload.plan.explain import group_names
 
 __all__ = ["grouped", "is_flat"]
 

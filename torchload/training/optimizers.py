@@ -10,9 +10,9 @@ import torch
 
 from torchload.core.checkpoint import Extent, OpaqueTensor, Record, TensorEntry, entries_in
 from torchload.core.copies import Copy
+from torchload.core.text import group_names, plural
 from torchload.match.names import align, tree_of
 from torchload.model.shards import is_sharded
-from torchload.plan.explain import group_names, plural
 from torchload.plan.hooks import plain
 from torchload.plan.plan import copies_of
 from torchload.training.flat_optimizer import grouped, is_flat

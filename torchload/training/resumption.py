@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from torchload.api import load as loading
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.ranks import Ranks
+from torchload.core.text import plural
 from torchload.errors import IncompatibleCheckpointError
 from torchload.formats.sets.deepspeed import MASTER_KEY
 from torchload.match import Selection
@@ -22,8 +22,8 @@ from torchload.model.placement import Placement
 from torchload.model.shards import is_sharded
 from torchload.model.target import Target, describe_model
 from torchload.plan import hooks
+from torchload.plan.account import notes_of, report_of
 from torchload.plan.execute import carry_out, compare_ties, extents_of
-from torchload.plan.explain import plural
 from torchload.plan.plan import DtypeSpec, LoadPlan, Options, make_plan
 from torchload.plan.steps import select_for
 from torchload.training.optimizers import OptimizerPlan, Place, extents_in, plan_optimizer, read_states
@@ -269,11 +269,9 @@ class Resumption:
         state = find_training_state(self.tree)
         reports = []
         for load in self.loads:
-            notes = tuple(loading.notes_of(self.checkpoint, load.selection, load.plan, False))
+            notes = tuple(notes_of(self.checkpoint, load.selection, load.plan, False))
             reports.append(
-                loading.report_of(
-                    load.target, self.checkpoint, load.selection, load.plan, load.nbytes, notes, load.seconds
-                )
+                report_of(load.target, self.checkpoint, load.selection, load.plan, load.nbytes, notes, load.seconds)
             )
         parts = [*state.optimizers, *state.schedulers, *([state.scaler] if state.scaler else [])]
         known = {
