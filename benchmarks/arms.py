@@ -101,21 +101,21 @@ def applicable(candidate: Arm, case: Case, device: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------- torchload
 
 
-@arm("torchload", "torchload", "torchload.loading")
+@arm("torchload", "torchload", "torchload.api.load")
 def torchload_smart_load(job: Job) -> None:
     from torchload import smart_load
 
     smart_load(job.model, job.path, job.device)
 
 
-@arm("torchload mmap", "torchload", "torchload.loading", into=("meta",), devices=("cpu",), mapped=True)
+@arm("torchload mmap", "torchload", "torchload.api.load", into=("meta",), devices=("cpu",), mapped=True)
 def torchload_mapped(job: Job) -> None:
     from torchload import smart_load
 
     smart_load(job.model, job.path, job.device, mmap=True)
 
 
-@arm("torchload verify", "torchload", "torchload.loading", big_only=True)
+@arm("torchload verify", "torchload", "torchload.api.load", big_only=True)
 def torchload_verify(job: Job) -> None:
     from torchload import smart_load
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from torchload.formats.tiling import Region
+from torchload.formats.sets.tiling import Region
 
 File = dict[str, bytes]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from torchload.core.checkpoint import Box, TensorEntry
 from torchload.formats import open_checkpoint
-from torchload.index import Box, TensorEntry
 
 __all__ = ["read_tensor", "read_tree", "same_bits"]
 

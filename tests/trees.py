@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from torchload.index import Box, Container, Extent, TensorEntry, contiguous_strides
-from torchload.select import Wanted
-from torchload.source import MemorySource
+from torchload.core.checkpoint import Box, Container, Extent, TensorEntry, contiguous_strides
+from torchload.core.source import MemorySource
+from torchload.match import Wanted
 
 
 def entry(tensor: torch.Tensor) -> TensorEntry:

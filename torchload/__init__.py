@@ -12,16 +12,17 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from torchload import errors
-    from torchload.companions.contents import CheckpointInfo, ContainerInfo, TensorInfo, inspect_checkpoint
-    from torchload.companions.reading import read_state_dict
-    from torchload.companions.resume_report import ResumeReport
-    from torchload.companions.resuming import smart_resume
-    from torchload.companions.saving import SaveReport, smart_save
-    from torchload.companions.verification import VerifyReport, verify_weights
-    from torchload.comparison import Difference
-    from torchload.loading import smart_load
+    from torchload.api.inspect import CheckpointInfo, ContainerInfo, TensorInfo, inspect_checkpoint
+    from torchload.api.load import smart_load
+    from torchload.api.read import read_state_dict
+    from torchload.api.resume import smart_resume
+    from torchload.api.save import smart_save
+    from torchload.api.verify import VerifyReport, verify_weights
     from torchload.model.placement import best_device
-    from torchload.report import LoadReport
+    from torchload.plan.compare import Difference
+    from torchload.plan.report import LoadReport
+    from torchload.training.report import ResumeReport
+    from torchload.writing.report import SaveReport
 
 __version__ = "0.1.0"
 
@@ -46,21 +47,21 @@ __all__ = [
 ]
 
 _HOME = {
-    "CheckpointInfo": "companions.contents",
-    "ContainerInfo": "companions.contents",
-    "Difference": "comparison",
-    "LoadReport": "report",
-    "ResumeReport": "companions.resume_report",
-    "SaveReport": "companions.saving",
-    "TensorInfo": "companions.contents",
-    "VerifyReport": "companions.verification",
+    "CheckpointInfo": "api.inspect",
+    "ContainerInfo": "api.inspect",
+    "Difference": "plan.compare",
+    "LoadReport": "plan.report",
+    "ResumeReport": "training.report",
+    "SaveReport": "writing.report",
+    "TensorInfo": "api.inspect",
+    "VerifyReport": "api.verify",
     "best_device": "model.placement",
-    "inspect_checkpoint": "companions.contents",
-    "read_state_dict": "companions.reading",
-    "smart_load": "loading",
-    "smart_resume": "companions.resuming",
-    "smart_save": "companions.saving",
-    "verify_weights": "companions.verification",
+    "inspect_checkpoint": "api.inspect",
+    "read_state_dict": "api.read",
+    "smart_load": "api.load",
+    "smart_resume": "api.resume",
+    "smart_save": "api.save",
+    "verify_weights": "api.verify",
 }
 
 

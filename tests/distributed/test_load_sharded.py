@@ -337,7 +337,7 @@ class _Once:
 
 
 def _failed_after_the_swap(rank: int, folder: Path) -> None:
-    from torchload import execute
+    from torchload.plan import execute
 
     state = whole_on_first(sharded(seed=1))
     if rank == 0:

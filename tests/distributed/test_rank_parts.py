@@ -13,10 +13,10 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from torchload import smart_load
+from torchload.core.checkpoint import OpaqueTensor
 from torchload.errors import CorruptCheckpointError, IncompatibleCheckpointError
 from torchload.formats import open_checkpoint
-from torchload.formats.items import ItemReader
-from torchload.index import OpaqueTensor
+from torchload.formats.sets.items import ItemReader
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from torchload import smart_load
-from torchload.keys import tables
+from torchload.core import wrappers
+from torchload.match import tables
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -19,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 def test_every_known_name_is_on_its_page() -> None:
     page = (ROOT / "docs" / "reference" / "names.md").read_text(encoding="utf-8")
-    known = [*tables.WRAPPERS, *tables.WRAPPER_STATE, *tables.BENIGN_MISSING, *tables.BENIGN_UNEXPECTED]
+    known = [*wrappers.WRAPPERS, *wrappers.WRAPPER_STATE, *tables.BENIGN_MISSING, *tables.BENIGN_UNEXPECTED]
     known += sorted(tables._CONVENTIONAL)
     missing = [name for name in known if f"`{name}`" not in page]
     missing += [rename.what for rename in tables.RENAMES if rename.what not in page]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from torchload import smart_load
-from torchload.keys.match import align, tree_of
+from torchload.match.names import align, tree_of
 
 FEW, MANY = 120, 480
 SLACK = 1.15  # constants may shrink relative to the rest, and tables be resized; a square would give a factor of 4

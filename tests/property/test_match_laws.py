@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchload.keys.match import align, tree_of
-from torchload.keys.tables import WRAPPERS
+from torchload.core.wrappers import WRAPPERS
+from torchload.match.names import align, tree_of
 
 # Labels that collide with wrappers' own on purpose: a model may really have children of these names.
 labels = st.sampled_from(["a", "b", "module", "_orig_mod", "0", "weight", "n_averaged", "submodule", "module_"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchload.formats.tiling import Region, TooManyCornersError, regions_of_run, tiles
+from torchload.formats.sets.tiling import Region, TooManyCornersError, regions_of_run, tiles
 
 shapes = st.lists(st.integers(1, 4), max_size=4).map(tuple)
 

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchload.copies import Copy
-from torchload.index import Box, Extent, TensorEntry, box_end_bytes
-from torchload.source import FileSource, MemorySource, Source
+from torchload.core.checkpoint import Box, Extent, TensorEntry, box_end_bytes
+from torchload.core.copies import Copy
+from torchload.core.source import FileSource, MemorySource, Source
 from torchload.transfer import map_entries, pieces, read_entries, run
 from torchload.transfer.checksums import combine_crc32
 

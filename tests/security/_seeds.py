@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from torchload.core.checkpoint import TensorEntry
 from torchload.formats import open_checkpoint
-from torchload.index import TensorEntry
 
 __all__ = ["MAKERS", "Seed", "data_ranges", "model"]
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from tests.security._machine import ROOT, changed, descriptors, in_child, needs_proc, snapshot, tower
 from torchload import inspect_checkpoint, read_state_dict, smart_load
-from torchload.collector import collector_paused
+from torchload.core.collector import collector_paused
 from torchload.errors import TorchLoadError
 
 
@@ -110,7 +110,7 @@ def test_a_pause_that_is_never_ended_ends_with_its_object() -> None:
 def test_a_fork_amid_a_pause_of_another_thread() -> None:
     script = """
 import gc, os, threading
-from torchload.collector import collector_paused
+from torchload.core.collector import collector_paused
 inside, leave = threading.Event(), threading.Event()
 def pause():
     with collector_paused():

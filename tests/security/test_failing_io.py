@@ -20,9 +20,9 @@ from torch import nn
 
 from tests.security._machine import anonymous_bytes, changed, descriptors, in_child, needs_proc, snapshot, tower
 from torchload import errors, smart_load, smart_save
-from torchload import source as source_module
+from torchload.core import source as source_module
+from torchload.core.source import FileSource
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError, TorchLoadError
-from torchload.source import FileSource
 from torchload.transfer.direct import DirectFile
 from torchload.transfer.reader import Reader
 

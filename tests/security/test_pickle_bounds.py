@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.security._hostile import PROTO, contained, named, text
 from torchload.errors import CorruptCheckpointError, TorchLoadError
-from torchload.formats.unpickle import read_pickle
+from torchload.formats.pickles.unpickle import read_pickle
 
 MANY = 1 << 19
 SYSTEM = named("os", "system")

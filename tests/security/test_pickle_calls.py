@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from tests.security._hostile import PROTO, STOP, named, text
+from torchload.core.checkpoint import Container, Record, TensorEntry
 from torchload.errors import CorruptCheckpointError
-from torchload.formats import standins
-from torchload.formats.unpickle import read_pickle
-from torchload.index import Container, Record, TensorEntry
+from torchload.formats.pickles import standins
+from torchload.formats.pickles.unpickle import read_pickle
 
 OS = sys.modules["os"].system.__module__  # posix or nt
 
@@ -175,7 +175,7 @@ def test_a_storage_cannot_be_changed(change: bytes) -> None:
 
 
 def test_what_a_format_supplies_cannot_be_changed() -> None:
-    from torchload.formats.unpickle import unpickle
+    from torchload.formats.pickles.unpickle import unpickle
 
     entry = TensorEntry(torch.float32, (0,), ())
     changes = (b"(K\x01K\x02K\x03K\x04lb", b"}" + text("shape") + b"K\x07sb", b"N}" + text("shape") + b"K\x07s\x86b")
@@ -212,8 +212,8 @@ def test_what_the_reader_itself_writes_is_only_data_to_it() -> None:
 def test_weights_come_out_beside_an_attack(tmp_path: Path) -> None:
     import zipfile
 
-    from torchload.formats import torch_zip
-    from torchload.source import MemorySource
+    from torchload.core.source import MemorySource
+    from torchload.formats.files import torch_zip
 
     marker = tmp_path / "called"
     buffer = io.BytesIO()

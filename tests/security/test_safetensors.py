@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from tests.security._handmade import safetensors_bytes, tensor, write
+from torchload.core.checkpoint import TensorEntry
+from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError, TorchLoadError
-from torchload.formats import open_checkpoint, safetensors
-from torchload.index import TensorEntry
-from torchload.source import MemorySource
+from torchload.formats import open_checkpoint
+from torchload.formats.files import safetensors
 
 
 def refused(data: bytes) -> str:

@@ -161,7 +161,7 @@ def test_a_numbered_set_of_a_billion_files_is_only_counted(tmp_path: Path) -> No
 
 
 def test_a_grid_of_thousands_of_slices_is_checked_for_overlaps() -> None:
-    from torchload.formats.slices import _any_overlap
+    from torchload.formats.sets.slices import _any_overlap
 
     grid = [((row, column), (row + 1, column + 1)) for row in range(60) for column in range(60)]
     assert not _any_overlap(grid)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from tests.security._hostile import contained
+from torchload.core.source import FileSource, MemorySource
 from torchload.errors import CorruptCheckpointError, TorchLoadError
-from torchload.formats import torch_zip
-from torchload.formats.zip_directory import read_directory
-from torchload.source import FileSource, MemorySource
+from torchload.formats.files import torch_zip
+from torchload.formats.files.zip_directory import read_directory
 
 
 @cache

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torchload.index import TensorEntry
+from torchload.core.checkpoint import TensorEntry
 
 
 def read_entry(entry: TensorEntry) -> torch.Tensor:

@@ -284,7 +284,7 @@ def test_one_step_needs_no_pointer_and_several_do(tmp_path: Path) -> None:
 
 
 def test_several_steps_without_a_pointer_are_ambiguous(tmp_path: Path) -> None:
-    from torchload.formats.deepspeed import open_folder
+    from torchload.formats.sets.deepspeed import open_folder
 
     for step in (1, 2):
         (tmp_path / f"global_step{step}").mkdir()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torchload import errors, smart_load
-from torchload.explain import group_names, plural
+from torchload.core.text import group_names, plural
 
 
 def test_names_of_one_module_are_joined():

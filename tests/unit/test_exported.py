@@ -14,9 +14,9 @@ from torch import nn
 
 from tests.reading import read_tree, same_bits
 from torchload import smart_load
+from torchload.core.checkpoint import OpaqueTensor
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats import open_checkpoint
-from torchload.index import OpaqueTensor
 
 
 class Net(nn.Module):

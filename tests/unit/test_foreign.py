@@ -21,9 +21,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchload.core.source import MemorySource
 from torchload.errors import CheckpointFormatError, TorchLoadError
-from torchload.formats import foreign, open_checkpoint
-from torchload.source import MemorySource
+from torchload.formats import open_checkpoint
+from torchload.formats.files import foreign
 
 PAYLOAD = b"payload " * 200
 

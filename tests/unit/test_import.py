@@ -58,6 +58,22 @@ def test_import_has_no_side_effects() -> None:
     assert out == ""
 
 
+def test_loading_alone_imports_neither_training_nor_writing(tmp_path: Path) -> None:
+    loaded = run(
+        "import sys, torch\n"
+        f"path = {str(tmp_path / 'model.pth')!r}\n"
+        "saved = torch.nn.DataParallel(torch.nn.Linear(3, 2))\n"
+        "torch.save({'state_dict': saved.state_dict(), 'optimizer': {}, 'epoch': 37}, path)\n"
+        "from torchload import smart_load\n"
+        "smart_load(torch.nn.Linear(3, 2), path, verify=True)\n"
+        "print(*sorted(name for name in sys.modules if name.partition('.')[0] == 'torchload'))"
+    ).split()
+    assert "torchload.api.load" in loaded
+    others = ("torchload.training", "torchload.writing")
+    assert [name for name in loaded if name.startswith(others)] == []
+    assert [name for name in loaded if name.startswith("torchload.api.")] == ["torchload.api.load"]
+
+
 def test_every_module_imports_alone() -> None:
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

@@ -18,9 +18,9 @@ from torch import nn
 
 from tests.reading import read_tree, same_bits
 from torchload import smart_load
+from torchload.core.checkpoint import Container, OpaqueTensor
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats import open_checkpoint
-from torchload.index import Container, OpaqueTensor
 
 DATA = Path(__file__).parents[1] / "data"
 DTYPES = (
@@ -203,7 +203,7 @@ def test_a_pickle_longer_than_the_first_window_is_read(tmp_path: Path) -> None:
 
 
 def test_a_pickle_longer_than_any_window_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchload.formats import pickle_file
+    from torchload.formats.pickles import pickle_file
 
     monkeypatch.setattr(pickle_file, "_WINDOWS_BYTES", (64, 256))
     path = tmp_path / "long.pth"

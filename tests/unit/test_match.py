@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from torchload.keys.match import align, tree_of
-from torchload.keys.tables import RENAMES, WRAPPERS
+from torchload.core.wrappers import WRAPPERS
+from torchload.match.names import align, tree_of
+from torchload.match.tables import RENAMES
 
 
 def pairs(source, model, **options):

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from tests.unit.entries import assert_holds
+from torchload.core.checkpoint import Container, Record, record_fields
+from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError
-from torchload.formats import torch_zip
-from torchload.formats.unpickle import read_pickle
-from torchload.index import Container, Record, record_fields
-from torchload.source import MemorySource
+from torchload.formats.files import torch_zip
+from torchload.formats.pickles.unpickle import read_pickle
 
 
 def reopened(value: Any) -> Any:

@@ -13,7 +13,8 @@ from torch import nn
 from tests.reading import read_tree, same_bits
 from torchload import smart_load
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
-from torchload.formats import nested_zip, open_checkpoint
+from torchload.formats import open_checkpoint
+from torchload.formats.files import nested_zip
 
 
 def saved(value: Any, **options: Any) -> bytes:

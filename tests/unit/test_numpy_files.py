@@ -20,9 +20,10 @@ from torch import nn
 
 from tests.reading import read_tree, same_bits
 from torchload import smart_load
+from torchload.core.checkpoint import Record
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
-from torchload.formats import numpy_files, open_checkpoint
-from torchload.index import Record
+from torchload.formats import open_checkpoint
+from torchload.formats.files import numpy_files
 
 CODES = ["<f4", ">f4", "<f8", "<f2", ">i2", "<i4", ">i8", "|u1", "|i1", "|b1", "<c8", ">c16", "<u2", "<u4", ">u8"]
 

@@ -206,7 +206,7 @@ def test_special_files_are_refused_without_waiting(tmp_path: Path) -> None:
 
 
 def test_a_fifo_that_takes_a_files_place_is_refused_without_waiting(tmp_path: Path) -> None:
-    from torchload.source import FileSource
+    from torchload.core.source import FileSource
 
     os.mkfifo(tmp_path / "fifo")
     before = open_files()

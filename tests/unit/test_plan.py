@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from torchload.index import Box, Extent, TensorEntry, contiguous_strides
+from torchload.core.checkpoint import Box, Extent, TensorEntry, contiguous_strides
+from torchload.core.source import MemorySource
 from torchload.model.shards import Region
 from torchload.model.target import Slot
-from torchload.plan import Assignment, copies_into, glob_matcher
-from torchload.source import MemorySource
+from torchload.plan.plan import Assignment, copies_into, glob_matcher
 from torchload.transfer import run
 
 
@@ -64,7 +64,7 @@ def test_any_region_of_it_gets_just_its_part(case, data):
         """Stands for a DTensor's local part."""
 
     memory = torch.full(region.shape, -1.0).as_subclass(Part)
-    import torchload.plan as plan
+    import torchload.plan.plan as plan
 
     original = plan.local_region
     plan.local_region = lambda _: (memory.as_subclass(torch.Tensor), region)

@@ -12,8 +12,8 @@ from torch import nn
 
 from tests.unit.test_resume import Refusing  # an object that does not accept its state
 from torchload import errors, smart_resume
-from torchload.companions.random_states import plan_random_states
 from torchload.formats import open_checkpoint
+from torchload.training.random_states import plan_random_states
 
 
 @pytest.fixture(autouse=True)

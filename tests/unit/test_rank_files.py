@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.versions import save_folder
 from torchload import smart_load
+from torchload.core.checkpoint import OpaqueTensor, TensorEntry
 from torchload.errors import (
     AmbiguousCheckpointError,
     CheckpointFormatError,
@@ -21,8 +22,7 @@ from torchload.errors import (
     TorchLoadError,
 )
 from torchload.formats import open_checkpoint
-from torchload.formats.rank_files import is_rank_set
-from torchload.index import OpaqueTensor, TensorEntry
+from torchload.formats.sets.rank_files import is_rank_set
 from torchload.transfer.mapped import read_entries
 
 pytestmark = [

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from torchload import smart_load
-from torchload.report import LoadReport, format_bytes
+from torchload.core.text import format_bytes
+from torchload.plan.report import LoadReport
 
 
 def report(**changes):

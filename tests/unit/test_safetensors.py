@@ -12,11 +12,11 @@ from safetensors.torch import save, save_file, save_model
 from torch import nn
 
 from tests.security._handmade import safetensors_bytes, tensor, write
+from torchload.core.checkpoint import Checkpoint, OpaqueTensor, TensorEntry
+from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError
 from torchload.formats import open_checkpoint
-from torchload.formats import safetensors as format_module
-from torchload.index import Checkpoint, OpaqueTensor, TensorEntry
-from torchload.source import MemorySource
+from torchload.formats.files import safetensors as format_module
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -48,7 +48,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def opened(data: bytes) -> Checkpoint:
-    from torchload.formats import safetensors
+    from torchload.formats.files import safetensors
 
     return safetensors.open(MemorySource(data, "handmade.safetensors"), "handmade.safetensors")
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from tests.trees import tree, wanted
+from torchload.core.checkpoint import Container, Record
 from torchload.errors import AmbiguousCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError
-from torchload.index import Container, Record
-from torchload.keys.rewrite import renamer
-from torchload.keys.tables import BENIGN_MISSING, BENIGN_UNEXPECTED
-from torchload.select import select
+from torchload.match import select
+from torchload.match.rename import renamer
+from torchload.match.tables import BENIGN_MISSING, BENIGN_UNEXPECTED
 
 
 class Net(nn.Module):

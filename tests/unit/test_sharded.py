@@ -15,7 +15,8 @@ from safetensors.torch import save, save_file
 
 from tests.unit.test_safetensors import dense
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
-from torchload.formats import open_checkpoint, sharded
+from torchload.formats import open_checkpoint
+from torchload.formats.sets import sharded
 
 STATE = {f"layers.{i}.weight": torch.full((2, 3), float(i)) for i in range(4)}
 
@@ -57,7 +58,7 @@ def test_an_index_and_its_folder_open_alike(tmp_path: Path) -> None:
 
 
 def test_zip_shards_open_too(tmp_path: Path) -> None:
-    pytest.importorskip("torchload.formats.torch_zip")
+    pytest.importorskip("torchload.formats.files.torch_zip")
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-00001-of-00002.bin")
     torch.save({"b": torch.zeros(3)}, tmp_path / "pytorch_model-00002-of-00002.bin")
     weight_map = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}

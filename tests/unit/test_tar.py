@@ -16,10 +16,10 @@ import torch
 from tests.data.generate import Net, packed, tar_bytes, weights
 from tests.reading import read_tree, same_bits
 from torchload import smart_load
+from torchload.core.source import MemorySource
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats import open_checkpoint
-from torchload.formats.tar import read_members
-from torchload.source import MemorySource
+from torchload.formats.files.tar import read_members
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch, of storages that have a dtype
 

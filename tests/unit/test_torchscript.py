@@ -13,10 +13,10 @@ from torch import nn
 
 from tests.reading import read_tree, same_bits
 from torchload import smart_load
+from torchload.core.source import MemorySource
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats import open_checkpoint
-from torchload.formats.zip_directory import read_directory
-from torchload.source import MemorySource
+from torchload.formats.files.zip_directory import read_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.jit warns about itself
 
@@ -184,7 +184,7 @@ def test_code_that_is_missing_is_an_error() -> None:
 
 
 def test_endless_code_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchload.formats import torchscript
+    from torchload.formats.files import torchscript
 
     monkeypatch.setattr(torchscript, "MAX_CODE_BYTES", 10)
     with pytest.raises(CheckpointFormatError, match="of code, which is not read"):

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchload.copies import Copy
+from torchload.core.checkpoint import Box, Extent, contiguous_strides
+from torchload.core.copies import Copy
+from torchload.core.source import FileSource, MemorySource, Source
 from torchload.errors import CastOverflowError, CorruptCheckpointError
-from torchload.index import Box, Extent, contiguous_strides
-from torchload.source import FileSource, MemorySource, Source
 from torchload.transfer import run
 from torchload.transfer.pieces import DIRECT_BYTES, STAGED_BYTES, STRIDED_BYTES, schedule
 
@@ -421,7 +421,7 @@ def test_peak_memory_is_the_scratch(tmp_path: Path) -> None:
     path.write_bytes(bytes(64 << 20))
     code = f"""
 import re, sys, threading, torch
-from torchload.source import FileSource
+from torchload.core.source import FileSource
 from torchload.transfer import run
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from tests.unit.test_transfer import whole

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchload.copies import Copy
+from torchload.core.checkpoint import Box, Extent, TensorEntry, contiguous_strides
+from torchload.core.copies import Copy
+from torchload.core.source import FileSource, MemorySource
 from torchload.errors import CorruptCheckpointError
-from torchload.index import Box, Extent, TensorEntry, contiguous_strides
-from torchload.source import FileSource, MemorySource
 from torchload.transfer import checks, memory, not_seen_equal, run, same_data, verify_extents
 
 

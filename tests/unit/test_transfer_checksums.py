@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from tests.unit.test_transfer import whole
-from torchload import loading, smart_load
+from torchload import smart_load
+from torchload.api import load as loading
+from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError
-from torchload.execute import extents_to_check_first
 from torchload.formats import open_checkpoint
 from torchload.model.placement import Placement
 from torchload.model.target import describe_model
-from torchload.plan import LoadPlan, Options, make_plan
-from torchload.source import MemorySource
-from torchload.steps import select_for
+from torchload.plan.execute import extents_to_check_first
+from torchload.plan.plan import LoadPlan, Options, make_plan
+from torchload.plan.steps import select_for
 from torchload.transfer import run
 from torchload.transfer.pieces import DIRECT_BYTES, STAGED_BYTES
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torchload.copies import Copy
+from torchload.core.checkpoint import Box, Extent
+from torchload.core.copies import Copy
+from torchload.core.source import FileSource, MemorySource
 from torchload.errors import CorruptCheckpointError
-from torchload.index import Box, Extent
-from torchload.source import FileSource, MemorySource
 from torchload.transfer import direct, engine, reader, run
 from torchload.transfer.direct import DirectFile
 from torchload.transfer.memory import memory_at

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchload.core.checkpoint import Box, Extent, TensorEntry, contiguous_strides
+from torchload.core.source import FileSource, MemorySource, Source
 from torchload.errors import CorruptCheckpointError
-from torchload.index import Box, Extent, TensorEntry, contiguous_strides
-from torchload.source import FileSource, MemorySource, Source
 from torchload.transfer import map_entries, map_entry, read_entries
 
 VALUES = torch.arange(20_000, dtype=torch.float32)

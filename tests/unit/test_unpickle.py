@@ -20,11 +20,11 @@ from torch import nn
 
 from tests.unit.entries import assert_holds, read_entry
 from tests.versions import can_pickle
+from torchload.core.checkpoint import Container, Extent, OpaqueTensor, Record, TensorEntry, record_fields
+from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError, TorchLoadError
-from torchload.formats import torch_zip
-from torchload.formats.unpickle import read_pickle, unpickle
-from torchload.index import Container, Extent, OpaqueTensor, Record, TensorEntry, record_fields
-from torchload.source import MemorySource
+from torchload.formats.files import torch_zip
+from torchload.formats.pickles.unpickle import read_pickle, unpickle
 
 
 def reopened(value: Any, **options: Any) -> Any:
@@ -559,7 +559,7 @@ def test_numpy_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import sys; sys.modules['numpy'] = None\n"
         "import warnings; warnings.simplefilter('ignore')\n"
-        "from torchload.formats.unpickle import read_pickle\n"
+        "from torchload.formats.pickles.unpickle import read_pickle\n"
         f"print(read_pickle({stream!r}, name='test').shape)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -583,7 +583,7 @@ def test_reading_changes_nothing_about_the_next_reading() -> None:
 
 def test_the_pickler_in_python_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no C unpickler, the one in Python is used; the stand-ins must not rely on the other."""
-    from torchload.formats import unpickle as module
+    from torchload.formats.pickles import unpickle as module
 
     reader = type("Reader", (pickle._Unpickler,), {  # type: ignore[misc]
         name: vars(module._Reader)[name]

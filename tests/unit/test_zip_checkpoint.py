@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.unit.entries import assert_holds
+from torchload.core.source import FileSource, MemorySource
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
-from torchload.formats import torch_zip
-from torchload.formats.zip_directory import STORED
-from torchload.source import FileSource, MemorySource
+from torchload.formats.files import torch_zip
+from torchload.formats.files.zip_directory import STORED
 
 VALUE = {"model": {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}, "epoch": 3}
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchload.core.source import FileSource, MemorySource
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
-from torchload.formats.zip_directory import DEFLATED, STORED, read_directory
-from torchload.source import FileSource, MemorySource
+from torchload.formats.files.zip_directory import DEFLATED, STORED, read_directory
 
 names = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=30)
 

@@ -12,13 +12,13 @@ import stat
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torchload.collector import collector_paused
+from torchload.core.checkpoint import Checkpoint
+from torchload.core.collector import collector_paused
+from torchload.core.source import Source
 from torchload.errors import CheckpointNotFoundError, TorchLoadError
-from torchload.formats import safetensors
+from torchload.formats.files import safetensors
+from torchload.formats.files.magic import HEAD_BYTES, is_legacy, is_pickle, is_ustar, is_zip
 from torchload.formats.locate import folder_around, path_text, source_of_file, source_of_object, status_of
-from torchload.formats.magic import HEAD_BYTES, is_legacy, is_pickle, is_ustar, is_zip
-from torchload.index import Checkpoint
-from torchload.source import Source
 
 __all__ = ["FORMATS", "Format", "open_checkpoint"]
 
@@ -40,31 +40,31 @@ class Format(NamedTuple):
 
 
 def _open_zip(source: Source, path: str) -> Checkpoint:
-    from torchload.formats import archives
+    from torchload.formats.files import archives
 
     return archives.open(source, path)
 
 
 def _is_zip_checkpoint(source: Source) -> bool:
-    from torchload.formats import archives
+    from torchload.formats.files import archives
 
     return archives.is_checkpoint(source)
 
 
 def _open_legacy(source: Source, path: str) -> Checkpoint:
-    from torchload.formats import legacy
+    from torchload.formats.files import legacy
 
     return legacy.open(source, path)
 
 
 def _open_tar(source: Source, path: str) -> Checkpoint:
-    from torchload.formats import tar
+    from torchload.formats.files import tar
 
     return tar.open(source, path)
 
 
 def _open_pickle(source: Source, path: str) -> Checkpoint:
-    from torchload.formats import numpy_files
+    from torchload.formats.files import numpy_files
 
     return numpy_files.open_pickle(source, path)
 
@@ -111,7 +111,7 @@ def open_checkpoint(path: Any) -> Checkpoint:
     """
     with collector_paused():
         if isinstance(path, (list, tuple)):
-            from torchload.formats import sharded
+            from torchload.formats.sets import sharded
 
             return sharded.open_list([_required_path(part) for part in path], _open_shard)
         text = path_text(path)
@@ -124,7 +124,7 @@ def open_checkpoint(path: Any) -> Checkpoint:
 
 
 def _open_folder(path: str) -> Checkpoint:
-    from torchload.formats import folder, sharded
+    from torchload.formats.sets import folder, sharded
 
     try:
         choice = folder.choose(path, _is_checkpoint)
@@ -168,13 +168,13 @@ def _open_source(source: Source, path: str, *, index_allowed: bool = True) -> Ch
             if kind.recognizes(head):
                 return kind.open(source, path)
         if index_allowed and head.lstrip()[:1] == b"{":
-            from torchload.formats import sharded
+            from torchload.formats.sets import sharded
 
             if sharded.recognizes(head):
                 checkpoint = sharded.open_index(source, path, _open_shard)
                 source.close()
                 return checkpoint
-        from torchload.formats import foreign
+        from torchload.formats.files import foreign
 
         raise foreign.describe(source, head, path)
     except BaseException:

@@ -13,8 +13,8 @@ import re
 import stat
 from typing import Any
 
+from torchload.core.source import FileSource, MemorySource, Source, StreamSource
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
-from torchload.source import FileSource, MemorySource, Source, StreamSource
 
 __all__ = [
     "UNFINISHED_SUFFIXES",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from torchload.index import Shape
+from torchload.core.checkpoint import Shape
 
 __all__ = [
     "Region",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from torchload.index import Shape
+from torchload.core.checkpoint import Shape
 from torchload.model.shards import is_sharded, show_shards
 
 __all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders", "settle"]

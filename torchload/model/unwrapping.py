@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from torchload.keys.tables import WRAPPER_STATE
+from torchload.core.wrappers import WRAPPER_STATE
 
 __all__ = ["State", "unwrapped_state", "wrapped_child"]
 

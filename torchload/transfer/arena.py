@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from torchload.index import Shape
+from torchload.core.checkpoint import Shape
 from torchload.transfer.memory import address_of
 
 __all__ = ["allocate", "map_memory"]

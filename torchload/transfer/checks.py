@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from torchload.copies import Copy
-from torchload.index import Extent, TensorEntry
+from torchload.core.checkpoint import Extent, TensorEntry
+from torchload.core.copies import Copy
 from torchload.transfer.arena import allocate
 from torchload.transfer.checksums import combine_parts, report_damage
 from torchload.transfer.crew import Crew

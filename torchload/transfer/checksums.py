@@ -9,9 +9,9 @@ from functools import lru_cache
 
 import torch
 
-from torchload.copies import Copy
+from torchload.core.checkpoint import Box, Extent
+from torchload.core.copies import Copy
 from torchload.errors import CorruptCheckpointError
-from torchload.index import Box, Extent
 from torchload.transfer.pieces import Piece, is_plain
 
 __all__ = ["Arrivals", "combine_crc32", "combine_parts", "has_checksum", "is_summed_in_place", "report_damage"]

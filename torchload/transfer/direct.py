@@ -15,7 +15,7 @@ from collections import deque
 
 import torch
 
-from torchload.source import Descriptor
+from torchload.core.source import Descriptor
 from torchload.transfer.arena import allocate
 from torchload.transfer.memory import address_of, is_resident, memory_at, move_much
 from torchload.transfer.settings import direct_io

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torchload.copies import Copy
+from torchload.core.copies import Copy
+from torchload.core.source import Source
 from torchload.errors import CastOverflowError, CorruptCheckpointError
-from torchload.source import Source
 from torchload.transfer.checksums import Arrivals
 from torchload.transfer.crew import Crew, available_cores, can_limit_intra_op
 from torchload.transfer.direct import REQUESTS_IN_FLIGHT

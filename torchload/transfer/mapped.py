@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from torchload.copies import Copy
-from torchload.index import Box, TensorEntry, box_end_bytes
-from torchload.source import Source
+from torchload.core.checkpoint import Box, TensorEntry, box_end_bytes
+from torchload.core.copies import Copy
+from torchload.core.source import Source
 from torchload.transfer.arena import allocate
 from torchload.transfer.engine import check_unchanged, run
 from torchload.transfer.memory import address_of, advise

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from torchload.copies import Copy
+from torchload.core.copies import Copy
 from torchload.errors import CastOverflowError
 
 __all__ = [

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from torchload.copies import Copy
-from torchload.index import Extent, Shape, box_end_bytes
-from torchload.source import Source
+from torchload.core.checkpoint import Extent, Shape, box_end_bytes
+from torchload.core.copies import Copy
+from torchload.core.source import Source
 
 __all__ = [
     "CAST",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import TracebackType
 
-from torchload.source import Source
+from torchload.core.source import Source
 from torchload.transfer.direct import DIRECT_IO_BYTES, DirectFile
 from torchload.transfer.memory import scatter
 

@@ -1,0 +1,166 @@
+"""`smart_load`: a walk through the five stages: open, select, match, plan, transfer."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from torchload.core.collector import with_collector_paused
+from torchload.core.progress import progress_reporter
+from torchload.core.text import group_names, plural
+from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
+from torchload.formats.files import archives, torch_zip  # the commonest one: imported before its first use
+from torchload.match.rename import Rename
+from torchload.model.placement import DeviceSpec, Placement
+from torchload.model.target import describe_model
+from torchload.plan import hooks
+from torchload.plan.account import notes_of, report_of
+from torchload.plan.arguments import check_arguments
+from torchload.plan.execute import carry_out, compare_landed, compare_ties, extents_to_check_first
+from torchload.plan.plan import DtypeSpec, Options, glob_matcher, make_plan
+from torchload.plan.report import LoadReport
+from torchload.plan.steps import select_for
+from torchload.transfer import verify_extents
+
+__all__ = ["smart_load"]
+
+_PRELOADED = (archives, torch_zip)  # keeps the import above from being called unused
+
+_log = logging.getLogger("torchload")
+
+
+@with_collector_paused
+def smart_load(
+    model: nn.Module,
+    path: Any,
+    device: DeviceSpec = None,
+    *,
+    dtype: DtypeSpec = None,
+    keep_fp32: Iterable[str] = (),
+    strict: bool = True,
+    key: str | None = None,
+    prefix: str | None = None,
+    rename: Rename | None = None,
+    skip: Iterable[str] = (),
+    verify: bool = False,
+    atomic: bool | AbstractContextManager[object] = False,
+    mmap: bool = False,
+    progress: bool | Callable[[int, int], None] = False,
+) -> LoadReport:
+    """Load a checkpoint's weights into a model, in place.
+
+    The checkpoint may come from any number of GPUs, carry the prefixes of any wrapper, lie in any container beside
+    anything else, and name classes that don't exist here; nothing that it names is imported or called. Everything that
+    can be checked is checked before the first byte moves: if the load is refused, the model is bit for bit as it was.
+
+    Args:
+        model: The model to fill: plain, wrapped, on any device, wholly or partly on the meta device. Its parameters
+            stay the same objects, so optimizers, hooks and ties survive.
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
+            object.
+        device: ``None`` keeps each tensor on its parameter's device (meta goes to the CPU); a device, string or index
+            moves the model; ``"auto"`` takes the device with the most free memory; a mapping ``{module-prefix:
+            device}`` places parts. Where the checkpoint was saved never matters.
+        dtype: ``None`` keeps each parameter's dtype and casts the checkpoint to it; a floating dtype casts floating
+            parameters and buffers; ``"auto"`` takes the checkpoint's. Integer and bool tensors never change.
+        keep_fp32: Globs of names that stay float32, such as ``["*.norm*"]``.
+        strict: Whether every tensor of the model must be filled and every checkpoint tensor in the model's own modules
+            used. ``False`` loads what fits and warns of what keeps its initial values.
+        key: Which container of the file to use, such as ``"ema"`` or ``"state.model"``. Found by itself as a rule.
+        prefix: Which sub-tree of names to use, such as ``"backbone."``. Found by itself as a rule.
+        rename: A mapping of regular expression → replacement, or a callable that returns the new name (``None`` drops
+            it).
+        skip: Globs of names to leave alone on either side, such as a head that is replaced: ``["fc.*"]``.
+        verify: Also check the checksums that the file records for its data, before anything of the model is changed,
+            and compare what landed with the file.
+        atomic: Stage everything in fresh memory, then swap: whatever fails leaves the model as it was, and other
+            threads may go on using it. A lock that these take for each forward pass may be given instead of ``True``:
+            it is held for the swap alone, so that no pass sees old and new weights side by side.
+        mmap: Parameters on the CPU become private views of the file: no copy, memory shared between processes.
+        progress: ``True`` draws a bar where `tqdm` is installed; a callable receives ``(bytes_done, bytes_total)``.
+
+    Returns:
+        What was done; print it.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there.
+        CheckpointFormatError: The file is no checkpoint; the message says what it is.
+        CorruptCheckpointError: It is truncated, damaged, or made to do harm.
+        AmbiguousCheckpointError: Several parts of it fit equally well; the message lists them.
+        IncompatibleCheckpointError: It does not fit the model; the message says all that stands against it.
+        CastOverflowError: A finite value would become infinite in the new dtype.
+        DeviceError: The device isn't there, or has too little memory.
+
+    Example:
+        >>> import torch
+        >>> from torchload import smart_load
+        >>> model = torch.nn.DataParallel(torch.nn.Linear(3, 2))
+        >>> torch.save({"epoch": 5, "state_dict": model.state_dict()}, "checkpoint.pth")
+        >>> plain = torch.nn.Linear(3, 2)
+        >>> report = smart_load(plain, "checkpoint.pth", "cpu")
+        >>> report.tensors, report.key, report.beside["epoch"]
+        (2, 'state_dict', 5)
+        >>> torch.equal(plain.weight, model.module.weight)
+        True
+    """
+    started = time.perf_counter()
+    check_arguments(model, dtype, skip, keep_fp32, atomic)
+    placement = Placement(device)
+    with open_checkpoint(path) as checkpoint:
+        options = Options(placement, dtype, tuple(keep_fp32), strict, atomic is not False, checkpoint.path)
+        target = describe_model(model)
+        skipped = glob_matcher(skip)
+        selection = select_for(target, checkpoint, skipped, strict, key=key, prefix=prefix, rename=rename)
+        plan = make_plan(target, selection, options)
+        if verify:
+            verify_extents(extents_to_check_first(plan, mmap=mmap))
+        compare_ties(plan, checkpoint.path)
+
+        def finish() -> None:
+            if verify:
+                compare_landed(plan, checkpoint.path, mmap=mmap)
+            hooks.run_post_hooks(target, selection.missing, selection.unexpected)
+
+        with progress_reporter(progress, checkpoint.path) as report_progress:
+            guard = None if isinstance(atomic, bool) else atomic
+            nbytes = carry_out(
+                plan,
+                target,
+                selection,
+                report_progress,
+                mmap=mmap,
+                verify=verify,
+                atomic=options.atomic,
+                guard=guard,
+                finish=finish,
+            )
+        notes = tuple(notes_of(checkpoint, selection, plan, verify))
+        report = report_of(target, checkpoint, selection, plan, nbytes, notes, time.perf_counter() - started)
+    _tell(report, strict)
+    return report
+
+
+def _tell(report: LoadReport, strict: bool) -> None:
+    _log.info("%s", report)
+    kept = [*report.missing_keys, *report.mismatched]
+    if not strict and (kept or report.unexpected_keys):
+        parts = []
+        if kept:
+            names = group_names(kept)
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            parts.append(
+                f"{plural(len(kept), 'tensor')} of the model kept initial values: {', '.join(names[:8])}{more}"
+            )
+        if report.unexpected_keys:
+            names = group_names(report.unexpected_keys)
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            parts.append(
+                f"{plural(len(report.unexpected_keys), 'tensor')} of the file went unused: {', '.join(names[:8])}{more}"
+            )
+        warnings.warn(f"{report.path} was loaded in part (strict=False). {'; '.join(parts)}", stacklevel=4)

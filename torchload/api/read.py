@@ -1,0 +1,199 @@
+"""`read_state_dict`: the weights of a file, where there is no model to load them into."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from torchload.core.checkpoint import Box, OpaqueTensor, TensorEntry, contiguous_strides
+from torchload.core.collector import with_collector_paused
+from torchload.core.copies import Copy
+from torchload.core.quantized import quantized_tensor
+from torchload.core.sharing import Layout, Run, shared_runs
+from torchload.core.text import group_names
+from torchload.errors import CastOverflowError, IncompatibleCheckpointError
+from torchload.formats import open_checkpoint
+from torchload.match import Leaf
+from torchload.match.state_dicts import StateDict, find_state_dict
+from torchload.model.placement import check_room, resolve_device
+from torchload.transfer import allocate, map_entries, map_entry, run
+
+__all__ = ["read_state_dict"]
+
+_CPU = torch.device("cpu")
+_log = logging.getLogger("torchload")
+
+
+@with_collector_paused
+def read_state_dict(
+    path: Any,
+    device: torch.device | str | int = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    key: str | None = None,
+    mmap: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Read the weights of a checkpoint: a safe and fast `torch.load` for code that has no model at hand.
+
+    Only the weights are read, not the optimizer beside them, and nothing that the file names is imported or called.
+
+    Which container is meant is told by its name where there are several: averaged (EMA) weights before the plain ones
+    if they have all of their tensors, conventional names such as ``"state_dict"`` and ``"model"`` before others.
+
+    Args:
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
+            object.
+        device: Where the tensors go: a device, a string, an index, or ``"auto"``. Where they were saved never matters.
+        dtype: Floating dtype to cast floating tensors to; ``None`` keeps each tensor's own.
+        key: Dotted path of the container to read, such as ``"ema"`` or ``"optimizer.state"``; ``""`` is the whole file.
+        mmap: On the CPU, tensors become private views of the file: no copy, memory shared between processes. What can't
+            be mapped, such as a tensor that is cast, is read.
+
+    Returns:
+        Name → tensor, with the names of the file, in its order. Tensors that share memory in the file share it here.
+        Quantized tensors are quantized here too; of a pair that modules pack together, each has a name of its own.
+        The module versions that `torch.nn.Module.load_state_dict` looks for come along in ``_metadata``.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there.
+        CheckpointFormatError: The file is no checkpoint; the message says what it is.
+        CorruptCheckpointError: It is truncated, damaged, or made to do harm.
+        AmbiguousCheckpointError: Nothing tells which of several containers is meant; the message lists them.
+        IncompatibleCheckpointError: `key` names nothing, or a tensor is of a kind that can't be read (sparse, …).
+        CastOverflowError: A finite value would become infinite in the new dtype.
+        DeviceError: The device isn't there, or has too little memory.
+
+    Example:
+        >>> from torchload import read_state_dict
+        >>> weights = read_state_dict("model.pth", dtype=torch.bfloat16)
+        >>> weights["module.fc.weight"].dtype, weights["module.fc.weight"].shape
+        (torch.bfloat16, torch.Size([4, 16]))
+    """
+    wanted: Any = dtype
+    if wanted is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise TypeError(f"dtype must be None or a floating-point torch.dtype, not {dtype!r}")
+    spec: Any = device
+    if spec is None or isinstance(spec, Mapping):
+        raise TypeError("device must be one device: 'auto', a torch.device, a string or an index")
+    place = resolve_device(device)
+    with open_checkpoint(path) as checkpoint:
+        chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes)
+        if chosen.rivals:
+            _log.info("%s: read %r; beside it are %s", checkpoint.path, chosen.key, ", ".join(map(repr, chosen.rivals)))
+        entries = _tensors(chosen, checkpoint.path)
+        tensors = _read(entries, place, dtype, checkpoint.path, mmap=mmap)
+        tensors.update((name, tensor.to(place)) for name, tensor in _quantized(chosen.leaves))
+    result: Any = OrderedDict((name, tensors[name]) for name in chosen.leaves if name in tensors)
+    if (versions := getattr(chosen.container, "metadata", None)) is not None:
+        result._metadata = OrderedDict(versions)
+    return result  # type: ignore[no-any-return]
+
+
+def _tensors(chosen: StateDict, path: str) -> dict[str, TensorEntry]:
+    """The tensors of the container; what isn't one (extra state, counters) is left out."""
+    opaque = {
+        name: leaf.reason
+        for name, leaf in chosen.leaves.items()
+        if isinstance(leaf, OpaqueTensor) and leaf.quantized is None
+    }
+    if opaque:
+        names = group_names(opaque)
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        raise IncompatibleCheckpointError(
+            f"{path} holds tensors that can't be read as dense ones ({', '.join(sorted(set(opaque.values())))}): "
+            f"{', '.join(names[:6])}{more}. Nothing was read.",
+            path=path,
+            problems=[f"{name} is {reason}" for name, reason in opaque.items()],
+        )
+    return {name: leaf for name, leaf in chosen.leaves.items() if isinstance(leaf, TensorEntry)}
+
+
+def _quantized(leaves: Mapping[str, Leaf]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, leaf in leaves.items():
+        if isinstance(leaf, OpaqueTensor) and leaf.quantized is not None and leaf.shape is not None:
+            yield name, quantized_tensor(leaf.shape, leaf.quantized, lambda entry: map_entry(entry).clone())
+
+
+def _read(
+    entries: dict[str, TensorEntry], device: torch.device, dtype: torch.dtype | None, path: str, *, mmap: bool
+) -> dict[str, torch.Tensor]:
+    """Read every stretch of data once, and show each tensor as a view of it."""
+    names = list(entries)
+    layouts = [_layout(entry) for entry in entries.values()]
+    runs = shared_runs(layouts)
+    sources = [_source(entries[names[item.members[0]]], item) for item in runs]
+    dtypes = [_final_dtype(source.dtype, dtype) for source in sources]
+    mapped: dict[int, torch.Tensor] = {}
+    if mmap and device == _CPU:
+        keep = [index for index, source in enumerate(sources) if dtypes[index] is source.dtype]
+        mapped = dict(zip(keep, map_entries([sources[index] for index in keep])))
+    read = [index for index in range(len(runs)) if index not in mapped]
+    requests = [(sources[index].shape, dtypes[index]) for index in read]
+    check_room({device: sum(sources[index].numel * dtypes[index].itemsize for index in read)}, path)
+    memory = {**mapped, **dict(zip(read, allocate(requests, device)))}
+    copies = [
+        Copy(names[runs[index].members[0]], box, sources[index].dtype, _region(memory[index], box))
+        for index in read
+        for box in sources[index].boxes
+    ]
+    try:
+        run(copies)
+    except CastOverflowError as error:
+        raise _overflow(error, path) from error
+    tensors: dict[str, torch.Tensor] = {}
+    for index, item in enumerate(runs):
+        whole = memory[index]
+        if len(item.members) == 1 and whole.shape == layouts[item.members[0]].shape:
+            tensors[names[item.members[0]]] = whole
+            continue
+        for member, offset in zip(item.members, item.offsets):
+            layout = layouts[member]
+            tensors[names[member]] = whole.as_strided(layout.shape, layout.strides, offset + whole.storage_offset())
+    return {name: tensors[name] for name in names}
+
+
+def _layout(entry: TensorEntry) -> Layout:
+    if len(entry.boxes) == 1 and entry.boxes[0].shape == entry.shape:
+        box = entry.boxes[0]
+        memory = (id(box.extent.source), box.extent.offset)
+        return Layout(memory, box.start, entry.dtype, entry.shape, box.strides)
+    # In several boxes it has no memory of its own in the file; another name for the same boxes is the same tensor.
+    return Layout(entry.location, 0, entry.dtype, entry.shape, contiguous_strides(entry.shape))
+
+
+def _source(entry: TensorEntry, item: Run) -> TensorEntry:
+    """What is read for a run: the stretch that its tensors lie in, or the one tensor as it is."""
+    box = entry.boxes[0] if len(entry.boxes) == 1 else None
+    if box is None or not item.is_flat or (len(item.members) == 1 and box.is_contiguous):
+        return entry
+    shape = (item.numel,)
+    return TensorEntry(entry.dtype, shape, (Box(box.extent, item.start_bytes, shape, (1,), (0,)),))
+
+
+def _final_dtype(now: torch.dtype, wish: torch.dtype | None) -> torch.dtype:
+    return wish if wish is not None and now.is_floating_point else now
+
+
+def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """The part of a tensor that a box fills."""
+    for dimension, (first, count) in enumerate(zip(box.origin, box.shape)):
+        if count != tensor.shape[dimension]:
+            tensor = tensor.narrow(dimension, first, count)
+    return tensor
+
+
+def _overflow(error: CastOverflowError, path: str) -> CastOverflowError:
+    """The same error, with advice for this function."""
+    return CastOverflowError(
+        f"{error.tensor} of {path} does not fit {error.target_dtype}: its largest value, {error.largest:.6g} in "
+        f"{error.source_dtype}, would become infinite. Read it in a wider dtype (bfloat16), or without dtype=.",
+        path=path,
+        tensor=error.tensor,
+        largest=error.largest,
+        source_dtype=error.source_dtype,
+        target_dtype=error.target_dtype,
+    )

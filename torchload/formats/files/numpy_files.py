@@ -1,0 +1,217 @@
+"""Weights as numpy arrays: ``.npz`` archives, and plain pickles of them such as detectron2's model zoo.
+
+Neither numpy nor a pickled class is needed: the header of an array is one line of text, and in a pickle the inert
+unpickler knows what an array is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from typing import NamedTuple, NoReturn
+
+import torch
+
+from torchload.core.checkpoint import Box, Checkpoint, Container, Extent, Record, TensorEntry, contiguous_strides
+from torchload.core.source import Source
+from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.formats.files.nested_zip import source_of_record
+from torchload.formats.files.zip_directory import STORED, ZipDirectory
+from torchload.formats.pickles.arrays import dtype_of_code
+from torchload.formats.pickles.opcodes import BASE_ALLOWANCE_BYTES
+from torchload.formats.pickles.pickle_file import from_growing_window
+from torchload.formats.pickles.unpickle import unpickle
+
+__all__ = ["open_npz", "open_pickle"]
+
+MAX_HEADER_BYTES = 1 << 16
+MAX_DIMENSIONS = 64
+MAX_UNPACKED_BYTES = 128 << 20  # of compressed arrays, together
+MAX_VALUES = 100_000  # looked at to find the first tensor of a pickle
+_HEAD_BYTES = 256
+
+_DESCRIPTION = re.compile(
+    rb"\s*\{(?=.*'descr': *(?P<descr>'[^'\n]*'|\[))(?=.*'fortran_order': *(?P<order>True|False))"
+    rb"(?=.*'shape': *\((?P<shape>[\dL, ]*)\))[^\n]*\}\s*"
+)
+
+
+class _Header(NamedTuple):
+    """What stands before the elements of an array.
+
+    Attributes:
+        code: Numpy's type code, such as ``<f4``; empty for one that is made of several.
+        is_fortran: Whether the first index varies fastest.
+        shape: Size along each dimension, in elements.
+        size_bytes: Length of the header.
+    """
+
+    code: str
+    is_fortran: bool
+    shape: tuple[int, ...]
+    size_bytes: int
+
+
+def open_npz(directory: ZipDirectory, path: str) -> Checkpoint:
+    """Index a numpy archive; only compressed arrays are read.
+
+    Args:
+        directory: The archive.
+        path: The checkpoint as the caller named it.
+
+    Returns:
+        Its root maps names to arrays; those of strings, objects and the like are inert records.
+
+    Raises:
+        CheckpointFormatError: Its compressed arrays are too large to be unpacked on the way.
+        CorruptCheckpointError: It is truncated, damaged or hostile.
+    """
+    root = Container()
+    unpacked_bytes = 0
+    for record in directory.records.values():
+        name = record.name.removesuffix(".npy")
+        if record.method != STORED:
+            unpacked_bytes += record.size
+            if unpacked_bytes > MAX_UNPACKED_BYTES:
+                raise CheckpointFormatError(
+                    f"{path}: its arrays are compressed, and more than {MAX_UNPACKED_BYTES >> 20} MiB of those are not "
+                    "read. Save it again with numpy.savez.",
+                    path=path,
+                    found="compressed numpy archive",
+                )
+        # What was unpacked has been checked already.
+        checksum = record.crc32 if record.method == STORED else 0
+        root[name] = _array(source_of_record(directory, record.name), checksum, name, path)
+    return Checkpoint(path, "numpy archive", root, (directory.source,), checksums=True)
+
+
+def _array(source: Source, checksum: int, name: str, path: str) -> TensorEntry | Record:
+    """An array, given the checksum of its file (0 for none)."""
+    header = _read_header(source, name, path)
+    element = dtype_of_code(header.code)
+    if element is None:
+        return Record("numpy.ndarray", (header.code or "several fields", header.shape))
+    dtype, is_big_endian = element
+    nbytes = math.prod(header.shape) * dtype.itemsize
+    if nbytes != source.size - header.size_bytes:
+        _damaged(
+            path, f"the array {name[:200]!r} should have {nbytes} bytes, and has {source.size - header.size_bytes}"
+        )
+    crc32 = _crc32_after(source.read(0, header.size_bytes), nbytes, checksum) if checksum else None
+    return _entry(Extent(source, header.size_bytes, nbytes, crc32, is_big_endian), dtype, header)
+
+
+def _entry(extent: Extent, dtype: torch.dtype, header: _Header) -> TensorEntry:
+    shape = header.shape
+    if 0 in shape:
+        return TensorEntry(dtype, shape, ())
+    strides = contiguous_strides(shape)
+    if header.is_fortran:
+        strides = contiguous_strides(shape[::-1])[::-1]
+    return TensorEntry(dtype, shape, (Box(extent, 0, shape, strides, (0,) * len(shape)),))
+
+
+def _crc32_after(head: bytes, rest_bytes: int, checksum: int) -> int:
+    """The CRC-32 of the rest of a run of bytes, given its beginning, the rest's length and the checksum of it all.
+
+    Checksums are polynomials over two elements: that of a whole is that of its head, times x for every bit that
+    follows, plus that of the rest. The number of multiplications grows with the logarithm of the length.
+    """
+    shifted = zlib.crc32(head)
+    power = 1 << 23  # x to the eighth; the highest bit is the lowest power
+    while rest_bytes:
+        if rest_bytes & 1:
+            shifted = _product(shifted, power)
+        power = _product(power, power)
+        rest_bytes >>= 1
+    return checksum ^ shifted
+
+
+def _product(one: int, other: int) -> int:
+    """Of two polynomials, modulo that of CRC-32."""
+    product = 0
+    while one:
+        if one & 0x80000000:
+            product ^= other
+        one = (one << 1) & 0xFFFFFFFF
+        other = (other >> 1) ^ (0xEDB88320 if other & 1 else 0)
+    return product
+
+
+def _read_header(source: Source, name: str, path: str) -> _Header:
+    """The header: a magic number, a version, a length of 2 or (from version 2.0 on) 4 bytes, and a line of text."""
+    head = source.read(0, min(_HEAD_BYTES, source.size))
+    width = 2 if head[6:7] == b"\x01" else 4
+    start = 8 + width
+    size = start + int.from_bytes(head[8:start], "little")
+    if not head.startswith(b"\x93NUMPY") or len(head) < start or size > min(MAX_HEADER_BYTES, source.size):
+        _damaged(path, f"the array {name[:200]!r} has no header as numpy writes one")
+    if size > len(head):
+        head = source.read(0, size)
+    description = _DESCRIPTION.fullmatch(head, start, size)
+    numbers = [part.strip(b" L") for part in description["shape"].split(b",")] if description else [b"-"]
+    if numbers[-1] == b"":
+        numbers.pop()  # one comma more, as in (3,), or nothing at all
+    # Nineteen digits may exceed 63 bits, but are never slow to convert.
+    if description is None or len(numbers) > MAX_DIMENSIONS or not all(re.fullmatch(rb"\d{1,19}", n) for n in numbers):
+        _damaged(path, f"the array {name[:200]!r} has no header as numpy writes one")
+    shape = tuple(int(number) for number in numbers)
+    code = description["descr"].decode("latin-1").strip("'[")
+    return _Header(code, description["order"] == b"True", shape, size)
+
+
+def open_pickle(source: Source, path: str) -> Checkpoint:
+    """Index a plain pickle that has arrays in it; their data stays in the file.
+
+    Args:
+        source: The whole file.
+        path: The checkpoint as the caller named it.
+
+    Raises:
+        CheckpointFormatError: There are no arrays in it.
+        CorruptCheckpointError: It is truncated, damaged or hostile.
+    """
+    if b"joblib.numpy_pickle" in source.read(0, min(MAX_HEADER_BYTES, source.size)):
+        raise CheckpointFormatError(
+            f"{path} was written by joblib, which puts arrays between the pickle's opcodes in a way of its own. "
+            "Load it with joblib.load and save the weights with torch.save.",
+            path=path,
+            found="joblib file",
+        )
+    allowance_bytes = BASE_ALLOWANCE_BYTES + 2 * source.size
+    root = from_growing_window(
+        source,
+        lambda data: unpickle(data, name=path, source=source, allowance_bytes=allowance_bytes).finish(),
+    )
+    if not _has_tensor(root):
+        raise CheckpointFormatError(
+            f"{path} is a pickle without weights, not a checkpoint. Expected are files of torch.save, safetensors, or "
+            "a pickle of numpy arrays.",
+            path=path,
+            found="pickle",
+        )
+    return Checkpoint(path, "pickle of numpy arrays", root, (source,))
+
+
+def _has_tensor(root: object) -> bool:
+    """Whether there is a tensor in the first values of a tree, cycles or not."""
+    pending = [root]
+    seen: set[int] = set()
+    for value in pending:  # grows while it runs
+        if type(value) is TensorEntry:
+            return True
+        if id(value) in seen or len(pending) > MAX_VALUES:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            pending.extend(value)
+        elif isinstance(value, Record):
+            pending.extend((value.state, value.args, value.items, value.entries))
+    return False
+
+
+def _damaged(path: str, what: str) -> NoReturn:
+    raise CorruptCheckpointError(f"{path} is damaged: {what}. Download or copy it again.", path=path)

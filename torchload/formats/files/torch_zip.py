@@ -1,0 +1,113 @@
+"""What `torch.save` has written since torch 1.6: a zip archive of a pickle and one record per storage.
+
+Inside, below a folder named for the file: ``data.pkl``, the object; ``data/<key>``, the bytes of each storage, stored
+uncompressed; ``byteorder``, from torch 2.1 on; ``version`` and more such small records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torchload.core.checkpoint import Checkpoint, Extent
+from torchload.core.source import Source
+from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.formats.files.zip_directory import STORED, ZipDirectory, read_directory
+from torchload.formats.pickles.opcodes import BASE_ALLOWANCE_BYTES
+from torchload.formats.pickles.unpickle import Storage, read_pickle
+
+__all__ = ["open", "open_directory", "storage_extents"]
+
+SMALL_BYTES = 1 << 16  # records this short, beside the tensors', are checked when the file is opened
+
+
+def open(source: Source, path: str) -> Checkpoint:
+    """Index a zip checkpoint without reading tensor data.
+
+    Args:
+        source: The whole file.
+        path: The checkpoint as the caller named it.
+
+    Raises:
+        CheckpointFormatError: A zip archive of something else.
+        CorruptCheckpointError: It is truncated, damaged or hostile.
+    """
+    return open_directory(read_directory(source), path)
+
+
+def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
+    """`open`, for an archive whose directory has been read."""
+    source = directory.source
+    top = _top_folder(directory, path)
+    data_folder = f"{top}data/"
+    for name, record in directory.records.items():
+        if record.size <= SMALL_BYTES and not name.startswith(data_folder):
+            directory.read(name)
+    big_endian = _is_big_endian(directory, top)
+    pickle_record = directory.records[f"{top}data.pkl"]
+    stored = pickle_record.method == STORED
+    root = read_pickle(
+        directory.read(pickle_record.name),
+        storage_extents(directory, data_folder, big_endian),
+        name=path,
+        source=source.slice(pickle_record.offset, pickle_record.size) if stored else None,
+        allowance_bytes=BASE_ALLOWANCE_BYTES + 4 * source.size,
+    )
+    has_checksums = any(record.crc32 for record in directory.records.values())
+    return Checkpoint(path, "zip checkpoint", root, (source,), checksums=has_checksums)
+
+
+def storage_extents(directory: ZipDirectory, folder: str, big_endian: bool) -> Callable[[Storage], Extent]:
+    """Where the storages of a pickle are, given the folder (with its slash) that holds their records."""
+    source, records = directory.source, directory.records
+
+    def extent_of(storage: Storage) -> Extent:
+        record = records.get(folder + storage.key)
+        if record is None:
+            raise CorruptCheckpointError(
+                f"{source.name} is damaged: its pickle refers to a storage {storage.key!r} that it doesn't have.",
+                path=source.name,
+            )
+        if record.method != STORED:
+            raise CheckpointFormatError(
+                f"{source.name}: its tensors are compressed; torch stores them uncompressed. Unpack the archive and "
+                "pack it again with 'zip -0'.",
+                path=source.name,
+                found="compressed zip archive",
+            )
+        if record.size != storage.nbytes:
+            raise CorruptCheckpointError(
+                f"{source.name} is damaged: storage {storage.key!r} should have {storage.nbytes} bytes, and its record "
+                f"has {record.size}.",
+                path=source.name,
+            )
+        return Extent(source, record.offset, record.size, record.crc32 or None, big_endian)
+
+    return extent_of
+
+
+def _top_folder(directory: ZipDirectory, path: str) -> str:
+    """The folder of ``data.pkl``, with its slash; empty where it lies at the top."""
+    tops = [name[: -len("data.pkl")] for name in directory.records if name.endswith("data.pkl")]
+    tops = [top for top in tops if not top or (top.endswith("/") and top.count("/") == 1)]
+    if len(tops) == 1:
+        return tops[0]
+    names = sorted(directory.records)
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    raise CheckpointFormatError(
+        f"{path} is a zip archive, but not one that torch.save wrote: "
+        + ("it has no data.pkl" if not tops else f"it has {len(tops)} records named data.pkl")
+        + (f" (it holds {shown})." if names else " (it is empty)."),
+        path=path,
+        found="zip archive",
+    )
+
+
+def _is_big_endian(directory: ZipDirectory, top: str) -> bool:
+    if f"{top}byteorder" not in directory.records:
+        return False  # written before torch 2.1, on what is little-endian nearly always
+    order = directory.read(f"{top}byteorder")
+    if order not in (b"little", b"big"):
+        raise CorruptCheckpointError(
+            f"{directory.source.name} is damaged: its byte order is {order[:20]!r}.", path=directory.source.name
+        )
+    return order == b"big"

@@ -1,0 +1,328 @@
+"""The globals that torchload knows the meaning of, and what their calls amount to.
+
+`KNOWN_CALLS` is the closed table: qualified name → function that turns a recorded call into a `TensorEntry`, an
+`OpaqueTensor` or a plain value. A function may return `AS_RECORD` for a call that it can't make anything of; then the
+call stays a `Record`, as all calls of unknown globals do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchload.core.checkpoint import Box, OpaqueTensor, Shape, TensorEntry, contiguous_strides
+from torchload.formats.pickles import arrays
+from torchload.formats.pickles.partial import KNOWN_SUBCLASSES, one_part
+from torchload.formats.pickles.quantized import INTEGERS, quantized
+from torchload.formats.pickles.standins import AS_RECORD, Call, SetStandIn, StandInType, Storage
+
+if TYPE_CHECKING:
+    from torchload.formats.pickles.walk import Walk
+
+__all__ = ["KNOWN_CALLS", "KNOWN_MAPPINGS", "KNOWN_VALUES", "STORAGE_DTYPES", "strided_tensor"]
+
+MAX_DIMENSIONS = 64
+MAX_BYTES = 1 << 63
+
+# Every dtype that torch can name, as far as this torch has it.
+_DTYPE_NAMES = (
+    "bool uint8 int8 int16 short int32 int int64 long uint16 uint32 uint64 "
+    "float16 half bfloat16 float32 float float64 double complex32 chalf complex64 cfloat complex128 cdouble "
+    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2 "
+    "qint8 quint8 qint32 quint4x2 quint2x4 bits8 bits16 bits1x8 bits2x4 bits4x2"
+).split()
+_DTYPES = {name: getattr(torch, name) for name in _DTYPE_NAMES if hasattr(torch, name)}
+KNOWN_VALUES: dict[str, Any] = {f"torch.{name}": dtype for name, dtype in _DTYPES.items()}
+
+_LEGACY_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "BFloat16Storage": "bfloat16",
+    "ComplexDoubleStorage": "complex128",
+    "ComplexFloatStorage": "complex64",
+    "QUInt8Storage": "quint8",
+    "QInt8Storage": "qint8",
+    "QInt32Storage": "qint32",
+    "QUInt4x2Storage": "quint4x2",
+    "QUInt2x4Storage": "quint2x4",
+}
+# Qualified name of a storage class → its dtype; an untyped storage counts bytes.
+STORAGE_DTYPES: dict[str, torch.dtype | None] = {
+    "torch.UntypedStorage": None,
+    "torch.storage.UntypedStorage": None,
+    "torch.storage._UntypedStorage": None,
+    "torch.cuda.UntypedStorage": None,
+} | {
+    f"{module}.{name}": _DTYPES[dtype]
+    for name, dtype in _LEGACY_STORAGES.items()
+    if dtype in _DTYPES
+    for module in ("torch", "torch.cuda", "torch.storage")
+}
+
+KNOWN_MAPPINGS = frozenset(
+    f"{module}.{name}"
+    for module, names in {
+        "collections": ("OrderedDict", "defaultdict", "Counter"),
+        "builtins": ("dict",),
+        "__builtin__": ("dict",),
+    }.items()
+    for name in names
+)
+
+
+def strided_tensor(
+    walk: Walk, storage: Any, dtype: torch.dtype | None, offset: Any, shape: Any, strides: Any
+) -> TensorEntry | OpaqueTensor:
+    """A tensor over a storage, checked against it in integers that can't overflow.
+
+    Args:
+        walk: The tree in the making.
+        storage: What stands in the storage's place.
+        dtype: Element type; ``None`` takes the storage's.
+        offset: Position of the first element, in elements.
+        shape, strides: As torch gives them, in elements.
+    """
+    if isinstance(storage, Call):
+        storage = _storage_over(walk.value(storage))
+    if type(storage) is not Storage:
+        walk.fail("has no storage")
+    shape = shape if type(shape) is tuple else walk.value(shape)
+    strides = strides if type(strides) is tuple else walk.value(strides)
+    dtype = dtype or storage.dtype or torch.uint8
+    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= MAX_DIMENSIONS:
+        walk.fail("has a shape and strides that don't belong together")
+    numel, last = 1, 0
+    for size, stride in zip(shape, strides):
+        if type(size) is not int or type(stride) is not int or not (0 <= size < MAX_BYTES and 0 <= stride < MAX_BYTES):
+            walk.fail(f"has an impossible shape {_short(shape)} or strides {_short(strides)}")
+        numel *= size
+        last += (size - 1) * stride
+    if type(offset) is not int or not 0 <= offset < MAX_BYTES:
+        walk.fail(f"begins at element {_short(offset)} of its storage")
+    if numel == 0:
+        return TensorEntry(dtype, shape, ())
+    itemsize = dtype.itemsize
+    view = storage.view
+    first, available = (0, storage.nbytes) if view is None else (view[0] * itemsize, view[1] * itemsize)
+    if (offset + last + 1) * itemsize > available or numel * itemsize >= MAX_BYTES:
+        walk.fail(
+            f"of shape {_short(shape)} and strides {_short(strides)} at element {offset} "
+            f"does not lie inside its storage of {available} bytes"
+        )
+    if dtype in INTEGERS:
+        return OpaqueTensor("a quantized tensor without its quantizer", shape)
+    extent = walk.extent(storage)
+    box = Box(extent, first + offset * itemsize, shape, strides, (0,) * len(shape))
+    return TensorEntry(dtype, shape, (box,))
+
+
+def _storage_over(vector: Any) -> Any:
+    """A storage that a nested stream holds, as `_nested_storage` left it."""
+    if type(vector) is not TensorEntry or len(vector.shape) != 1:
+        return None
+    storage = Storage(object, vector.dtype, "", "", vector.shape[0])
+    if vector.boxes:
+        storage.extent = vector.boxes[0].extent
+    return storage
+
+
+def _nested_storage(call: Call, walk: Walk) -> Any:
+    """``torch.storage._load_from_bytes(data)``: how tensors are pickled without `torch.save`."""
+    from torchload.formats.files import legacy
+
+    extent = walk.extent_of_bytes(call.args[0], big_endian=False)
+    if extent is None:
+        return AS_RECORD
+    walk.charge(20 + extent.nbytes // 16)
+    return legacy.open(extent.source.slice(extent.offset, extent.nbytes), walk.name).root
+
+
+def _short(value: object) -> str:
+    """A value of any size, for a message."""
+    if type(value) is tuple:
+        return "(" + ", ".join(_short(item) for item in value[:8]) + (", …)" if len(value) > 8 else ")")
+    if type(value) is int:
+        return str(value) if abs(value) < 1 << 128 else "a huge number"
+    return f"<{type(value).__name__}>"
+
+
+def _shape_or_none(walk: Walk, value: Any) -> Shape | None:
+    value = walk.value(value)
+    if type(value) is tuple and len(value) <= MAX_DIMENSIONS and all(type(size) is int for size in value):
+        return value
+    return None
+
+
+def _tensor(call: Call, walk: Walk) -> Any:
+    storage, offset, shape, strides, *rest = call.args
+    if len(rest) > 2 and _is_flagged(rest[2]):
+        return OpaqueTensor("a lazily conjugated or negated tensor", _shape_or_none(walk, shape))
+    return strided_tensor(walk, storage, None, offset, shape, strides)
+
+
+def _tensor_with_dtype(call: Call, walk: Walk) -> Any:
+    storage, offset, shape, strides, _, _, dtype, *rest = call.args
+    if type(dtype) is not torch.dtype:
+        walk.fail("has a dtype that this version of torch doesn't know")
+    if rest and _is_flagged(rest[0]):
+        return OpaqueTensor("a lazily conjugated or negated tensor", _shape_or_none(walk, shape))
+    return strided_tensor(walk, storage, dtype, offset, shape, strides)
+
+
+def _is_flagged(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and any(metadata.get(flag) for flag in ("conj", "neg"))
+
+
+def as_parameter(entry: Any) -> Any:
+    """The same tensor as a parameter."""
+    if type(entry) is TensorEntry and not entry.is_parameter:
+        return TensorEntry(entry.dtype, entry.shape, entry.boxes, True)
+    return entry
+
+
+def _parameter(call: Call, walk: Walk) -> Any:
+    # Before torch 0.1.11 the tensor was the first of five parts of a state.
+    is_oldest = not call.args and type(call.state) is tuple and len(call.state) == 5
+    entry = as_parameter(walk.value(call.state[0] if is_oldest else call.args[0]))
+    return entry if type(entry) in (TensorEntry, OpaqueTensor) else AS_RECORD
+
+
+def _from_type(call: Call, walk: Walk) -> Any:
+    """``_rebuild_from_type_v2(function, type, args, state)``: a tensor with attributes, or of a subclass."""
+    function, kind, args = call.args[:3]
+    if not isinstance(function, StandInType) or not issubclass(function, Call) or type(args) is not tuple:
+        return AS_RECORD
+    value = walk.value(function(*args[:16]))
+    if isinstance(kind, StandInType):
+        if kind.qualified in _PARAMETERS:
+            value = as_parameter(value)
+        elif kind.qualified in KNOWN_SUBCLASSES and type(value) is OpaqueTensor and value.shape is not None:
+            value = one_part(kind.qualified, call.args[3], value.shape, walk)
+    return value if type(value) in (TensorEntry, OpaqueTensor) else AS_RECORD
+
+
+def _sparse(call: Call, walk: Walk) -> Any:
+    layout, data = call.args[:2]
+    name = walk.value(layout)
+    kind = name.removeprefix("torch.sparse_").upper() if type(name) is str and len(name) < 40 else "COO"
+    shape = _shape_or_none(walk, data[2 if kind == "COO" else 3]) if type(data) is tuple and len(data) > 2 else None
+    return OpaqueTensor(f"a sparse {kind} tensor", shape)
+
+
+def _quantized(call: Call, walk: Walk) -> Any:
+    """``_rebuild_qtensor(storage, offset, shape, strides, (scheme, scale, zero point), requires_grad, hooks)``."""
+    storage, offset, shape, strides, quantizer = call.args[:5]
+    if type(storage) is not Storage or storage.dtype not in INTEGERS:
+        return OpaqueTensor("a quantized tensor", _shape_or_none(walk, shape))
+    shape, strides = walk.value(shape), walk.value(strides)
+    integers, packed = INTEGERS[storage.dtype]
+    if packed == 1:
+        data = strided_tensor(walk, storage, integers, offset, shape, strides)
+    elif shape and offset == 0 and strides == contiguous_strides(shape):
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        data = strided_tensor(walk, storage, integers, 0, (rows * -(-columns // packed),), (1,))
+    else:
+        return OpaqueTensor("a quantized tensor of less than a byte per element, in an odd layout", shape)
+    return quantized(walk, storage.dtype, shape, data, quantizer)
+
+
+def _opaque(reason: str, shape_index: int | None = None) -> Callable[[Call, Walk], Any]:
+    def convert(call: Call, walk: Walk) -> Any:
+        return OpaqueTensor(reason, None if shape_index is None else _shape_or_none(walk, call.args[shape_index]))
+
+    return convert
+
+
+def _from_array(call: Call, walk: Walk) -> Any:
+    """``_rebuild_device_tensor_from_numpy(array, dtype, device, requires_grad)``: how XLA and others save."""
+    # bfloat16 is saved as the float32 array that holds the same values.
+    entry = walk.value(call.args[0])
+    return entry if type(entry) is TensorEntry else AS_RECORD
+
+
+def _size(call: Call, walk: Walk) -> Any:
+    shape = walk.value(call.args[0]) if call.args else ()
+    if type(shape) is list and len(shape) <= MAX_DIMENSIONS:
+        shape = tuple(shape)
+    is_shape = type(shape) is tuple and len(shape) <= MAX_DIMENSIONS and all(type(size) is int for size in shape)
+    return shape if is_shape else AS_RECORD
+
+
+def _device(call: Call, walk: Walk) -> Any:
+    kind = call.args[0] if call.args else None
+    index = call.args[1] if len(call.args) > 1 else None
+    if type(kind) is not str or len(kind) > 64:
+        return AS_RECORD
+    return f"{kind}:{index}" if type(index) is int and 0 <= index < 1 << 32 else kind
+
+
+def _first_text(call: Call, walk: Walk) -> Any:
+    text = walk.value(call.args[0]) if call.args else None
+    return text if type(text) is str else AS_RECORD
+
+
+def _first(call: Call, walk: Walk) -> Any:
+    return walk.value(call.args[0])
+
+
+def _set(call: Call, walk: Walk) -> Any:
+    elements = SetStandIn(walk.allow(call.args[0]) if call.args else ())
+    elements.frozen = call.qualified.endswith("frozenset")
+    return walk.value(elements)
+
+
+def _complex(call: Call, walk: Walk) -> Any:
+    real, imaginary = call.args
+    return complex(real, imaginary) if type(real) is float and type(imaginary) is float else AS_RECORD
+
+
+_PARAMETERS = frozenset(("torch.nn.parameter.Parameter", "torch.nn.Parameter"))
+
+KNOWN_CALLS: dict[str, Callable[[Call, Walk], Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_with_dtype,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch.nn.parameter.Parameter": _parameter,
+    "torch.autograd.variable.Variable": _first,
+    "torch._tensor._rebuild_from_type": _from_type,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch.tensor._rebuild_from_type": _from_type,
+    "torch._utils._rebuild_sparse_tensor": _sparse,
+    "torch._utils._rebuild_sparse_csr_tensor": _sparse,
+    "torch._utils._rebuild_qtensor": _quantized,
+    "torch._utils._rebuild_nested_tensor": _opaque("a nested tensor"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _opaque("a meta tensor, which has no data", 1),
+    "torch._utils._rebuild_wrapper_subclass": _opaque("a tensor subclass that wraps others", 2),
+    "torch.nn.parameter.UninitializedParameter": _opaque("an uninitialized parameter"),
+    "torch.nn.parameter.UninitializedBuffer": _opaque("an uninitialized buffer"),
+    "torch._utils._rebuild_device_tensor_from_numpy": _from_array,
+    "torch._utils._rebuild_xla_tensor": _from_array,
+    "torch.storage._load_from_bytes": _nested_storage,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "torch.serialization._get_layout": _first_text,
+    "torch.torch_version.TorchVersion": _first_text,
+    "torch.jit._pickle.build_tensorlist": _first,
+    "torch.jit._pickle.build_intlist": _first,
+    "torch.jit._pickle.build_doublelist": _first,
+    "torch.jit._pickle.build_boollist": _first,
+    "torch.jit._pickle.restore_type_tag": _first,
+    "builtins.set": _set,
+    "__builtin__.set": _set,
+    "builtins.frozenset": _set,
+    "__builtin__.frozenset": _set,
+    "builtins.complex": _complex,
+    "__builtin__.complex": _complex,
+} | arrays.KNOWN_CALLS

@@ -1,0 +1,376 @@
+"""The inert unpickler: a pickle becomes containers, tensor entries and records, and nothing that it asks for is done.
+
+Three steps, so that a format may learn where its storages lie between the second and the third:
+
+1. `check_stream` bounds the opcodes (see `torchload.formats.pickles.opcodes`);
+2. `unpickle` runs the C unpickler, in which every global is a stand-in that only records (see
+   `torchload.formats.pickles.standins`);
+3. `Unpickled.finish` turns what was recorded into the tree: rebuild calls become `TensorEntry`s, checked against
+   their storages; whole modules become the containers that their state dict would be; all else becomes `Record`s.
+
+Nothing here imports, looks up or calls by a name from the file.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torchload.errors import CorruptCheckpointError, TorchLoadError
+from torchload.formats.pickles.opcodes import BASE_ALLOWANCE_BYTES, PickleStream, check_stream
+from torchload.formats.pickles.standins import (
+    BlobReference,
+    Call,
+    MappingStandIn,
+    Outside,
+    RecordStandIn,
+    SetStandIn,
+    StandInType,
+    Storage,
+    new_stand_in,
+)
+from torchload.formats.pickles.tensors import KNOWN_CALLS, KNOWN_MAPPINGS, KNOWN_VALUES, STORAGE_DTYPES
+from torchload.formats.pickles.walk import Walk
+
+if TYPE_CHECKING:
+    from mmap import mmap
+
+    from torchload.core.checkpoint import Extent
+    from torchload.core.source import Source
+
+__all__ = ["Storage", "Unpickled", "read_pickle", "unpickle"]
+
+MAX_GLOBALS = 4096  # different ones in a stream; each costs a class
+MAX_GLOBAL_LENGTH = 1000  # characters of module and name
+MAX_VARIANTS = 16  # ways to declare the same storage
+
+# What the C unpickler raises at a stream that does not hold together. Errors of ours pass.
+_MALFORMED = (
+    pickle.UnpicklingError,
+    EOFError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+)
+
+
+def read_pickle(
+    data: bytes | bytearray | mmap,
+    extent_of: Callable[[Storage], Extent] | None = None,
+    *,
+    name: str,
+    source: Source | None = None,
+    allowance_bytes: int = BASE_ALLOWANCE_BYTES,
+) -> Any:
+    """Read one pickle whose storages' places are known from the beginning.
+
+    Args:
+        data: The stream; what follows its STOP is ignored.
+        extent_of: Where the data of a storage is. Without it, a tensor with a storage is an error.
+        name: What to call the stream in messages.
+        source: The same bytes as `data`, if they are in a file: long payloads then stay there.
+        allowance_bytes: What the objects may take in memory.
+
+    Returns:
+        The tree (see `torchload.core.checkpoint`).
+
+    Raises:
+        CorruptCheckpointError: The stream is damaged or hostile, or a tensor does not lie inside its storage.
+
+    Example:
+        >>> import argparse, pickle
+        >>> from torchload.formats.pickles.unpickle import read_pickle
+        >>> tree = read_pickle(pickle.dumps({"args": argparse.Namespace(lr=0.1), "epoch": 3}), name="example")
+        >>> tree["epoch"], tree["args"], tree["args"].state["lr"]
+        (3, <argparse.Namespace>, 0.1)
+    """
+    return unpickle(data, name=name, source=source, allowance_bytes=allowance_bytes).finish(extent_of)
+
+
+def unpickle(
+    data: bytes | bytearray | mmap,
+    start: int = 0,
+    *,
+    name: str,
+    source: Source | None = None,
+    allowance_bytes: int = BASE_ALLOWANCE_BYTES,
+    outside: Callable[[str], Any] | None = None,
+) -> Unpickled:
+    """Check and read one pickle, without asking where its storages are yet.
+
+    Args:
+        data: Bytes that hold the pickle, whatever follows it.
+        start: Position of its first opcode.
+        name: What to call the stream in messages.
+        source: The same bytes as `data`, if they are in a file.
+        allowance_bytes: What the objects may take in memory.
+        outside: What a persistent id that is text refers to, in a format that has such; a finished leaf of the tree.
+
+    Returns:
+        What was recorded; call its `finish` once.
+
+    Raises:
+        CorruptCheckpointError: The stream is damaged or hostile.
+    """
+    stream = check_stream(data, start, name=name, allowance_bytes=allowance_bytes)
+    reader = _Reader(stream, name, outside)
+    try:
+        root = reader.load()
+    except _MALFORMED as error:
+        raise CorruptCheckpointError(
+            f"{name}: the pickle is damaged or made to do harm: {str(error) or type(error).__name__}", path=name
+        ) from error
+    return Unpickled(root, reader.storages, data, stream, name, source)
+
+
+class Unpickled:
+    """A pickle as it was recorded.
+
+    Attributes:
+        storages: Every storage that the stream refers to: key → its (first) declaration.
+        end: Position just past the stream in the data.
+        root: The recorded object, in stand-ins; `finish` turns it into the tree.
+    """
+
+    __slots__ = ("data", "end", "name", "root", "source", "storages", "stream")
+
+    def __init__(
+        self,
+        root: Any,
+        storages: dict[str, Storage],
+        data: bytes | bytearray | mmap,
+        stream: PickleStream,
+        name: str,
+        source: Source | None,
+    ) -> None:
+        self.root = root
+        self.storages = storages
+        self.data = data
+        self.stream = stream
+        self.end = stream.end
+        self.name = name
+        self.source = source
+
+    def finish(self, extent_of: Callable[[Storage], Extent] | None = None) -> Any:
+        """The tree; the recording is used up.
+
+        Args:
+            extent_of: Where the data of a storage is; asked once per storage.
+
+        Raises:
+            CorruptCheckpointError: A tensor does not lie inside its storage, or the objects are nested too deeply.
+        """
+        root, self.root = self.root, None
+        walk = Walk(self.name, self.data, self.stream.blobs, self.source, extent_of)
+        try:
+            return walk.run(root)
+        except _MALFORMED as error:
+            if isinstance(error, TorchLoadError):
+                raise
+            walk.fail(f"is not what a checkpoint holds ({error})", error)
+
+
+class _File:
+    """A whole stream to an unpickler; `peek` hands it over at once and without a copy."""
+
+    __slots__ = ("position", "view")
+
+    def __init__(self, code: bytes | memoryview) -> None:
+        self.view = memoryview(code)
+        self.position = 0
+
+    def peek(self, size: int) -> memoryview:
+        return self.view[self.position :]
+
+    def read(self, size: int = -1) -> bytes:
+        end = len(self.view) if size < 0 else self.position + size
+        piece = bytes(self.view[self.position : end])
+        self.position += len(piece)
+        return piece
+
+    def readline(self) -> bytes:
+        for end in range(self.position, len(self.view)):
+            if self.view[end] == 0x0A:
+                return self.read(end + 1 - self.position)
+        return self.read()
+
+
+class _Reader(pickle.Unpickler):
+    """The C unpickler, with its three ways out of the stream closed."""
+
+    def __init__(self, stream: PickleStream, name: str, outside: Callable[[str], Any] | None) -> None:
+        # Text of Python 2 is bytes or ASCII; this way it can be turned back into the bytes that it was.
+        super().__init__(_File(stream.code), encoding="utf-8", errors="surrogateescape")
+        self.name = name
+        self.blobs = stream.blobs
+        self.classes: dict[str, Any] = {}
+        self.storages: dict[str, Storage] = {}
+        self.outside = outside
+
+    def find_class(self, module: str, name: str) -> Any:
+        if len(module) + len(name) > MAX_GLOBAL_LENGTH:
+            raise TypeError(f"it names a global of {len(module) + len(name)} characters")
+        qualified = f"{module}.{name}"
+        found = self.classes.get(qualified)
+        if found is None:
+            found = self.classes[qualified] = _known_global(qualified) or self.new_class(qualified)
+        return found
+
+    def new_class(self, qualified: str) -> StandInType:
+        if len(self.classes) >= MAX_GLOBALS:
+            raise TypeError(f"it names more than {MAX_GLOBALS} different globals")
+        if qualified in _SPECIAL:
+            return _SPECIAL[qualified](self)
+        return new_stand_in(RecordStandIn, qualified)
+
+    def attribute(self, owner: Any, name: Any) -> Any:
+        """What `getattr` gives: a class of its own where the owner is one, so that NEWOBJ accepts it."""
+        if isinstance(owner, StandInType) and type(name) is str:
+            return self.find_class(owner.qualified, name)
+        return RecordStandIn(owner, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        if type(pid) is tuple:
+            if len(pid) >= 5:
+                key = pid[2]
+                storage = self.storages.get(key) if type(key) is str else None
+                if (
+                    storage is not None
+                    and storage.kind is pid[1]
+                    and storage.numel == pid[4]
+                    and storage.view is None
+                    and (len(pid) == 5 or pid[5] is None)
+                ):
+                    return storage
+                return self.new_storage(pid)
+            if len(pid) == 2:
+                return _collection(*pid)
+            if len(pid) == 4 and pid[0] == "module":  # legacy files keep the source text beside a class
+                return pid[1]
+            if len(pid) == 3 and self.outside is not None:  # as do tar archives, older still
+                return pid[0]
+        elif pid is None:
+            return MappingStandIn()
+        elif pid is False:
+            return SetStandIn()
+        elif type(pid) is int and 0 <= pid < len(self.blobs):
+            return BlobReference(pid)
+        elif type(pid) is str and self.outside is not None:
+            return Outside(self.outside(pid))
+        raise TypeError("it refers to something outside it that is no storage")
+
+    def new_storage(self, pid: tuple[Any, ...]) -> Storage:
+        """A declaration ``("storage", class, key, location, numel[, view])`` that was not met before."""
+        marker, kind, key, location, numel = pid[:5]
+        view = pid[5] if len(pid) > 5 else None
+        if type(key) is int and abs(key) < 1 << 64:
+            key = str(key)
+        qualified = kind.qualified if isinstance(kind, StandInType) else None
+        is_sound = marker == "storage" and type(key) is str and type(numel) is int and 0 <= numel < 1 << 63
+        if not is_sound or qualified not in STORAGE_DTYPES:
+            raise TypeError("a storage is not declared as torch declares one")
+        dtype = STORAGE_DTYPES[qualified]
+        place = location if type(location) is str else ""
+        if view is None and key not in self.storages:
+            storage = self.storages[key] = Storage(kind, dtype, key, place, numel)
+            return storage
+        if view is not None and not (
+            type(view) is tuple
+            and len(view) == 3
+            and all(type(number) is int and 0 <= number <= numel for number in view[1:])
+            and view[1] + view[2] <= numel
+        ):
+            raise TypeError(f"a view of storage {key!r} lies outside it")
+        part = None if view is None else (view[1], view[2])
+        first = other = self.storages.get(key)
+        for _ in range(MAX_VARIANTS):
+            if other is None:
+                break
+            if other.kind is kind and other.numel == numel and other.view == part:
+                return other
+            other = other.variant
+        else:
+            raise TypeError(f"storage {key!r} is declared in more than {MAX_VARIANTS} ways")
+        storage = Storage(kind, dtype, key, place, numel, part)
+        if first is None:
+            self.storages[key] = storage
+        else:
+            storage.variant, first.variant = first.variant, storage
+        return storage
+
+
+def _collection(items: Any, is_mapping: Any) -> Any:
+    """What the rewritten DICT and FROZENSET ask for."""
+    if type(items) is not tuple:
+        raise TypeError("it refers to something outside it that is no storage")
+    if is_mapping is True:
+        mapping = MappingStandIn()
+        if len(items) % 2:
+            raise TypeError("a dict has a key without a value")
+        for key, value in zip(items[::2], items[1::2]):
+            mapping[key] = value
+        return mapping
+    elements = SetStandIn(items)
+    elements.frozen = True
+    return elements
+
+
+_KNOWN: dict[str, Any] = {}  # one stand-in per known global, made when first met: a closed set
+
+
+def _known_global(qualified: str) -> Any:
+    """What the name stands for in any file, or ``None``."""
+    found = _KNOWN.get(qualified)
+    if found is None:
+        if qualified in KNOWN_VALUES:
+            found = KNOWN_VALUES[qualified]
+        elif qualified in KNOWN_MAPPINGS:
+            found = MappingStandIn
+        elif qualified in KNOWN_CALLS:
+            found = new_stand_in(Call, qualified, convert=KNOWN_CALLS[qualified])
+        elif qualified in STORAGE_DTYPES:
+            found = new_stand_in(RecordStandIn, qualified)
+        else:
+            return None
+        _KNOWN[qualified] = found
+    return found
+
+
+def _getattr(reader: _Reader) -> StandInType:
+    def attribute(cls: type, owner: Any = None, name: Any = "", *args: Any) -> Any:
+        return reader.attribute(owner, name)
+
+    return new_stand_in(RecordStandIn, "builtins.getattr", __new__=attribute)
+
+
+def _reconstructor(reader: _Reader) -> StandInType:
+    """``copyreg._reconstructor(class, base, state)``: how protocols 0 and 1 make an object."""
+
+    def instance(cls: type, owner: Any = None, base: Any = None, state: Any = None) -> Any:
+        args = () if state is None else (state,)
+        return owner(*args) if isinstance(owner, StandInType) else RecordStandIn(owner, *args)
+
+    return new_stand_in(RecordStandIn, "copyreg._reconstructor", __new__=instance)
+
+
+def _newobj(reader: _Reader) -> StandInType:
+    """``copyreg.__newobj__(class, *args)``: how they say NEWOBJ."""
+
+    def instance(cls: type, owner: Any = None, *args: Any) -> Any:
+        return owner(*args) if isinstance(owner, StandInType) else RecordStandIn(owner, *args)
+
+    return new_stand_in(RecordStandIn, "copyreg.__newobj__", __new__=instance)
+
+
+_SPECIAL: dict[str, Callable[[_Reader], StandInType]] = {
+    "builtins.getattr": _getattr,
+    "__builtin__.getattr": _getattr,
+    "copyreg._reconstructor": _reconstructor,
+    "copy_reg._reconstructor": _reconstructor,
+    "copyreg.__newobj__": _newobj,
+    "copy_reg.__newobj__": _newobj,
+}

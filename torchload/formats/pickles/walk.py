@@ -1,0 +1,350 @@
+"""From what an unpickler recorded to the tree of a checkpoint.
+
+The walk is a loop over the containers that wait to be finished, not a recursion: what a hostile file nests cannot
+exhaust the stack. Containers and records are finished in place, so shared references stay shared and cycles close.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from torchload.core.checkpoint import Box, Container, Extent, OpaqueTensor, Record, TensorEntry
+from torchload.core.source import MemorySource
+from torchload.errors import CorruptCheckpointError, TorchLoadError
+from torchload.formats.pickles.modules import flatten_module, module_fields
+from torchload.formats.pickles.standins import (
+    AS_RECORD,
+    UNRESOLVED,
+    BlobReference,
+    Call,
+    MappingStandIn,
+    Outside,
+    RecordStandIn,
+    SetStandIn,
+    StandInType,
+    Storage,
+    check_key,
+)
+
+if TYPE_CHECKING:
+    from torchload.core.source import Source
+    from torchload.formats.pickles.opcodes import Blob
+
+__all__ = ["Walk"]
+
+MAX_DEPTH = 1000  # of containers within containers; picklers themselves give up near this
+MAX_NESTING = 100  # of tuples and calls directly within one another
+FEW_ITEMS = 16  # a shorter tuple is looked through again rather than remembered
+
+_PENDING: Any = type("Pending", (), {"__slots__": ()})()
+
+# What is a finished leaf, or was finished when it was first met.
+_FINISHED = frozenset(
+    (
+        *(str, int, float, bool, type(None), bytes, bytearray, complex, set, frozenset),
+        *(torch.dtype, Container, Record, TensorEntry, OpaqueTensor),
+    )
+)
+
+
+class Walk:
+    """The tree of one pickle in the making.
+
+    Attributes:
+        name: What to call the stream in messages.
+        key: The name last met on the way, for messages.
+        expansions: How many more items may be copied because a call refers to a whole collection.
+    """
+
+    __slots__ = (
+        "_blob_sizes",
+        "_classes",
+        "_data",
+        "_encoded",
+        "_extent_of",
+        "_flattened",
+        "_lists",
+        "_modules",
+        "_nesting",
+        "_pending",
+        "_source",
+        "_tuples",
+        "depth",
+        "expansions",
+        "key",
+        "name",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        data: Any,
+        blobs: tuple[Blob, ...],
+        source: Source | None,
+        extent_of: Callable[[Storage], Extent] | None,
+    ) -> None:
+        self.name = name
+        self.key: Any = None
+        self.depth = 0
+        self.expansions = 1_000_000 + len(data) // 8
+        self._data = data
+        self._blob_sizes = blobs
+        self._source = source
+        self._extent_of = extent_of
+        self._pending: list[tuple[Any, int]] = []
+        self._nesting = 0
+        # By identity; each entry keeps its original alive, so that no identity is used twice.
+        self._lists: dict[int, list[Any]] = {}
+        self._tuples: dict[int, tuple[tuple[Any, ...], Any]] = {}
+        self._modules: dict[int, tuple[Record, Container]] = {}
+        self._flattened: dict[int, Record] = {}  # by the identity of the container
+        self._encoded: dict[tuple[int, str], tuple[str, bytes]] = {}
+        self._classes: dict[StandInType, Record] = {}
+
+    def run(self, root: Any) -> Any:
+        """Finish everything that is reachable from `root`."""
+        result = self.value(root)
+        pending = self._pending
+        while pending:
+            container, depth = pending.pop()
+            if depth > MAX_DEPTH:
+                self.fail(f"is nested more than {MAX_DEPTH} levels deep")
+            self.depth = depth
+            if type(container) is Container:
+                self._finish_mapping(container)
+            elif type(container) is list:
+                self._finish_list(container)
+            elif type(container) is Record:
+                self._finish_record(container)
+            else:
+                flatten_module(self, *container)
+        return result
+
+    def value(self, item: Any) -> Any:
+        """What a recorded object amounts to; containers are scheduled, not finished yet."""
+        kind = type(item)
+        if kind in _FINISHED:
+            return item
+        if isinstance(item, Call):
+            value = item.value
+            return self._call(item) if value is UNRESOLVED or value is _PENDING else value
+        if kind is MappingStandIn:
+            item.__class__ = Container
+            self._pending.append((item, self.depth + 1))
+            return item
+        if kind is tuple:
+            return self._tuple(item)
+        if kind is list:
+            if item and id(item) not in self._lists:
+                self._lists[id(item)] = item
+                self._pending.append((item, self.depth + 1))
+            return item
+        if isinstance(item, RecordStandIn):
+            return self._record(item)
+        return self._rare(item)
+
+    def extent(self, storage: Storage) -> Extent:
+        """Where a storage's bytes are."""
+        if storage.extent is None:
+            if self._extent_of is None:
+                self.fail("has its data outside the pickle, where nothing is known to be")
+            storage.extent = self._extent_of(storage)
+        return storage.extent
+
+    def extent_of_bytes(self, data: Any, big_endian: bool) -> Extent | None:
+        """Bytes in the pickle as an extent, without a copy where they were left in the file."""
+        if type(data) is BlobReference and self._source is not None:
+            blob = self._blob_sizes[data.index]
+            return Extent(self._source, blob.offset, blob.size, None, big_endian)
+        found = self.bytes_of(data)
+        return None if found is None else Extent(MemorySource(found, self.name), 0, len(found), None, big_endian)
+
+    def bytes_of(self, data: Any) -> bytes | bytearray | None:
+        """Recorded bytes, also where Python 2 or an old protocol spelled them otherwise; ``None`` if it isn't any."""
+        data = self.value(data)
+        if type(data) is str:
+            try:
+                return self.encoded(data, "utf-8")
+            except UnicodeEncodeError:
+                return None
+        return data if type(data) in (bytes, bytearray) else None
+
+    def encoded(self, text: str, encoding: str) -> bytes:
+        """Text as bytes, each text once: many references to a long one must not multiply it."""
+        found = self._encoded.get((id(text), encoding))
+        if found is None:
+            errors = "surrogateescape" if encoding == "utf-8" else "strict"
+            found = self._encoded[id(text), encoding] = (text, text.encode(encoding, errors))
+        return found[1]
+
+    def allow(self, items: Any) -> Any:
+        """A collection that is about to be copied; refuses when a stream makes too many copies."""
+        if not isinstance(items, (list, tuple, dict)):
+            raise TypeError("a call has no collection where one belongs")
+        self.charge(len(items))
+        return items
+
+    def charge(self, count: int) -> None:
+        """Count items that are copied although the stream has them once."""
+        self.expansions -= count
+        if self.expansions < 0:
+            self.fail("repeats a collection too often")
+
+    def fail(self, what: str, cause: BaseException | None = None) -> NoReturn:
+        """Refuse the file because of the value that is being looked at."""
+        key = self.key if type(self.key) in (str, int) else None
+        subject = "a value" if key is None else f"{key!r}" if len(str(key)) <= 200 else f"{str(key)[:200]!r}…"
+        raise CorruptCheckpointError(f"{self.name}: {subject} {what}. The file is damaged.", path=self.name) from cause
+
+    def _call(self, call: Call) -> Any:
+        if call.value is _PENDING or self._nesting >= MAX_NESTING:
+            self.fail("refers to itself or is nested too deeply")
+        call.value = _PENDING
+        self._nesting += 1
+        try:
+            value = call.convert(self)
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+            if isinstance(error, TorchLoadError):
+                raise
+            self.fail(f"is no {call.qualified} as its writer makes them ({error})", error)
+        self._nesting -= 1
+        if value is AS_RECORD:
+            value = Record(call.qualified, call.args, call.state)
+            self._pending.append((value, self.depth + 1))
+        call.value = value
+        return value
+
+    def _tuple(self, item: tuple[Any, ...]) -> Any:
+        many = len(item) > FEW_ITEMS or self._nesting
+        if many and id(item) in self._tuples:
+            return self._tuples[id(item)][1]
+        if self._nesting >= MAX_NESTING:
+            self.fail("is nested too deeply")
+        self._nesting += 1
+        values = [part if type(part) in _FINISHED else self.value(part) for part in item]
+        self._nesting -= 1
+        result = item
+        for value, part in zip(values, item):
+            if value is not part:
+                result = tuple(values)
+                break
+        if many or result is not item:
+            self._tuples[id(item)] = (item, result)
+        return result
+
+    def _record(self, item: RecordStandIn) -> Any:
+        fields = module_fields(item)
+        if fields is None:
+            item.__class__ = Record  # type: ignore[assignment]
+            self._pending.append((item, self.depth + 1))
+            return item
+        known = self._modules.get(id(item))
+        if known is None:
+            known = self._modules[id(item)] = (item, Container(origin=item.name))
+            self._flattened[id(known[1])] = item
+            self._pending.append((known, self.depth + 1))
+        return known[1]
+
+    def unflattened(self, item: Any) -> Any:
+        """The module that a container stands for, where one was already put in its place."""
+        return self._flattened.get(id(item), item)
+
+    def _rare(self, item: Any) -> Any:
+        """Values that hardly any tree holds."""
+        kind = type(item)
+        if isinstance(item, StandInType):
+            if item not in self._classes:
+                self._classes[item] = Record(item.qualified)
+            return self._classes[item]
+        if kind is SetStandIn:
+            return self._set(item)
+        if kind is BlobReference:
+            blob = self._blob_sizes[item.index]
+            key = (item.index, "")
+            if key not in self._encoded:
+                data = bytes(self._data[blob.offset : blob.offset + blob.size])
+                self._encoded[key] = ("", data)
+            data = self._encoded[key][1]
+            return data.decode("utf-8", "surrogateescape") if blob.text else data
+        if kind is Outside:
+            return item.value
+        if kind is Storage:
+            if item.value is None:
+                item.value = self._storage_as_tensor(item)
+            return item.value
+        raise TypeError(f"no such stand-in: {kind}")  # pragma: no cover
+
+    def _storage_as_tensor(self, storage: Storage) -> TensorEntry:
+        dtype = storage.dtype or torch.uint8
+        first, numel = storage.view or (0, storage.numel)
+        if numel == 0:
+            return TensorEntry(dtype, (0,), ())
+        return TensorEntry(dtype, (numel,), (Box(self.extent(storage), first * dtype.itemsize, (numel,), (1,), (0,)),))
+
+    def _set(self, item: SetStandIn) -> Any:
+        if item.value is UNRESOLVED:
+            elements: dict[Any, None] = {}
+            item.value = _PENDING
+            for element in item:
+                element = self.value(element)
+                check_key(elements, element)
+                elements[element] = None
+            item.value = frozenset(elements) if item.frozen else set(elements)
+        if item.value is _PENDING:
+            self.fail("contains itself")
+        return item.value
+
+    def _finish_mapping(self, mapping: Container) -> None:
+        args: Any = mapping.origin
+        mapping.origin = None
+        if args is not None:
+            self._prepend(mapping, args)
+        if mapping.metadata is not None:
+            mapping.metadata = self.value(mapping.metadata)
+        changed_keys = False
+        for key, value in mapping.items():
+            kind = type(value)
+            if kind not in _FINISHED:
+                self.key = key
+                finished = self.value(value)
+                if finished is not value:
+                    mapping[key] = finished
+            if type(key) is not str and type(key) not in _FINISHED and self.value(key) is not key:
+                changed_keys = True
+        if changed_keys:
+            entries = [(self.value(key), value) for key, value in mapping.items()]
+            mapping.clear()
+            for key, value in entries:
+                check_key(mapping, key)
+                mapping[key] = value
+
+    def _prepend(self, mapping: Container, args: tuple[Any, ...]) -> None:
+        """Entries that came as constructor arguments: a mapping, or a list of pairs (as Python 2 wrote them)."""
+        later = dict(mapping)
+        mapping.clear()
+        for argument in args[:2]:
+            if isinstance(argument, Container):
+                mapping.update(self.allow(argument))
+            elif type(argument) is list:
+                for key, value in self.allow(argument):
+                    check_key(mapping, key)
+                    mapping[key] = value
+        mapping.update(later)
+
+    def _finish_list(self, items: list[Any]) -> None:
+        for index, item in enumerate(items):
+            if type(item) not in _FINISHED:
+                finished = self.value(item)
+                if finished is not item:
+                    items[index] = finished
+
+    def _finish_record(self, record: Record) -> None:
+        record.args = self.value(record.args)
+        record.state = self.value(record.state)
+        if record.items:
+            self._finish_list(record.items)
+        if record.entries:
+            self.value(record.entries)

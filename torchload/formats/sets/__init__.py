@@ -1,0 +1,1 @@
+"""Checkpoints in several files: folders, shards, distributed checkpoints, DeepSpeed's; how their parts fit together."""

@@ -1,0 +1,291 @@
+"""Which checkpoint is in a folder.
+
+Names that libraries agree on come first (`_CONVENTIONS`), then kinds of folders that are one checkpoint as a whole
+(`_WHOLE_FOLDERS`), then a numbered set without its index, then the only file that is a checkpoint by its content.
+Everything else is an error that lists what is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torchload.core.checkpoint import Checkpoint
+from torchload.errors import AmbiguousCheckpointError, CheckpointFormatError, CheckpointNotFoundError
+from torchload.formats.locate import UNFINISHED_SUFFIXES
+from torchload.formats.sets import rank_files
+
+__all__ = ["Choice", "choose", "describe"]
+
+_MAX_ENTRIES = 20_000  # directory entries looked at
+
+# Each row names the same weights, the preferred file first, as transformers, diffusers, peft and open_clip write them.
+_CONVENTIONS: tuple[tuple[str, ...], ...] = (
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    (
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model.bin",
+        "diffusion_pytorch_model.bin.index.json",
+    ),
+    ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+    ("adapter_model.safetensors", "adapter_model.bin"),
+    ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
+)
+
+# States of training that lie beside the weights and are never meant: accelerate, transformers, DeepSpeed, TensorBoard.
+_NOT_WEIGHTS = re.compile(
+    r"""(?: (?:optimizer|scheduler|lr_scheduler|scaler|sampler|dl_state_dict)(?:_\d+)?\.(?:bin|pt|pth|safetensors)
+        | rng_state(?:_\d+)?\.pth
+        | random_states_\d+\.pkl
+        | custom_checkpoint_\d+\.pkl
+        | training_args\.bin
+        | .*_optim_states\.pt
+        | events\.out\.tfevents\..*
+    )""",
+    re.VERBOSE,
+)
+
+# Never opened to look for weights: text and other things that lie beside models.
+_TEXT_SUFFIX = re.compile(
+    r"\.(?:cfg|csv|html|ipynb|jinja|jpe?g|jsonl?|log|md|png|py|sh|toml|tsv|txt|ya?ml)", re.IGNORECASE
+)
+
+# model-00001-of-00004.safetensors, shard-00000-model-00001-of-00002.safetensors
+_NUMBERED = re.compile(r"(?:shard-\d+-)?(?P<stem>.*?)(?P<number>\d{2,6})-of-(?P<total>\d{2,6})(?P<suffix>\..+)")
+
+
+OpenMember = Callable[[str], Checkpoint]
+Opener = Callable[[str, OpenMember], Checkpoint]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to open of a folder.
+
+    Attributes:
+        files: Paths; several are the shards of one checkpoint.
+        notes: Sentences about why, and what was left aside.
+        opener: Where the folder is one checkpoint as a whole, what opens it: called with its path and a function that
+            opens a file or a folder inside.
+    """
+
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    opener: Opener | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _WholeFolder:
+    """A kind of folder that is one checkpoint: how its names tell, and what opens it or what to do instead."""
+
+    found: str
+    recognizes: Callable[[frozenset[str]], bool]
+    advice: str = ""
+    opener: Opener | None = None
+
+
+def _any_match(pattern: str) -> Callable[[frozenset[str]], bool]:
+    return lambda names: any(re.fullmatch(pattern, name) for name in names)
+
+
+def _open_distributed(path: str, open_member: OpenMember) -> Checkpoint:
+    from torchload.formats.sets import distributed
+
+    return distributed.open_folder(path)
+
+
+def _open_deepspeed(path: str, open_member: OpenMember) -> Checkpoint:
+    from torchload.formats.sets import deepspeed
+
+    return deepspeed.open_folder(path, open_member)
+
+
+_WHOLE_FOLDERS: tuple[_WholeFolder, ...] = (
+    _WholeFolder(
+        "torch.distributed.checkpoint folder",
+        _any_match(r"(?:__\d+)?\.metadata|__\d+_\d+\.distcp"),
+        opener=_open_distributed,
+    ),
+    _WholeFolder(
+        "DeepSpeed checkpoint folder",
+        lambda names: bool(
+            ("latest" in names and _any_match(r"global_step\d+|zero_to_fp32\.py|checkpoint")(names))
+            or _any_match(r"(?:bf16_)?(?:zero_pp_rank_\d+_)?mp_rank_\d+_(?:model|optim)_states\.pt")(names)
+        ),
+        opener=_open_deepspeed,
+    ),
+    _WholeFolder("Megatron checkpoint folder", rank_files.is_megatron, opener=rank_files.open_megatron),
+    _WholeFolder("folder of an FSDP training state", rank_files.is_single_part, opener=rank_files.open_part),
+    _WholeFolder("set of rank files", rank_files.is_rank_set, opener=rank_files.open_rank_set),
+    _WholeFolder(
+        "TensorFlow SavedModel",
+        lambda names: bool({"saved_model.pb", "saved_model.pbtxt"} & names),
+        "Its weights belong to another framework; convert the model to PyTorch first.",
+    ),
+    _WholeFolder(
+        "TensorFlow checkpoint",
+        lambda names: "checkpoint" in names and _any_match(r".+\.index")(names),
+        "Its weights belong to another framework; convert the model to PyTorch first.",
+    ),
+    _WholeFolder(
+        "Orbax (JAX) checkpoint",
+        lambda names: bool({"_CHECKPOINT_METADATA", "manifest.ocdbt"} & names),
+        "Its weights belong to another framework; convert the model to PyTorch first.",
+    ),
+)
+
+
+def choose(path: str, is_checkpoint: Callable[[str], bool]) -> Choice:
+    """Pick the file, or the files, that are the checkpoint of a folder.
+
+    Args:
+        path: The folder.
+        is_checkpoint: Whether a file is a checkpoint by its content.
+
+    Raises:
+        CheckpointNotFoundError: There is none; the message says what is there.
+        CheckpointFormatError: The folder as a whole is a checkpoint of a kind that isn't read here.
+        AmbiguousCheckpointError: There are several.
+    """
+    files, folders = _entries(path)
+    if choice := _conventional(path, files):
+        return choice
+    names = frozenset(files | folders)
+    for kind in _WHOLE_FOLDERS:
+        if not kind.recognizes(names):
+            continue
+        if kind.opener is not None:
+            return Choice((), opener=kind.opener)
+        raise CheckpointFormatError(
+            f"{path} is a {kind.found}, which is not read here. {kind.advice}", path=path, found=kind.found
+        )
+    indexes = sorted(name for name in files if re.fullmatch(r".+\.index(?:\.\w+)?\.json", name))
+    if indexes:
+        return _only(path, [(name,) for name in indexes])
+    candidates = sorted(
+        name
+        for name in files
+        if not _NOT_WEIGHTS.fullmatch(name)
+        and not _TEXT_SUFFIX.fullmatch(os.path.splitext(name)[1])
+        and not name.endswith(UNFINISHED_SUFFIXES)
+    )
+    found = [name for name in candidates if is_checkpoint(os.path.join(path, name))]
+    if not found:
+        raise CheckpointNotFoundError(_nothing_found(path, files, folders), path=path)
+    return _only(path, _one_per_model(path, found))
+
+
+def describe(checkpoint: Checkpoint, path: str, choice: Choice) -> Checkpoint:
+    """The checkpoint under the folder's name, with the notes of its choice."""
+    return replace(checkpoint, path=path, notes=(*choice.notes, *checkpoint.notes))
+
+
+def _entries(path: str) -> tuple[set[str], set[str]]:
+    files: set[str] = set()
+    folders: set[str] = set()
+    with os.scandir(path) as entries:
+        for entry, _ in zip(entries, range(_MAX_ENTRIES)):
+            (folders if _is_folder(entry) else files).add(entry.name)
+    return files, folders
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself, or to where nobody may look
+        return False
+
+
+def _conventional(path: str, files: set[str]) -> Choice | None:
+    rows = [[name for name in row if name in files] for row in _CONVENTIONS]
+    rows = [row for row in rows if row]
+    if not rows:
+        return None
+    if len(rows) > 1:
+        raise _ambiguous(path, [(row[0],) for row in rows])
+    (taken, *others), *_ = rows
+    notes = [f"took {taken} of the folder"]
+    if others:
+        notes.append(f"left aside {', '.join(others)}: the same weights in another form")
+    return Choice((os.path.join(path, taken),), tuple(notes))
+
+
+def _one_per_model(path: str, names: list[str]) -> list[tuple[str, ...]]:
+    """Groups what belongs together: the files of a numbered set, and one model in two formats (safetensors is kept)."""
+    numbered: dict[tuple[str, str, str], list[str]] = {}
+    single: dict[str, list[str]] = {}
+    for name in names:
+        if match := _NUMBERED.fullmatch(name):
+            numbered.setdefault((match["stem"], match["total"], match["suffix"]), []).append(name)
+        else:
+            single.setdefault(os.path.splitext(name)[0], []).append(name)
+    groups = []
+    for (stem, total, suffix), members in numbered.items():
+        _check_complete(path, f"{stem}NNN-of-{total}{suffix}", int(total), members)
+        groups.append(tuple(members))
+    for members in single.values():
+        preferred = [name for name in members if name.endswith(".safetensors")]
+        groups.extend((name,) for name in preferred[:1] or members)
+    return groups
+
+
+def _check_complete(path: str, pattern: str, total: int, members: list[str]) -> None:
+    present = {int(match["number"]) for name in members if (match := _NUMBERED.fullmatch(name))}
+    first = 0 if 0 in present else 1
+    missing = total - len(present & set(range(first, first + min(total, _MAX_ENTRIES))))
+    if missing > 0:
+        raise CheckpointNotFoundError(
+            f"{missing} of {total} shards are missing in {path}: of {pattern} only {len(present)} "
+            f"{'is' if len(present) == 1 else 'are'} there. Download the rest into the same folder.",
+            path=path,
+        )
+
+
+def _only(path: str, groups: list[tuple[str, ...]]) -> Choice:
+    if len(groups) > 1:
+        raise _ambiguous(path, groups)
+    (group,) = groups
+    note = f"took {group[0]} of the folder" if len(group) == 1 else f"took {len(group)} shards without an index"
+    return Choice(tuple(os.path.join(path, name) for name in group), (note,))
+
+
+def _ambiguous(path: str, groups: list[tuple[str, ...]]) -> AmbiguousCheckpointError:
+    names = [group[0] if len(group) == 1 else f"{group[0]} (and {len(group) - 1} more shards)" for group in groups]
+    listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return AmbiguousCheckpointError(
+        f"{path} holds {len(groups)} checkpoints: {listed}. Give the path of the one you mean, such as "
+        f"{os.path.join(path, groups[0][0])}.",
+        path=path,
+        candidates=[os.path.join(path, group[0]) for group in groups],
+        argument="path",
+    )
+
+
+def _nothing_found(path: str, files: set[str], folders: set[str]) -> str:
+    if not files and not folders:
+        return f"{path} is an empty folder."
+    if "snapshots" in folders:
+        revisions = sorted(os.listdir(os.path.join(path, "snapshots")))
+        listed = ", ".join(os.path.join(path, "snapshots", name) for name in revisions[:4])
+        return f"{path} is a download cache; the models are one level further down: {listed or 'none yet'}."
+    unfinished = sorted(name for name in files if name.endswith(UNFINISHED_SUFFIXES))
+    if unfinished:
+        return f"{path} holds no complete checkpoint: the download of {unfinished[0]} has not finished."
+    parts = []
+    states = sorted(name for name in files if _NOT_WEIGHTS.fullmatch(name))
+    others = sorted(files - set(states))
+    if others:
+        parts.append("the files " + _listed(others))
+    if states:
+        parts.append(f"states of training ({_listed(states)}), which are no weights")
+    if folders:
+        parts.append("the folders " + _listed(sorted(folders)))
+    advice = " Give the path of the folder that holds the weights." if folders else ""
+    return f"{path} holds no checkpoint, only {' and '.join(parts)}.{advice}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,308 @@
+"""Sets of files that each hold what one process had: FSDP's sharded state dicts, Megatron-LM folders, Meta's Llama.
+
+What can be put together is what says itself where it belongs: sharded tensors carry their place in the whole. A plain
+tensor of a tensor-parallel run does not, and is refused with what to do instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torchload.core.checkpoint import Box, Checkpoint, Container, OpaqueTensor, Shape, TensorEntry
+from torchload.errors import (
+    AmbiguousCheckpointError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+)
+from torchload.formats.locate import pointer_text
+from torchload.formats.sets.tiling import Region, TooManyCornersError, tiles
+
+__all__ = ["is_megatron", "is_rank_set", "is_single_part", "open_megatron", "open_part", "open_rank_set"]
+
+OpenMember = Callable[[str], Checkpoint]
+
+MAX_DEPTH = 100
+MAX_VALUES = 1_000_000
+
+_WEIGHTS_SUFFIX = re.compile(r".+\.(?:pt|pth|bin|ckpt)")
+_RANK_FILE = re.compile(r"(?P<before>(?:.*[_.-])?rank[_-]?)(?P<rank>\d{1,6})(?P<after>\.(?:pt|pth|bin|ckpt))")
+_LLAMA_FILE = re.compile(r"(?P<before>consolidated\.)(?P<rank>\d{2})(?P<after>\.pth)")
+_NOT_MODEL = re.compile(r"(?:optim|opt_|optimizer|extra_state|rng|random|scheduler|loader|dataloader).*")
+_MEGATRON_POINTER = "latest_checkpointed_iteration.txt"
+_MEGATRON_RANK = re.compile(r"mp_rank_\d\d(?:_\d{3}){0,2}")
+_MEGATRON_FILES = ("model_optim_rng.pt", "model_rng.pt")
+_PART_FOLDER = re.compile(r"pytorch_model_fsdp_\d+")  # accelerate's, and so transformers'
+
+
+# --- one file per rank ---
+
+
+def is_rank_set(names: Iterable[str]) -> bool:
+    """Whether the weights of a folder are a set of files that differ in the number of a rank.
+
+    Example:
+        >>> is_rank_set(["rank0.pt", "rank1.pt", "readme.md"]), is_rank_set(["rank0.pt", "best.pt"])
+        (True, False)
+    """
+    return _rank_set(names) is not None
+
+
+def _rank_set(names: Iterable[str]) -> dict[int, str] | None:
+    sets: dict[tuple[str, str], dict[int, str]] = {}
+    for name in names:
+        if not _WEIGHTS_SUFFIX.fullmatch(name) or _NOT_MODEL.fullmatch(name):
+            continue
+        match = _RANK_FILE.fullmatch(name) or _LLAMA_FILE.fullmatch(name)
+        if match is None:
+            return None
+        sets.setdefault((match["before"], match["after"]), {})[int(match["rank"])] = name
+    if len(sets) != 1:
+        return None
+    (files,) = sets.values()
+    return files if len(files) > 1 else None
+
+
+def open_rank_set(path: str, open_member: OpenMember) -> Checkpoint:
+    """Put together the files of all ranks of a job that saved sharded tensors.
+
+    Args:
+        path: The folder.
+        open_member: Opens one file.
+
+    Returns:
+        The first rank's tree, in which every sharded tensor is one entry of all ranks' parts.
+
+    Raises:
+        CheckpointNotFoundError: A rank's file is missing.
+        AmbiguousCheckpointError: The files hold plain tensors, which don't say where they belong.
+        CheckpointFormatError: So do these, and what they are is known.
+        CorruptCheckpointError: The parts do not make up the tensors.
+    """
+    files = _rank_set(os.listdir(path)) or {}
+    missing = sorted(set(range(max(files, default=0) + 1)) - files.keys())
+    if missing:
+        raise CheckpointNotFoundError(
+            f"{path} lacks the files of ranks {', '.join(map(str, missing[:20]))}. Copy them into the folder.",
+            path=path,
+        )
+    opened: list[Checkpoint] = []
+    try:
+        opened.extend(open_member(os.path.join(path, files[rank])) for rank in sorted(files))
+        merger = _Merger(path)
+        root = merger.merge([checkpoint.root for checkpoint in opened])
+        if not merger.joined:
+            raise _refuse_plain(path, list(files.values()))
+    except BaseException:
+        for checkpoint in opened:
+            checkpoint.close()
+        raise
+    return replace(
+        opened[0],
+        path=path,
+        format=f"sharded tensors in {len(opened)} rank files",
+        root=root,
+        sources=tuple(source for checkpoint in opened for source in checkpoint.sources),
+        checksums=all(checkpoint.checksums for checkpoint in opened),
+    )
+
+
+class _Merger:
+    """Joins the trees of all ranks, which are alike.
+
+    Attributes:
+        joined: Number of tensors that were put together.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.joined = 0
+        self.merged: dict[tuple[int, ...], Any] = {}  # by identity: what occurs twice is merged once
+
+    def merge(self, trees: Sequence[Any], name: str = "", depth: int = 0) -> Any:
+        """The tree of the first rank with its sharded tensors completed from the others."""
+        if not isinstance(trees[0], (Container, OpaqueTensor, TensorEntry)):
+            return trees[0]
+        identity = tuple(map(id, trees))
+        if identity not in self.merged:
+            if depth > MAX_DEPTH or len(self.merged) > MAX_VALUES:
+                raise CorruptCheckpointError(f"{self.path} is nested too deeply at {name[:200]!r}.", path=self.path)
+            self.merged[identity] = self.merge_new(trees, name, depth)
+        return self.merged[identity]
+
+    def merge_new(self, trees: Sequence[Any], name: str, depth: int) -> Any:
+        """`merge`, for values that were not met before."""
+        first = trees[0]
+        if any(isinstance(tree, OpaqueTensor) and tree.parts for tree in trees):
+            return self.join(name, trees)
+        if isinstance(first, Container) and all(isinstance(tree, Container) for tree in trees):
+            return Container(
+                {
+                    key: self.merge([tree[key] for tree in trees if key in tree], f"{name}.{key}", depth + 1)
+                    for key in dict.fromkeys(key for tree in trees for key in tree)
+                },
+                metadata=first.metadata,
+                origin=first.origin,
+            )
+        if isinstance(first, TensorEntry) and not all(_may_be_same(first, tree) for tree in trees[1:]):
+            return OpaqueTensor("a tensor that differs from rank to rank", first.shape)
+        return first
+
+    def join(self, name: str, values: Sequence[Any]) -> TensorEntry:
+        """One tensor of the parts that each rank has."""
+        name = name.lstrip(".")
+        shape: Shape | None = getattr(values[0], "shape", None)
+        if shape is None:
+            raise self.refuse(name, "its shape isn't known")
+        parts: dict[str, tuple[Region, TensorEntry]] = {}  # by text: hashes of tuples of numbers can be made to collide
+        for value in values:
+            if not isinstance(value, OpaqueTensor) or value.shape != shape:
+                raise self.refuse(name, "the ranks disagree about its shape")
+            for origin, part in value.parts:
+                region = Region(origin, part.shape)
+                parts.setdefault(str(region), (region, part))  # replicas are taken once
+        dtypes = {part.dtype for _, part in parts.values()}
+        filled = [(region, part) for region, part in parts.values() if part.numel]
+        try:
+            complete = tiles(shape, [region for region, _ in filled]) if 0 not in shape else True
+        except TooManyCornersError as error:
+            raise self.refuse(name, f"it is said to consist of {error}") from None
+        if len(dtypes) != 1 or not complete:
+            problem = "they differ in dtype" if len(dtypes) > 1 else "they overlap or leave a hole; are all ranks here?"
+            raise self.refuse(name, problem)
+        self.joined += 1
+        boxes = tuple(
+            Box(box.extent, box.start, box.shape, box.strides, tuple(map(sum, zip(region.origin, box.origin))))
+            for region, part in filled
+            for box in part.boxes
+        )
+        return TensorEntry(dtypes.pop(), shape, boxes)
+
+    def refuse(self, name: str, problem: str) -> CorruptCheckpointError:
+        """The error for parts that do not fit."""
+        return CorruptCheckpointError(
+            f"The parts of {name[:200]!r} in the rank files of {self.path} make no tensor: {problem}.", path=self.path
+        )
+
+
+def _may_be_same(first: TensorEntry, other: Any) -> bool:
+    """Whether two ranks may hold the same tensor, judged by the checksums that the files record."""
+    if not isinstance(other, TensorEntry) or (other.dtype, other.shape) != (first.dtype, first.shape):
+        return False
+    for box, twin in zip(first.boxes, other.boxes):
+        sums = box.extent.crc32, twin.extent.crc32
+        if first.nbytes == box.extent.nbytes == twin.extent.nbytes and None not in sums and sums[0] != sums[1]:
+            return False
+    return True
+
+
+def _refuse_plain(path: str, names: Sequence[str]) -> CheckpointFormatError | AmbiguousCheckpointError:
+    names = sorted(names)
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    what = f"{path} holds the files of {len(names)} ranks ({listed}), with tensors that don't say which part they are."
+    if _LLAMA_FILE.fullmatch(names[0]):
+        return CheckpointFormatError(
+            f"{what} They are the tensor-parallel parts of a Llama as Meta publishes it; convert them with "
+            "transformers' convert_llama_weights_to_hf.py, or download the converted model.",
+            path=path,
+            found="tensor-parallel Llama",
+        )
+    return AmbiguousCheckpointError(
+        f"{what} If each holds the same, give the path of one. If each holds its part of a tensor- or "
+        "pipeline-parallel model, or FSDP's local (flat) state, gather the model in the job that saved it, with "
+        "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True.",
+        path=path,
+        candidates=[os.path.join(path, name) for name in names],
+        argument="path",
+    )
+
+
+# --- folders around ---
+
+
+def is_megatron(names: Iterable[str]) -> bool:
+    """Whether a folder is one of Megatron-LM's, by what lies in it."""
+    return any(name == _MEGATRON_POINTER or _MEGATRON_RANK.fullmatch(name) for name in names)
+
+
+def open_megatron(path: str, open_member: OpenMember) -> Checkpoint:
+    """Open a Megatron-LM folder, if one rank had the whole model, or if it was saved in the distributed format.
+
+    Args:
+        path: The folder with ``latest_checkpointed_iteration.txt``, or an iteration's folder inside it.
+        open_member: Opens a file or a folder.
+
+    Raises:
+        CheckpointFormatError: Several ranks hold parts of the model.
+        CheckpointNotFoundError: The iteration or its files are missing.
+    """
+    names = os.listdir(path)
+    if _MEGATRON_POINTER in names:
+        return open_member(_iteration_folder(path))
+    ranks = sorted(filter(_MEGATRON_RANK.fullmatch, names))
+    if len(ranks) > 1:
+        raise CheckpointFormatError(
+            f"{path} is a Megatron checkpoint folder of {len(ranks)} tensor- or pipeline-parallel ranks ({ranks[0]}, "
+            f"{ranks[1]}, …). How their parts make up the model only Megatron-LM knows. In it, run 'python "
+            "tools/checkpoint/convert.py --target-tensor-parallel-size 1 --target-pipeline-parallel-size 1', or save "
+            "with --ckpt-format torch_dist, which is read here as it is.",
+            path=path,
+            found="Megatron checkpoint folder",
+        )
+    inside = os.path.join(path, ranks[0])
+    found = [name for name in _MEGATRON_FILES if os.path.exists(os.path.join(inside, name))]
+    if not found:
+        raise CheckpointNotFoundError(
+            f"{inside} holds none of {', '.join(_MEGATRON_FILES)}. Copy the folder again.", path=path
+        )
+    return replace(open_member(os.path.join(inside, found[0])), path=path)
+
+
+def _iteration_folder(path: str) -> str:
+    pointer = os.path.join(path, _MEGATRON_POINTER)
+    text = pointer_text(pointer)
+    folder = f"iter_{int(text):07d}" if text.isascii() and text.isdigit() and len(text) < 20 else "release"
+    if folder == "release" and text != "release":
+        raise CorruptCheckpointError(
+            f"{path} is a Megatron checkpoint folder, but its {_MEGATRON_POINTER} names {text[:80]!r}, "
+            "not an iteration.",
+            path=path,
+            found="Megatron checkpoint folder",
+        )
+    if not os.path.isdir(os.path.join(path, folder)):
+        raise CheckpointNotFoundError(
+            f"{pointer} names the iteration {text}, but there is no folder {folder}. Copy it, or give another one.",
+            path=path,
+        )
+    if os.path.exists(os.path.join(path, folder, _MEGATRON_POINTER)):
+        raise CorruptCheckpointError(f"{pointer} leads to a folder with another such file.", path=path)
+    return os.path.join(path, folder)
+
+
+def is_single_part(names: Iterable[str]) -> bool:
+    """Whether the model lies in a folder of its own inside this one, as accelerate saves it under FSDP."""
+    return any(map(_PART_FOLDER.fullmatch, names))
+
+
+def open_part(path: str, open_member: OpenMember) -> Checkpoint:
+    """Open the model's own folder inside a folder of training states.
+
+    Raises:
+        AmbiguousCheckpointError: There are several models.
+    """
+    parts = sorted(filter(_PART_FOLDER.fullmatch, os.listdir(path)))
+    if len(parts) > 1:
+        raise AmbiguousCheckpointError(
+            f"{path} holds {len(parts)} models: {', '.join(parts[:12])}. Give the path of the one you mean, such as "
+            f"{os.path.join(path, parts[0])}.",
+            path=path,
+            candidates=[os.path.join(path, part) for part in parts],
+            argument="path",
+        )
+    if is_single_part(os.listdir(os.path.join(path, parts[0]))):
+        raise CorruptCheckpointError(f"{path} holds a folder of models inside a folder of models.", path=path)
+    return replace(open_member(os.path.join(path, parts[0])), path=path)

@@ -1,0 +1,299 @@
+"""Sharded checkpoints: several files that together hold one set of tensors.
+
+An index (``*.index.json``) names the file of every tensor. Its text may come from anybody, so a name in it must stay
+inside the index's folder by its spelling alone, and may pass through no linked folder. The file itself may be a
+symbolic link: caches of downloaded models are made of them, and a link on this disk is its owner's doing, not the
+index's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torchload.core.checkpoint import Checkpoint, Container, OpaqueTensor, TensorEntry
+from torchload.core.source import FileSource, Source
+from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
+from torchload.formats.json_text import parse_object
+from torchload.formats.locate import path_inside
+from torchload.formats.sets.slices import assemble, slice_origins
+
+__all__ = ["open_index", "open_list", "recognizes"]
+
+OpenFile = Callable[[str], Checkpoint]
+
+_MAX_INDEX_BYTES = 100_000_000
+_MAX_INDEX_NAMES = 500_000
+_COMPARED_BYTES = 1024 * 1024
+
+
+def recognizes(head: bytes) -> bool:
+    """Whether a file that begins with `head` may be an index of shards.
+
+    Example:
+        >>> recognizes(b'{"metadata": {"total_size": 10}, "weight_map": {')
+        True
+        >>> recognizes(b'{"error": "Not found"}')
+        False
+    """
+    return head.lstrip()[:1] == b"{" and (b'"weight_map"' in head or b'"metadata"' in head)
+
+
+def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
+    """Open the shards that an index lists.
+
+    Args:
+        source: The index file. It is not closed.
+        path: The index file as the caller named it; shards are looked for beside it.
+        open_file: Opens one shard.
+
+    Returns:
+        One checkpoint whose root holds every tensor of every shard.
+
+    Raises:
+        CheckpointNotFoundError: Shards are missing; the message names all of them.
+        CheckpointFormatError: The file is JSON, but no index of shards.
+        CorruptCheckpointError: The index or a shard contradicts itself, or names files outside the folder.
+    """
+    if not isinstance(source, FileSource):
+        raise CheckpointFormatError(
+            f"{path} is an index of shards, which lie beside it; give its path instead of a file object.",
+            path=path,
+            found="index of shards",
+        )
+    if source.size > _MAX_INDEX_BYTES:
+        raise CorruptCheckpointError(f"{path} is {source.size:,} bytes long; no index of shards is.", path=path)
+    data = bytearray(source.size)
+    source.readinto(0, memoryview(data))
+    index = parse_object(data, "index", path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointFormatError(
+            f"{path} is a JSON file, not a checkpoint: an index of shards would have a 'weight_map'. "
+            "Give the file that holds the weights, or its folder.",
+            path=path,
+            found="JSON file",
+        )
+    if len(weight_map) > _MAX_INDEX_NAMES:
+        raise CorruptCheckpointError(f"{path} lists {len(weight_map):,} tensors; no index of shards does.", path=path)
+    if not weight_map:
+        raise CorruptCheckpointError(f"{path} lists no tensors: its weight_map is empty.", path=path)
+    shards = _shard_paths(weight_map, path)
+    opened = _open_all(shards.values(), open_file)
+    try:
+        by_name = dict(zip(shards, opened))
+        _check_listed(weight_map, by_name, path)
+        merged = _Merge(path, weight_map, by_name)
+        notes = (*merged.notes, *_size_note(index, merged.root))
+        return _checkpoint(path, opened, merged.root, notes)
+    except BaseException:
+        _close_all(opened)
+        raise
+
+
+def open_list(paths: list[str], open_file: OpenFile) -> Checkpoint:
+    """Open files that together are one checkpoint.
+
+    Args:
+        paths: The shards, in any order.
+        open_file: Opens one shard.
+
+    Raises:
+        CheckpointNotFoundError: Shards are missing; the message names all of them.
+        CheckpointFormatError: The files are no shards of one set: they hold different values under one name.
+        ValueError: The list is empty.
+    """
+    if not paths:
+        raise ValueError("the list of shards is empty")
+    paths = list(dict.fromkeys(paths))
+    path = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    _check_present({shard: shard for shard in paths}, path)
+    opened = _open_all(paths, open_file)
+    if len(opened) == 1:
+        return opened[0]
+    try:
+        merged = _Merge(path, {}, dict(zip(paths, opened)))
+        return _checkpoint(path, opened, merged.root, tuple(merged.notes))
+    except BaseException:
+        _close_all(opened)
+        raise
+
+
+def _shard_paths(weight_map: Mapping[str, Any], path: str) -> dict[str, str]:
+    """File name in the index → path, for each file once; all names checked, all files there."""
+    folder = os.path.dirname(path)
+    shards: dict[str, str] = {}
+    for key, name in weight_map.items():
+        if not isinstance(name, str):
+            raise CorruptCheckpointError(
+                f"{path} is invalid: the file of tensor {key!r} is not text but {type(name).__name__}.", path=path
+            )
+        if name not in shards:
+            shards[name] = path_inside(name, folder, path)
+    _check_present(shards, path)
+    return shards
+
+
+def _check_present(shards: Mapping[str, str], path: str) -> None:
+    missing = [name for name, shard in shards.items() if not os.path.exists(shard)]
+    if not missing:
+        return
+    listed = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+    raise CheckpointNotFoundError(
+        f"{len(missing)} of {len(shards)} shards of {path} {'is' if len(missing) == 1 else 'are'} missing: {listed}. "
+        "Download them into the same folder.",
+        path=path,
+    )
+
+
+def _open_all(paths: Iterable[str], open_file: OpenFile) -> list[Checkpoint]:
+    opened: list[Checkpoint] = []
+    try:
+        for shard in paths:
+            checkpoint = open_file(shard)
+            opened.append(checkpoint)
+            if not isinstance(checkpoint.root, Container):
+                raise CheckpointFormatError(
+                    f"{shard} is no shard: it holds a {type(checkpoint.root).__name__}, not named tensors.",
+                    path=shard,
+                )
+    except BaseException:
+        _close_all(opened)
+        raise
+    return opened
+
+
+def _close_all(checkpoints: Iterable[Checkpoint]) -> None:
+    for checkpoint in checkpoints:
+        checkpoint.close()
+
+
+def _check_listed(weight_map: Mapping[str, str], shards: Mapping[str, Checkpoint], path: str) -> None:
+    absent = [(key, name) for key, name in weight_map.items() if key not in shards[name].root]
+    if absent:
+        key, name = absent[0]
+        raise CorruptCheckpointError(
+            f"{path} does not fit its shards: {name} lacks the tensor {key!r}"
+            + (f", and {len(absent) - 1} more are not where the index says" if len(absent) > 1 else "")
+            + ". Index and shards come from different saves; download all of them again.",
+            path=path,
+        )
+
+
+class _Merge:
+    """The union of several roots.
+
+    Attributes:
+        root: Name → entry: in the index's order first, then what the index does not list.
+        notes: What is worth telling.
+    """
+
+    def __init__(self, path: str, weight_map: Mapping[str, str], shards: Mapping[str, Checkpoint]) -> None:
+        self.path = path
+        self.weight_map = weight_map
+        self.shards = shards
+        self.notes: list[str] = []
+        holders: dict[Any, list[str]] = {key: [] for key in weight_map}
+        for name, shard in shards.items():
+            for key in shard.root:
+                holders.setdefault(key, []).append(name)
+        self.origins = {name: slice_origins(shard) for name, shard in shards.items()}
+        self.root = Container()
+        for key, names in holders.items():
+            self.root[key] = shards[names[0]].root[key] if len(names) == 1 else self._resolve(key, names)
+        for key, names in holders.items():
+            if len(names) == 1 and any(self.origins[names[0]].get(key, ())):
+                raise CorruptCheckpointError(
+                    f"{path} is incomplete: of the tensor {key!r} only one slice is there. "
+                    "Shards are missing; give all of them.",
+                    path=path,
+                )
+        self.root.metadata = _merged_metadata(shards.values())
+        self._note_unlisted()
+
+    def _resolve(self, key: Any, names: list[str]) -> Any:
+        entries = [self.shards[name].root[key] for name in names]
+        origins = [self.origins[name].get(key) for name in names]
+        if all(origin is not None for origin in origins) and len(set(origins)) > 1:
+            return assemble(key, entries, [origin or () for origin in origins], self.path)
+        if key in self.weight_map:
+            self.notes.append(f"{key!r} is in {len(names)} shards; took {self.weight_map[key]}, as the index says")
+            return self.shards[self.weight_map[key]].root[key]
+        if not all(_same_value(entries[0], entry) for entry in entries[1:]):
+            raise CheckpointFormatError(
+                f"{names[0]} and {names[1]} are not shards of one checkpoint: both hold {key!r}, with different "
+                "values. Files saved by one process each (ranks of a parallel run) can't be joined by name.",
+                path=self.path,
+            )
+        return entries[0]
+
+    def _note_unlisted(self) -> None:
+        if not self.weight_map:
+            return
+        unlisted = [key for key in self.root if key not in self.weight_map]
+        if unlisted:
+            self.notes.append(f"{len(unlisted)} entries of the shards are not in the index, such as {unlisted[0]!r}")
+
+
+def _same_value(left: Any, right: Any) -> bool:
+    if isinstance(left, TensorEntry) and isinstance(right, TensorEntry):
+        return left.dtype == right.dtype and left.shape == right.shape and _same_data(left, right)
+    if isinstance(left, (str, int, float, bool, bytes, type(None))):
+        return type(left) is type(right) and bool(left == right)
+    return False
+
+
+def _same_data(left: TensorEntry, right: TensorEntry) -> bool:
+    """Compares the bytes of two tensors of equal dtype and shape; different layouts count as different data."""
+    if len(left.boxes) != len(right.boxes):
+        return False
+    for ours, theirs in zip(left.boxes, right.boxes):
+        if (ours.shape, ours.strides, ours.origin) != (theirs.shape, theirs.strides, theirs.origin):
+            return False
+        size = min(ours.extent.nbytes - ours.start, theirs.extent.nbytes - theirs.start, left.nbytes)
+        if not ours.is_contiguous:
+            return False
+        for done in range(0, size, _COMPARED_BYTES):
+            count = min(_COMPARED_BYTES, size - done)
+            ours_bytes = ours.extent.source.read(ours.extent.offset + ours.start + done, count)
+            if ours_bytes != theirs.extent.source.read(theirs.extent.offset + theirs.start + done, count):
+                return False
+    return True
+
+
+def _merged_metadata(shards: Iterable[Checkpoint]) -> dict[str, Any] | None:
+    merged: dict[str, Any] = {}
+    for shard in shards:
+        merged.update(shard.root.metadata or {})
+    return merged or None
+
+
+def _size_note(index: Mapping[str, Any], root: Container) -> tuple[str, ...]:
+    declared = index.get("metadata")
+    declared = declared.get("total_size") if isinstance(declared, dict) else None
+    if not isinstance(declared, (int, float)):
+        return ()
+    if any(isinstance(entry, OpaqueTensor) for entry in root.values()):
+        return ()
+    # Some writers count tied tensors once, others every name.
+    sizes = {entry.location: entry.nbytes for entry in root.values() if isinstance(entry, TensorEntry)}
+    every_name = sum(entry.nbytes for entry in root.values() if isinstance(entry, TensorEntry))
+    present = sum(sizes.values())
+    if declared in {present, every_name}:
+        return ()
+    return (f"the index declares {json.dumps(declared)} bytes of tensors, the shards hold {present}",)
+
+
+def _checkpoint(path: str, shards: list[Checkpoint], root: Container, notes: tuple[str, ...]) -> Checkpoint:
+    kinds = sorted({shard.format for shard in shards})
+    sources = tuple(source for shard in shards for source in shard.sources)
+    return Checkpoint(
+        path,
+        f"{len(shards)} {' and '.join(kinds)} {'shard' if len(shards) == 1 else 'shards'}",
+        root,
+        sources,
+        checksums=all(shard.checksums for shard in shards),
+        notes=(*dict.fromkeys(note for shard in shards for note in shard.notes), *notes),
+    )

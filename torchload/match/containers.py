@@ -1,0 +1,200 @@
+"""The containers of a checkpoint's tree, and the tensors below each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchload.core.budget import Allowance
+from torchload.core.checkpoint import OpaqueTensor, Record, Shape, TensorEntry, record_fields
+from torchload.errors import IncompatibleCheckpointError
+from torchload.match.paths import last
+
+__all__ = ["Leaf", "Place", "as_mapping", "find_places", "shape_of"]
+
+Leaf = TensorEntry | OpaqueTensor | Any
+_DEEPEST = 64  # containers inside each other, within one state dict
+_EXTRA_STATE = "_extra_state"
+_OTHER_CHARACTERS = 20  # of a name that is a number, or something rarer: formats keep those short
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A container and where it stands."""
+
+    path: str
+    container: Mapping[Any, Any]
+    leaves: dict[str, Leaf]
+    inner: frozenset[str]  # names of nested containers, which are places of their own
+
+
+_WIDE = 16
+_HOLDERS = (TensorEntry, OpaqueTensor, Record, Mapping, list, tuple)
+
+
+def as_mapping(value: Any) -> Mapping[Any, Any] | None:
+    """What a value of the tree holds by name: its entries, its positions, an object's attributes; else ``None``."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if isinstance(value, Record):
+        return record_fields(value)
+    return None
+
+
+def shape_of(leaf: Leaf) -> Shape | None:
+    """The shape of a tensor, or of the first of several that are kept as one; ``None`` for anything else."""
+    return getattr(leaf[0] if isinstance(leaf, tuple) and leaf else leaf, "shape", None)
+
+
+def find_places(root: Any, key: str | None, allowance: Allowance, whole: frozenset[str] = frozenset()) -> list[Place]:
+    """Every container that holds tensors at any depth, outermost first, each once however often it is referred to.
+
+    Args:
+        root: The checkpoint's tree.
+        key: Path of the one container to find; ``None`` for all.
+        allowance: What the names may cost.
+        whole: Last segments of names under which any value counts as a tensor does, unless it is a mapping.
+
+    Raises:
+        IncompatibleCheckpointError: There is no container `key`.
+        CorruptCheckpointError: The containers expand to far too many names.
+    """
+    path = allowance.path
+    containers = _containers(root, whole, allowance)
+    found: list[Place] = []
+    for here, inside in containers.values():
+        if leaves := _flatten(inside, containers, allowance, whole):
+            inner = frozenset(str(name) for name, value in inside.items() if id(value) in containers)
+            found.append(Place(here, inside, leaves, inner))
+    if key is None:
+        return found
+    chosen = [place for place in found if place.path == key]
+    if not chosen:
+        known = ", ".join(repr(place.path) for place in found if place.path) or "no containers with tensors"
+        raise IncompatibleCheckpointError(
+            f"{path} has no container {key!r} that holds tensors. It has: {known}.", path=path
+        )
+    return chosen
+
+
+def _containers(root: Any, whole: frozenset[str], allowance: Allowance) -> dict[int, tuple[str, Mapping[Any, Any]]]:
+    """All containers of a tree below which tensors are: identity → (dotted path, what it holds), outermost first."""
+    wide: dict[int, bool] = {}
+    barren: set[int] = set()
+    top = _below(root, wide)
+    if top is None:
+        return {}
+    known: dict[int, tuple[str, Mapping[Any, Any]]] = {id(root): ("", top)}
+    above: dict[int, list[int]] = {id(root): []}
+    holding: list[int] = []
+    todo = [(id(root), "", top)]
+    for identity, here, inside in todo:
+        has_leaves = False
+        for name, value in inside.items():
+            if _is_leaf(name, value, whole):
+                has_leaves = True
+            elif id(value) not in barren:
+                if id(value) not in known:
+                    below = _below(value, wide)
+                    if not below:  # leads nowhere
+                        if below is not None:
+                            barren.add(id(value))
+                        continue
+                    known[id(value)] = (f"{here}.{name}" if here else str(name), below)
+                    allowance.spend(1, len(known[id(value)][0]))
+                    above[id(value)] = []
+                    todo.append((id(value), *known[id(value)]))
+                above[id(value)].append(identity)
+        if has_leaves:
+            holding.append(identity)
+    for identity in holding:  # grows upwards from where tensors are
+        holding.extend(parent for parent in above.pop(identity, ()) if parent in above)
+    held = set(holding)
+    return {identity: place for identity, place in known.items() if identity in held}
+
+
+def _below(value: Any, wide: dict[int, bool]) -> Mapping[Any, Any] | None:
+    """`as_mapping`, but of a list (of a million losses, perhaps) only what may be or hold tensors."""
+    if isinstance(value, (list, tuple)):
+        return {index: inner for index, inner in enumerate(value) if _may_hold(inner, wide)}
+    return as_mapping(value)
+
+
+def _may_hold(value: Any, wide: dict[int, bool]) -> bool:
+    """Whether a value may be or hold tensors. What is wide is looked through once, wherever it occurs."""
+    if not isinstance(value, (list, tuple)):
+        return isinstance(value, _HOLDERS)
+    if len(value) <= _WIDE:
+        return any(isinstance(inner, _HOLDERS) for inner in value)
+    if id(value) not in wide:
+        wide[id(value)] = any(isinstance(inner, _HOLDERS) for inner in value)
+    return wide[id(value)]
+
+
+def _is_leaf(name: Any, value: Any, whole: frozenset[str]) -> bool:
+    if isinstance(value, (TensorEntry, OpaqueTensor)):
+        return True
+    if type(name) is not str:
+        return False
+    return name.endswith(_EXTRA_STATE) or (bool(whole) and last(name) in whole and not isinstance(value, Mapping))
+
+
+def _characters(names: Iterable[Any]) -> tuple[int, int]:
+    """How long names are all together, and the longest."""
+    try:
+        return sum(map(len, names)), max(map(len, names), default=0)
+    except TypeError:  # not all of them are text
+        lengths = [len(name) if isinstance(name, str) else _OTHER_CHARACTERS for name in names]
+        return sum(lengths), max(lengths)
+
+
+_Above = tuple[int, Any] | None
+"""Identities of the containers on the way up, the nearest first: (identity, those above it)."""
+
+
+def _is_above(identity: int, above: _Above) -> bool:
+    """Whether a container holds itself, or is too deep to be looked into."""
+    for _ in range(_DEEPEST):
+        if above is None:
+            return False
+        here, above = above
+        if here == identity:
+            return True
+    return True
+
+
+def _flatten(
+    container: Mapping[Any, Any],
+    containers: Mapping[int, tuple[str, Mapping[Any, Any]]],
+    allowance: Allowance,
+    whole: frozenset[str],
+) -> dict[str, Leaf]:
+    """All tensors under a container by dotted name, in the file's order.
+
+    A name that would stand twice (``{"a.b": …, "a": {"b": …}}``) is kept once, as it stands nearest to the root.
+
+    Args:
+        container: Where to begin.
+        containers: Those worth descending into, by identity.
+        allowance: What the names may cost: a small file can refer to the same container over and over.
+        whole: As `find_places` takes it.
+
+    Raises:
+        CorruptCheckpointError: There would be more.
+    """
+    leaves: dict[str, Leaf] = {}
+    deeper: list[tuple[str, Mapping[Any, Any], _Above]] = [("", container, None)]
+    for prefix, inside, above in deeper:
+        characters, longest = _characters(inside)
+        allowance.spend(len(inside), len(inside) * len(prefix) + characters)
+        allowance.check(max(len(inside), len(leaves)), len(prefix) + longest)
+        for name, value in inside.items():
+            if _is_leaf(name, value, whole):
+                leaves.setdefault(f"{prefix}{name}", value)
+            elif id(value) in containers and not _is_above(id(value), above):
+                deeper.append((f"{prefix}{name}.", containers[id(value)][1], (id(value), above)))
+        allowance.check(len(leaves), 0)
+    return leaves

@@ -1,0 +1,360 @@
+"""Reconcile two sets of names: a checkpoint's and a model's.
+
+Names are paths in a tree of modules. A wrapper (DataParallel, torch.compile, FSDP, …) puts one node between a module
+and its children, so the two trees are walked side by side, and a wrapper's node is stepped over on either side only
+where that is what makes the children agree. Nothing is ever cut out of a name as text: a module that is really called
+``module`` is a node like any other.
+
+The walk compares whole sub-trees first, so equal ones cost one comparison of sets; every name is split at most once per
+segment. The cost is linear in the total length of the names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torchload.core.budget import LONGEST_NAME, Allowance
+from torchload.core.wrappers import WRAPPER_STATE, WRAPPERS
+from torchload.match.tables import RENAMES
+
+__all__ = ["Alignment", "Node", "align", "is_path", "tree_of"]
+
+
+class Node:
+    """A sub-tree of names.
+
+    Attributes:
+        names: What is left of each name below the node → the whole name. ``""`` is a tensor at the node itself.
+    """
+
+    __slots__ = ("_allowance", "_chain", "_children", "names")
+
+    def __init__(self, names: dict[str, str], allowance: Allowance | None = None) -> None:
+        """A node whose children are made when they are looked at.
+
+        Args:
+            names: As the attribute.
+            allowance: What making them may cost, where the names are a stranger's.
+        """
+        self.names = names
+        self._allowance = allowance
+        self._children: dict[str, Node] | None = None
+        self._chain: _Chain | None = None
+
+    @property
+    def children(self) -> dict[str, Node]:
+        """First segment → sub-tree; split once.
+
+        Example:
+            >>> tree_of(["fc.weight", "fc.bias"]).children["fc"].names
+            {'weight': 'fc.weight', 'bias': 'fc.bias'}
+        """
+        if self._children is None:
+            if self._allowance is not None:
+                self._allowance.spend(len(self.names), sum(map(len, self.names)))
+            parts: dict[str, dict[str, str]] = {}
+            for rest, name in self.names.items():
+                if rest:
+                    label, _, below = rest.partition(".")
+                    if label in parts:
+                        parts[label][below] = name
+                    else:
+                        parts[label] = {below: name}
+            if self._allowance is not None:
+                self._allowance.spend(2 * len(parts), 0)  # a node takes as much as two names
+            self._children = {label: Node(names, self._allowance) for label, names in parts.items()}
+        return self._children
+
+    def without(self, names: Collection[str]) -> Node:
+        """The node without some names."""
+        return Node({rest: name for rest, name in self.names.items() if name not in names}, self._allowance)
+
+    @property
+    def chain(self) -> _Chain:
+        """The node with the wrappers right below it stepped over, one after the other; found once."""
+        if self._chain is None:
+            self._chain = _Chain.below(self)
+        return self._chain
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether a tensor has the node's own name."""
+        return "" in self.names
+
+
+@dataclass(slots=True)
+class Alignment:
+    """How the names of two trees correspond.
+
+    Attributes:
+        pairs: Model name → checkpoint name.
+        outside: Checkpoint names that are not the model's business: top-level siblings that it does not have at all,
+            and what wrappers keep for themselves.
+        spare: Model names that a wrapper keeps for itself and the checkpoint lacks.
+        ambiguous: Model name → checkpoint names that claim it equally well.
+        dropped: Wrapper segments that were stepped over, and on which side (``"file"``, ``"model"``), with how often.
+        renamed: Checkpoint name → the rule that gave it its model name.
+        leftover: Checkpoint name without a counterpart in a module that the model has → what the model would call it.
+    """
+
+    pairs: dict[str, str] = field(default_factory=dict)
+    outside: list[str] = field(default_factory=list)
+    spare: list[str] = field(default_factory=list)
+    ambiguous: dict[str, list[str]] = field(default_factory=dict)
+    dropped: dict[tuple[str, str], int] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    leftover: dict[str, str] = field(default_factory=dict)
+
+
+def tree_of(names: Iterable[str], allowance: Allowance | None = None) -> Node:
+    """The tree of whole names. Names that can't be a path (empty segments, absurd length) are left out.
+
+    Args:
+        names: The names.
+        allowance: What taking them apart may cost, where they are a stranger's.
+
+    Example:
+        >>> tree_of(["fc.weight", "a..b"]).names
+        {'fc.weight': 'fc.weight'}
+    """
+    return Node({name: name for name in names if is_path(name)}, allowance)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can be the path of a tensor in a tree of modules."""
+    return bool(name) and ".." not in name and name[0] != "." and name[-1] != "." and len(name) <= LONGEST_NAME
+
+
+def align(source: Node, model: Node, *, lift: Iterable[str] = ()) -> Alignment:
+    """Pair the names of a checkpoint's sub-tree with those of a model.
+
+    Args:
+        source: The checkpoint's names.
+        model: The model's names.
+        lift: Labels below the root whose children may stand beside it, as wrappers' may (a file that keeps
+            ``model`` and ``generator`` apart although together they are the model).
+
+    Returns:
+        The pairs found. Names of the model that are not in `pairs` have no counterpart.
+
+    Example:
+        >>> align(tree_of(["module.fc._orig_mod.weight"]), tree_of(["fc.weight"])).pairs
+        {'fc.weight': 'module.fc._orig_mod.weight'}
+    """
+    result = Alignment()
+    _at_root(result, source, model, frozenset(lift))
+    return result
+
+
+def _at_root(result: Alignment, source: Node, model: Node, lift: frozenset[str]) -> None:
+    work: list[tuple[Node, Node]] = []
+    liftable = WRAPPERS.keys() | lift
+    if not _may_agree(source, model, liftable):
+        return
+    extra, theirs = _pair_children(result, source, model, work, liftable)
+    # A tensor right at the root would be part of the root module itself, which the model has: that is unexpected.
+    # So is a further layer of a Sequential or ModuleList, whose children are numbers.
+    numbered = any(label.isdecimal() for label in theirs)
+    for label, node in extra.items():
+        if not (numbered and label.isdecimal()):
+            result.outside += [name for rest, name in node.names.items() if rest]
+    if not work:
+        return  # nothing in common: not the same module, and no use in naming what it lacks
+    _note_leftover(result, extra, theirs)
+    while work:
+        pair = work.pop()
+        _note_leftover(result, *_pair_children(result, *pair, work, WRAPPERS.keys()))
+
+
+def _may_agree(source: Node, model: Node, liftable: Collection[str]) -> bool:
+    """Whether a look at the labels leaves a chance: most pairs of sub-trees have nothing to do with each other."""
+    if source.is_tensor and model.is_tensor:
+        return True
+    ours, theirs = source.chain, model.chain
+    return (
+        any(here.keys() & there.keys() for here in ours.levels for there in theirs.levels)
+        or any(here.keys() & liftable for here in (*ours.levels, *theirs.levels))
+        or (ours.has_tensors and theirs.has_tensors)
+    )
+
+
+def _note_leftover(result: Alignment, extra: dict[str, Node], theirs: dict[str, Node]) -> None:
+    here = _path_of(theirs) if theirs else ""
+    result.leftover.update((name, here + local) for local, name in _joined(extra).items())
+
+
+def _pair_children(
+    result: Alignment, source: Node, model: Node, work: list[tuple[Node, Node]], liftable: Collection[str]
+) -> tuple[dict[str, Node], dict[str, Node]]:
+    """Pair two nodes: what is settled goes to `result`, pairs of children to `work`.
+
+    Returns:
+        The source's children that have no counterpart, and the model's children among which they lack one.
+    """
+    if source.names.keys() == model.names.keys():
+        result.pairs.update((name, source.names[rest]) for rest, name in model.names.items())
+        return {}, {}
+    if source.is_tensor and model.is_tensor:
+        result.pairs[model.names[""]] = source.names[""]
+    if source.names.keys() <= model.names.keys() or source.names.keys() >= model.names.keys():
+        ours, theirs = source.children, model.children  # names that are the model's to the letter are never others
+    else:
+        ours, theirs = _agree(result, source.chain, model.chain)
+    extra = {label: ours[label] for label in ours if label not in theirs}
+    lacking = {label: theirs[label] for label in theirs if label not in ours}
+    work.extend((ours[label], theirs[label]) for label in ours if label in theirs)
+    if extra and lacking:
+        _lift(result, extra, lacking, work, liftable, "file")
+        _lift(result, lacking, extra, work, liftable, "model")
+        _rename(result, extra, lacking)
+    return extra, theirs
+
+
+@dataclass(slots=True)
+class _Chain:
+    """A node and what appears when wrappers right below it are stepped over, one after the other.
+
+    Attributes:
+        levels: The children at each depth.
+        labels: The wrapper between each level and the next.
+        state: The wrappers' own tensors that were passed on the way: (level, label, name).
+        has_tensors: Whether the innermost level has tensors of its own, which a rule may know by other names.
+    """
+
+    levels: list[dict[str, Node]]
+    labels: list[str]
+    state: list[tuple[int, str, str]]
+    has_tensors: bool = False
+
+    @classmethod
+    def below(cls, node: Node) -> _Chain:
+        chain = cls([node.children], [], [])
+        while True:
+            children = chain.levels[-1]
+            inner = [label for label, child in children.items() if not (label in WRAPPER_STATE and child.is_tensor)]
+            if len(inner) != 1 or inner[0] not in WRAPPERS or children[inner[0]].is_tensor:
+                chain.has_tensors = any(node.is_tensor or label == _PARAMETRIZED for label, node in children.items())
+                return chain
+            depth = len(chain.labels)
+            chain.state += [(depth, label, child.names[""]) for label, child in children.items() if label != inner[0]]
+            chain.labels.append(inner[0])
+            chain.levels.append(children[inner[0]].children)
+
+
+def _agree(result: Alignment, source: _Chain, model: _Chain) -> tuple[dict[str, Node], dict[str, Node]]:
+    """The level of each chain at which the children agree best, as deep as possible."""
+    _, i, j = max(
+        (len(ours.keys() & theirs.keys()), i, j)
+        for i, ours in enumerate(source.levels)
+        for j, theirs in enumerate(model.levels)
+    )
+    # What both sides have above the chosen levels belongs together (the state of the same wrapper), innermost first.
+    passed = [(label, name) for depth, label, name in source.state if depth < i]
+    for depth, label, name in reversed(model.state):
+        if depth < j:
+            ours = next((name for kind, name in reversed(passed) if kind == label), None)
+            if ours is None:
+                result.spare.append(name)
+            else:
+                result.pairs[name] = ours
+                passed.remove((label, ours))
+    result.outside += [name for _, name in passed]
+    # A wrapper that both sides have was not dropped from either.
+    dropped_here, dropped_there = source.labels[:i], model.labels[:j]
+    for label in source.labels[:i]:
+        if label in dropped_there:
+            dropped_there.remove(label)
+            dropped_here.remove(label)
+    for side, labels in (("file", dropped_here), ("model", dropped_there)):
+        for label in labels:
+            result.dropped[side, label] = result.dropped.get((side, label), 0) + 1
+    return source.levels[i], model.levels[j]
+
+
+def _lift(
+    result: Alignment,
+    holders: dict[str, Node],
+    wanted: dict[str, Node],
+    work: list[tuple[Node, Node]],
+    liftable: Collection[str],
+    side: str,
+) -> None:
+    """Pair children of a wrapper that has siblings with the nodes they are wanted as, if just one offers them."""
+    offers: dict[str, list[tuple[str, Node]]] = {}
+    for label in [label for label in holders if label in liftable]:
+        chain = holders[label].chain
+        level = max(chain.levels, key=lambda children: len(children.keys() & wanted.keys()))
+        for inner in level.keys() & wanted.keys():
+            offers.setdefault(inner, []).append((label, level[inner]))
+    lifted: set[str] = set()
+    for inner, offered in offers.items():
+        target = wanted.pop(inner)
+        if len(offered) > 1:
+            claims = [name for _, node in offered for name in node.names.values()]
+            aims = list(target.names.values())
+            ours, theirs = (claims, aims) if side == "file" else (aims, claims)
+            result.ambiguous.update((name, ours) for name in theirs)
+            continue
+        label, node = offered[0]
+        work.append((node, target) if side == "file" else (target, node))
+        result.dropped[side, label] = result.dropped.get((side, label), 0) + 1
+        lifted.update(node.names.values())
+    for label in {label for offered in offers.values() for label, _ in offered}:
+        _remove(holders, label, lifted)
+
+
+def _remove(children: dict[str, Node], label: str, names: Collection[str]) -> None:
+    """Take names away from one child of a node."""
+    children[label] = children[label].without(names)
+
+
+_PARAMETRIZED = "parametrizations"
+_SPELLINGS = [
+    (rule, here, there, re.compile(re.escape(here[0]).replace(re.escape("{p}"), r"(?P<p>[^.]+)")))
+    for rule in RENAMES
+    for here, there in rule.directions()
+]
+
+
+def _rename(result: Alignment, extra: dict[str, Node], lacking: dict[str, Node]) -> None:
+    """Pair what is left in one module where a known rule says that two spellings mean the same tensors."""
+    ours, theirs = _own_tensors(extra), _own_tensors(lacking)
+    if not (ours and theirs):
+        return
+    renamed: set[str] = set()
+    for rule, here, there, pattern in _SPELLINGS:
+        for found in [match for local in ours if (match := pattern.fullmatch(local))]:
+            parameter = found.groupdict().get("p", "")
+            from_names = [name.format(p=parameter) for name in here]
+            to_names = [name.format(p=parameter) for name in there]
+            if all(name in ours for name in from_names) and all(name in theirs for name in to_names):
+                for from_name, to_name in zip(from_names, to_names):
+                    name = ours.pop(from_name)
+                    result.pairs[theirs.pop(to_name)] = name
+                    result.renamed[name] = rule.what
+                    renamed.add(name)
+    if renamed:
+        for label in [label for label in extra if label == _PARAMETRIZED or extra[label].is_tensor]:
+            _remove(extra, label, renamed)
+
+
+def _own_tensors(children: Mapping[str, Node]) -> dict[str, str]:
+    """The tensors of a module itself, its parametrized ones among them, by their name in it."""
+    return _joined({label: node for label, node in children.items() if node.is_tensor or label == _PARAMETRIZED})
+
+
+def _path_of(children: Mapping[str, Node]) -> str:
+    """The path of a node, with its dot, told by any name below it."""
+    label, node = next(iter(children.items()))
+    rest, name = next(iter(node.names.items()))
+    return name[: len(name) - len(label) - (len(rest) + 1 if rest else 0)]
+
+
+def _joined(children: Mapping[str, Node]) -> dict[str, str]:
+    return {
+        f"{label}.{rest}" if rest else label: name
+        for label, node in children.items()
+        for rest, name in node.names.items()
+    }

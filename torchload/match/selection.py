@@ -1,0 +1,126 @@
+"""What choosing is told of a model, and what it answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchload.core.checkpoint import Shape
+from torchload.match.containers import Leaf
+from torchload.match.names import Alignment
+from torchload.match.paths import joined, last
+from torchload.match.tables import BENIGN_MISSING, Standing
+
+__all__ = ["Selection", "Wanted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A model, as far as choosing is concerned.
+
+    Attributes:
+        shapes: Every name of the model's state dict → its shape, or ``None`` where any value will do (extra state, lazy
+            parameters).
+        ties: Name → representative of the names that share its storage; names that share none are absent.
+        skipped: Names that the caller wants left alone.
+        optional: Names that may stay as they are without a word (state that only torch's own hooks fill).
+        buffers: Names of buffers, as against parameters.
+        whole: Last segments of the names under which modules of the model save values of any kind, not only tensors.
+        transient: Non-persistent buffers → shape. No checkpoint need have them; older ones, and TorchScript, do.
+        skip_pattern: What `skipped` was derived from, for the checkpoint's names.
+    """
+
+    shapes: Mapping[str, Shape | None]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    skipped: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
+    buffers: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
+    transient: Mapping[str, Shape | None] = field(default_factory=dict)
+    skip_pattern: re.Pattern[str] | None = None
+
+    def may_lack(self, name: str) -> bool:
+        """Whether it is known to be harmless if nothing fills a name."""
+        return name in self.buffers and (row := BENIGN_MISSING.get(last(name))) is not None and row.covers(name, None)
+
+    def lacks(self, pairs: Mapping[str, str], spare: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+        """What is left unfilled by `pairs`: the names that matter, and those that are known to be harmless."""
+        filled = {self.ties.get(name, name) for name in pairs}
+        passed = {*spare, *self.skipped, *self.optional}
+        lacking = [
+            name
+            for name in self.shapes
+            if name not in pairs and name not in passed and self.ties.get(name, name) not in filled
+        ]
+        return [name for name in lacking if not self.may_lack(name)], [name for name in lacking if self.may_lack(name)]
+
+    def skips(self, name: str) -> bool:
+        """Whether the caller wants a name, of either side, left alone."""
+        return self.skip_pattern is not None and self.skip_pattern.match(name) is not None
+
+
+@dataclass(slots=True)
+class Selection:
+    """The chosen sub-tree and how its names correspond to the model's.
+
+    Attributes:
+        key: Path of the container in the file, dotted; empty for the root.
+        prefix: Dotted prefix inside that container; empty if the whole of it is meant.
+        container: The container itself.
+        leaves: Every name inside the container (after `rename`) → what it holds.
+        pairs: Model name → name in `leaves`.
+        missing: Model names that nothing fills.
+        mismatched: Model name → (shape in the file, shape in the model).
+        unexpected: Names inside modules that the model has, without a place in it.
+        outside: Names of the container that are not this model's business.
+        tolerated: Differences known to be harmless: names of either side.
+        rivals: Paths of other candidates that would have fitted as well.
+        crossed: Whether names were taken out of a container inside this one, which is a candidate of its own.
+        skipped: Names that the caller wanted left alone: the model's, then those that only the file has.
+        transient: Non-persistent buffer of the model → name in `leaves`, where the file has it all the same.
+        claimed: Names without a place in the model that a module which loads itself is offered all the same.
+        added: Prefix that all of the model's names have and the file's lack.
+        alignment: The matcher's account.
+        standing: How strongly the path speaks for these weights.
+    """
+
+    key: str
+    prefix: str
+    container: Mapping[Any, Any]
+    leaves: dict[str, Leaf]
+    pairs: dict[str, str]
+    missing: list[str]
+    mismatched: dict[str, tuple[Shape, Shape]]
+    unexpected: list[str]
+    outside: list[str]
+    tolerated: list[str]
+    alignment: Alignment
+    standing: Standing = Standing.CONVENTIONAL
+    crossed: bool = False
+    skipped: list[str] = field(default_factory=list)
+    transient: dict[str, str] = field(default_factory=dict)
+    claimed: set[str] = field(default_factory=set)
+    added: str = ""
+    rivals: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Container and prefix as one dotted path."""
+        return joined(self.key, self.prefix)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether these are averaged (EMA, SWA) weights, by their name."""
+        return self.standing is Standing.AVERAGE
+
+    @property
+    def fills(self) -> bool:
+        """Whether the model is filled wholly, with the right shapes."""
+        return not self.missing and not self.mismatched
+
+    @property
+    def fits(self) -> bool:
+        """Whether a strict load may take it."""
+        return self.fills and not self.unexpected and not self.alignment.ambiguous

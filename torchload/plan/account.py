@@ -1,0 +1,118 @@
+"""From what was planned and done to the account of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torchload.core.checkpoint import Checkpoint, Extent, Record, TensorEntry
+from torchload.core.text import format_bytes, plural, short_dtype
+from torchload.match import Selection
+from torchload.model.target import Target
+from torchload.plan.execute import extents_of
+from torchload.plan.plan import LoadPlan
+from torchload.plan.report import LoadReport
+
+__all__ = ["notes_of", "report_of"]
+
+
+def report_of(
+    target: Target,
+    checkpoint: Checkpoint,
+    selection: Selection,
+    plan: LoadPlan,
+    nbytes: int,
+    notes: tuple[str, ...],
+    seconds: float,
+) -> LoadReport:
+    """The account of a load that was carried out."""
+    filled = [slot for slot in target.slots if slot.persistent]
+    devices = dict.fromkeys(slot.tensor.device for slot in filled)
+    own = [name for name in target.own_state if name in selection.pairs]
+    lacking = {*selection.missing, *selection.skipped}
+    loaded = sum(item.slot.persistent for item in plan.assignments)
+    loaded += sum(slot.persistent and lacking.isdisjoint(slot.names) for _, slots in plan.own_loaders for slot in slots)
+    return LoadReport(
+        path=checkpoint.path,
+        model=type(target.model).__name__,
+        device=", ".join(map(str, devices)) or "no device",
+        format=checkpoint.format,
+        key=selection.key,
+        prefix=selection.prefix,
+        rivals=selection.rivals,
+        averaged=selection.averaged,
+        beside=_beside(checkpoint.root, selection),
+        rewrites=tuple(_rewrites(selection)),
+        tensors=loaded + len(own),
+        total=len(filled) + len(target.own_state),
+        nbytes=nbytes,
+        casts={(short_dtype(a), short_dtype(b)): count for (a, b), count in plan.casts.items()},
+        ties=tuple(tuple(slot.names) for slot in filled if len(slot.names) > 1),
+        missing_keys=selection.missing,
+        unexpected_keys=selection.unexpected,
+        mismatched=selection.mismatched,
+        skipped=tuple(selection.skipped),
+        outside=tuple(selection.outside),
+        tolerated=tuple(selection.tolerated),
+        seconds=seconds,
+        training=target.model.training,
+        notes=notes,
+    )
+
+
+def _beside(root: Any, selection: Selection) -> dict[str, object]:
+    """The other entries of the file's top level, as small values or the names of their types."""
+    if not isinstance(root, Mapping):
+        return {}
+    top = selection.key.split(".")[0]
+    beside: dict[str, object] = {}
+    for name, value in root.items():
+        if isinstance(value, TensorEntry) or str(name) == top:
+            continue
+        small = value is None or isinstance(value, float) or (isinstance(value, str) and len(value) <= 200)
+        small = small or (isinstance(value, int) and abs(value) < 1 << 64)  # Python refuses to print the hugest
+        beside[str(name)] = value if small else value.name if isinstance(value, Record) else type(value).__name__
+    return beside
+
+
+def _rewrites(selection: Selection) -> Iterator[str]:
+    """How names were reconciled, in words."""
+    total = len(selection.pairs)
+    for side, label in selection.alignment.dropped:
+        segment = f".{label}."
+        if side == "file":
+            count = sum(segment in f".{source}" for source in selection.pairs.values())
+            yield f"removed {label + '.'!r} from {'every name' if count >= total else plural(count, 'name')}"
+        else:
+            count = sum(segment in f".{name}" for name in selection.pairs)
+            yield f"added {label + '.'!r} to {'every name' if count >= total else plural(count, 'name')}"
+    if selection.added:
+        yield f"added {selection.added + '.'!r} to every name"
+    for rule in dict.fromkeys(selection.alignment.renamed.values()):
+        count = sum(kind == rule for kind in selection.alignment.renamed.values())
+        yield f"renamed {plural(count, 'tensor')} ({rule})"
+
+
+def notes_of(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verify: bool) -> Iterator[str]:
+    """The sentences that are worth reading, whatever was done."""
+    yield from checkpoint.notes
+    if verify:
+        yield from _unverified(extents_of(plan))
+    rivals = ", ".join(repr(rival) for rival in selection.rivals)
+    if selection.averaged and rivals:
+        yield f"took the averaged weights; {rivals} would fit too (key= chooses)"
+    elif rivals:
+        yield f"{rivals} would fit too (key= or prefix= chooses)"
+    yield from plan.notes
+
+
+def _unverified(extents: list[Extent]) -> Iterator[str]:
+    """What `verify` can't promise: data that changed on its way to this file shows only in a checksum."""
+    lacking = [extent for extent in extents if extent.crc32 is None and extent.nbytes]
+    if lacking:
+        part = (
+            "its data"
+            if len(lacking) == len(extents)
+            else f"{format_bytes(sum(e.nbytes for e in lacking))} of its data"
+        )
+        yield f"the file records no checksums for {part}: damage that keeps its size can't be told from other weights"

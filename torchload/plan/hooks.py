@@ -1,0 +1,388 @@
+"""Modules that have a say in how they are loaded: torch's own hooks, honoured.
+
+Pre-hooks rewrite the state dict before anything is copied; they run at planning, over tensors that are mapped from the
+file. Modules with a `_load_from_state_dict` of their own, and modules with extra state, change themselves: they run
+just before the transfer, and what they changed can be taken back.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from torchload.core.checkpoint import Box, Extent, OpaqueTensor, Record, TensorEntry, contiguous_strides
+from torchload.core.quantized import quantized_tensor
+from torchload.core.source import MemorySource
+from torchload.errors import IncompatibleCheckpointError
+from torchload.match import Selection
+from torchload.model.target import HookedModule, Slot, Target
+from torchload.transfer.memory import memory_at
+
+__all__ = [
+    "Undo",
+    "filled_by_itself",
+    "in_memory",
+    "is_given",
+    "load_itself",
+    "offered",
+    "plain",
+    "restorer",
+    "run_own_loader",
+    "run_post_hooks",
+    "run_pre_hooks",
+    "set_extra_states",
+]
+
+ReadTensor = Callable[[TensorEntry], torch.Tensor]
+
+
+@dataclass(slots=True)
+class Undo:
+    """How to take back what was changed, newest first."""
+
+    steps: list[Callable[[], object]] = field(default_factory=list)
+
+    def roll_back(self) -> None:
+        """Take everything back; a step that fails does not keep the others from being taken.
+
+        Raises:
+            BaseException: What the first of those raised that failed.
+        """
+        failures = []
+        while self.steps:
+            try:
+                self.steps.pop()()
+            except BaseException as error:  # noqa: BLE001 - a module's own code, or an interrupt
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+
+def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Selection:
+    """Let load-state-dict pre-hooks rewrite the part of the state dict that is theirs.
+
+    Args:
+        target: The model.
+        selection: What was chosen for it.
+        read: Gives a tensor over the file's bytes, without reading them.
+
+    Returns:
+        The selection as the hooks left it. Tensors that they passed on stay where they are in the file; those that they
+        computed are held in memory.
+    """
+    state: dict[str, Any] = {}
+    entries: dict[int, str] = {}
+    for name, source in offered(target.pre_hooks, selection).items():
+        value = selection.leaves[source]
+        if isinstance(value, TensorEntry):
+            value = read(value)
+            entries[id(value)] = source
+        state[name] = value
+    before = dict(state)
+    complaints: list[str] = []
+    for hooked in target.pre_hooks:
+        part = {name: state.pop(name) for name in list(state) if name.startswith(hooked.prefix)}
+        metadata = _local_metadata(selection, hooked.prefix)
+        for hook in list(hooked.module._load_state_dict_pre_hooks.values()):
+            hook(part, hooked.prefix, metadata, True, [], [], complaints)
+        state.update(part)
+    if complaints:
+        raise IncompatibleCheckpointError(
+            "A load-state-dict pre-hook of the model refused the checkpoint. Nothing was loaded; the model is "
+            "unchanged.\n  " + "\n  ".join(complaints),
+            problems=complaints,
+        )
+    if state.keys() == before.keys() and all(state[name] is before[name] for name in state):
+        return selection
+    return _revised(target, selection, before, state, entries)
+
+
+def offered(hooked: list[HookedModule], selection: Selection) -> dict[str, str]:
+    """Model name → checkpoint name of everything below hooked modules, leftovers under the name they would have."""
+    prefixes = tuple(item.prefix for item in hooked)
+    found = {name: source for name, source in selection.pairs.items() if name.startswith(prefixes)}
+    unused = {*selection.unexpected, *selection.outside, *selection.claimed}
+    for source, name in selection.alignment.leftover.items():
+        if source in unused and name.startswith(prefixes):
+            found.setdefault(name, source)
+    return found
+
+
+def _revised(
+    target: Target,
+    selection: Selection,
+    before: Mapping[str, Any],
+    state: Mapping[str, Any],
+    entries: Mapping[int, str],
+) -> Selection:
+    leaves = dict(selection.leaves)
+    pairs = {name: source for name, source in selection.pairs.items() if name not in before}
+    used: set[str] = set()
+    known = set(target.names)
+    unexpected = []
+    for name, value in state.items():
+        source = entries.get(id(value))
+        if source is None:
+            source = name if name not in leaves else f"{name} (from a hook)"
+            leaves[source] = in_memory(value) if isinstance(value, torch.Tensor) else value
+        if name in known:
+            pairs[name] = source
+            used.add(source)
+        else:
+            unexpected.append(source)
+    consumed = {source for source in entries.values() if source not in used}
+    mismatched = {}
+    for name, source in pairs.items():
+        slot, entry = target.by_name.get(name), leaves[source]
+        if slot is not None and isinstance(entry, TensorEntry) and slot.shape is not None:
+            ours = slot.shape
+            if entry.shape != ours and not (ours == () and entry.shape == (1,)):
+                mismatched[name] = (entry.shape, ours)
+    return replace(
+        selection,
+        leaves=leaves,
+        pairs=pairs,
+        mismatched=mismatched,
+        unexpected=[name for name in selection.unexpected if name not in consumed and name not in used]
+        + [name for name in unexpected if name not in selection.unexpected and name not in selection.outside],
+    )
+
+
+class _TensorSource(MemorySource):
+    """The bytes of a tensor that a hook computed, which it keeps alive."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        super().__init__(memory_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b"", "<computed by a hook>")
+
+
+def in_memory(tensor: torch.Tensor) -> TensorEntry:
+    """An entry over a tensor that was computed: its bytes are its source."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    shape = tuple(tensor.shape)
+    extent = Extent(_TensorSource(tensor), 0, tensor.nbytes)
+    return TensorEntry(tensor.dtype, shape, (Box(extent, 0, shape, contiguous_strides(shape), (0,) * len(shape)),))
+
+
+def _local_metadata(selection: Selection, prefix: str) -> dict[str, Any]:
+    """What the checkpoint's `_metadata` says of the module at `prefix` of the model."""
+    return dict(_metadata_below(selection, prefix).get("", {}))
+
+
+def _source_path(selection: Selection, prefix: str) -> str | None:
+    """What the checkpoint calls the module that the model has at `prefix`, judged by a tensor below it."""
+    for name, source in selection.pairs.items():
+        if name.startswith(prefix) and source.endswith(rest := name[len(prefix) :]):
+            return source[: len(source) - len(rest)].rstrip(".")
+    return None
+
+
+def run_own_loader(
+    hooked: HookedModule, slots: Sequence[Slot], selection: Selection, read: ReadTensor, undo: Undo
+) -> None:
+    """Load one such module, and all below it, through torch's own machinery.
+
+    Raises:
+        IncompatibleCheckpointError: The module refused what the checkpoint has for it; `undo` restores it.
+    """
+    if not is_given(hooked, selection):
+        return
+    undo.steps.append(restorer(hooked.module, slots))
+    for slot in slots:
+        if slot.tensor.is_meta and slot.shape is not None:
+            undo.steps.append(partial(slot.install, slot.tensor.detach()))
+            slot.install(torch.zeros(slot.shape, dtype=slot.tensor.dtype))
+    try:
+        load_itself(hooked.module, hooked.prefix, slots, selection, read)
+    except Exception as error:
+        where = f" at {hooked.prefix.rstrip('.')!r}" if hooked.prefix else ""
+        raise IncompatibleCheckpointError(
+            f"{type(hooked.module).__name__}{where} loads itself, and refused this checkpoint: {error}\n"
+            "Nothing was loaded; the model is unchanged.",
+            problems=[str(error)],
+        ) from error
+
+
+def is_given(hooked: HookedModule, selection: Selection) -> bool:
+    """Whether the checkpoint has something for a module that loads itself, or nothing says that it needn't."""
+    return bool(offered([hooked], selection)) or not _may_lack(hooked.prefix, selection)
+
+
+def filled_by_itself(hooked: HookedModule, slots: Sequence[Slot], selection: Selection, read: ReadTensor) -> set[str]:
+    """Which of the names that the file lacks a module that loads itself fills all the same, as upgrades of versions do.
+
+    A copy of the module without memory is loaded to see it.
+    """
+    missing = [name for name in selection.missing if name.startswith(hooked.prefix)]
+    if not missing or not is_given(hooked, selection):
+        return set()
+    memo = {id(slot.tensor): _without_memory(slot) for slot in slots if slot.shape is not None}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, that copying into a meta tensor does nothing
+            twin = copy.deepcopy(hooked.module, memo)
+            lacking = load_itself(twin, hooked.prefix, slots, selection, read)
+    except Exception:  # noqa: BLE001 - whatever the module's own code raises: then it fills nothing
+        return set()
+    return {name for name in missing if name[len(hooked.prefix) :] not in lacking}
+
+
+def _without_memory(slot: Slot) -> torch.Tensor:
+    tensor = torch.empty_like(slot.tensor.detach(), device="meta")
+    return nn.Parameter(tensor, slot.tensor.requires_grad) if slot.is_parameter else tensor
+
+
+def load_itself(
+    module: nn.Module, prefix: str, slots: Sequence[Slot], selection: Selection, read: ReadTensor
+) -> list[str]:
+    """Call a module's `load_state_dict` with what the checkpoint has for it.
+
+    Args:
+        module: The module at `prefix`, or a copy of it.
+        prefix: Where it is in the model, with its dot.
+        slots: Its tensors. What is none of them, such as packed weights, it may keep as it gets it.
+        selection: Where its values are.
+        read: Gives a tensor over the file's bytes, without reading them.
+
+    Returns:
+        The names, below the prefix, that it reports as missing where the caller accepts that.
+    """
+    copied = {name for slot in slots for name in slot.names}
+
+    def own(entry: TensorEntry) -> torch.Tensor:
+        return read(entry).clone()
+
+    state_dict: Any = OrderedDict(
+        (name[len(prefix) :], plain(selection.leaves[source], read if name in copied else own))
+        for name, source in offered([HookedModule(prefix, module)], selection).items()
+    )
+    state_dict._metadata = _metadata_below(selection, prefix)
+    missing: list[str] = module.load_state_dict(state_dict, strict=not _may_lack(prefix, selection)).missing_keys
+    return missing
+
+
+def _may_lack(prefix: str, selection: Selection) -> bool:
+    """Whether the caller accepts that something below a prefix is not loaded."""
+    return any(name.startswith(prefix) for name in (*selection.missing, *selection.skipped))
+
+
+def restorer(module: nn.Module, slots: Sequence[Slot]) -> Callable[[], None]:
+    """What puts back the values that slots of a module have now, and the attributes of all its parts."""
+    saved = [(slot.tensor, slot.tensor.detach().clone()) for slot in slots if not slot.tensor.is_meta]
+    held = [(values, dict(values)) for part in module.modules() for values in _attributes(part)]
+
+    def restore() -> None:
+        for now, before in held:
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update(before)
+        with torch.no_grad():
+            for tensor, values in saved:
+                if tensor.shape == values.shape:
+                    tensor.detach().copy_(values)
+                else:
+                    tensor.data = values
+
+    return restore
+
+
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    tables: tuple[Any, ...] = (module.__dict__, module._parameters, module._buffers, module._modules)
+    return tables
+
+
+def set_extra_states(target: Target, selection: Selection, read: ReadTensor, undo: Undo) -> None:
+    """Give modules their extra state.
+
+    Raises:
+        IncompatibleCheckpointError: The file's value holds objects that torchload does not build, or the module refused
+            it; `undo` restores what was set before.
+    """
+    for name, module in target.extra_state.items():
+        source = selection.pairs.get(name)
+        if source is None:
+            continue
+        try:
+            value = plain(selection.leaves[source], read)
+            before = module.get_extra_state()
+            undo.steps.append(partial(module.set_extra_state, before))
+            module.set_extra_state(value)
+        except Exception as error:
+            raise IncompatibleCheckpointError(
+                f"The extra state {name!r} can't be restored: {error}. Nothing was loaded; the model is unchanged. "
+                f'To load the rest: smart_load(..., skip=["{name}"])',
+                problems=[str(error)],
+            ) from error
+
+
+def run_post_hooks(target: Target, missing: list[str], unexpected: list[str]) -> None:
+    """Call load-state-dict post-hooks, children first, with what torch would tell them."""
+    for hooked in target.post_hooks:
+        for hook in list(hooked.module._load_state_dict_post_hooks.values()):
+            hook(hooked.module, _IncompatibleKeys(missing, unexpected))
+
+
+def plain(value: Any, read: ReadTensor) -> Any:
+    """A value of the tree as ordinary Python: dicts, lists, tensors. What the file has once, the result has once.
+
+    Raises:
+        ValueError: It holds an object that would have to be built by running code, or itself, or is nested very deeply.
+    """
+    return _plain(value, read, {}, _DEEPEST)
+
+
+_DEEPEST = 100
+_SMALL_BYTES = 256
+_PENDING = object()
+
+
+def _plain(value: Any, read: ReadTensor, known: dict[int, Any], levels: int) -> Any:
+    if isinstance(value, (Mapping, list, tuple)):
+        found = known.get(id(value))
+        if found is None:
+            if levels == 0:
+                raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+            known[id(value)] = _PENDING
+            if isinstance(value, Mapping):
+                found = {key: _plain(inner, read, known, levels - 1) for key, inner in value.items()}
+            else:
+                found = type(value)([_plain(inner, read, known, levels - 1) for inner in value])
+            known[id(value)] = found
+        if found is _PENDING:
+            raise ValueError("it holds itself")
+        return found
+    if isinstance(value, TensorEntry):
+        if value.is_expanded and value.nbytes > _SMALL_BYTES:
+            raise ValueError("it holds a tensor of more elements than the file has room for")
+        return read(value)
+    if isinstance(value, OpaqueTensor) and value.quantized is not None and value.shape is not None:
+        return quantized_tensor(value.shape, value.quantized, read)
+    if isinstance(value, (Record, OpaqueTensor)):
+        what = value.name if isinstance(value, Record) else value.reason
+        raise ValueError(f"it holds {what}, which torchload does not build because that would run code")
+    return value
+
+
+def _metadata_below(selection: Selection, prefix: str) -> dict[str, Any]:
+    """The checkpoint's `_metadata` of a module of the model and of all below it, relative to it."""
+    metadata = getattr(selection.container, "metadata", None) or {}
+    root = _source_path(selection, prefix)
+    if root is None:
+        return {}
+    below = f"{root}." if root else ""
+    return {
+        path[len(below) :] if path != root else "": dict(values)
+        for path, values in metadata.items()
+        if path == root or path.startswith(below)
+    }

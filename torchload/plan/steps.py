@@ -1,0 +1,76 @@
+"""Steps that several of the public functions take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torchload.core.checkpoint import Checkpoint
+from torchload.errors import IncompatibleCheckpointError
+from torchload.match import Selection, Wanted, select
+from torchload.match.paths import last
+from torchload.model.target import Target, own_loaders
+from torchload.plan import hooks
+from torchload.transfer import map_entry
+
+__all__ = ["select_for"]
+
+
+def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: bool, **choice: Any) -> Selection:
+    """Choose and match; modules with hooks may accept names that no rule knows, so they get a second look."""
+    shapes = {name: slot.shape for name, slot in target.by_name.items()}
+    shapes.update(target.own_state)
+    shapes.update(dict.fromkeys(target.extra_state))
+    ties = {name: slot.name for slot in target.slots if len(slot.names) > 1 for name in slot.names}
+    skips = frozenset(name for name in shapes if skipped.match(name)) if skipped else frozenset()
+    buffers = frozenset(name for name, slot in target.by_name.items() if not slot.is_parameter)
+    transient = {slot.name: slot.shape for slot in target.slots if not slot.persistent}
+    wanted = Wanted(
+        shapes,
+        ties,
+        skips,
+        buffers=buffers,
+        whole=frozenset(map(last, target.own_state)),
+        transient=transient,
+        skip_pattern=skipped,
+    )
+    choice.update(path=checkpoint.path, size_bytes=checkpoint.size_bytes)
+    hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
+    if not hooked:
+        return select(checkpoint.root, wanted, strict=strict, **choice)
+    try:
+        selection = select(checkpoint.root, wanted, strict=strict, **choice)
+        second = not selection.fits
+    except IncompatibleCheckpointError:
+        second = True
+    if second:
+        # A module that loads itself may take another shape (observers of quantization do), but not of packed weights.
+        own = tuple(item.prefix for item in target.overrides)
+        free = {name for name in target.by_name if own and name.startswith(own)}
+        theirs = replace(
+            wanted,
+            shapes={name: None if name in free else shape for name, shape in shapes.items()},
+            optional=frozenset(name for name in shapes if name.startswith(hooked)),
+        )
+        selection = select(checkpoint.root, theirs, strict=strict, **choice)
+    selection = hooks.run_pre_hooks(target, selection, map_entry)
+    selection.missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
+    selection.tolerated = list(dict.fromkeys([*selection.tolerated, *harmless]))
+    _leave_to_own_loaders(target, selection)
+    return selection
+
+
+def _leave_to_own_loaders(target: Target, selection: Selection) -> None:
+    """What a module that loads itself lacks, it alone knows: what it is offered beside its names may stand for them."""
+    for hooked, slots in own_loaders(target):
+        leftover = {
+            source
+            for source in selection.unexpected
+            if selection.alignment.leftover.get(source, source).startswith(hooked.prefix)
+        }
+        if leftover:
+            selection.unexpected = [source for source in selection.unexpected if source not in leftover]
+            selection.missing = [name for name in selection.missing if not name.startswith(hooked.prefix)]
+            selection.claimed |= leftover
+        elif filled := hooks.filled_by_itself(hooked, slots, selection, map_entry):
+            selection.missing = [name for name in selection.missing if name not in filled]

@@ -1,0 +1,103 @@
+"""What modules that load themselves would hold after a load: copies of them are loaded, and the two are compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchload.core.checkpoint import TensorEntry
+from torchload.match import Selection
+from torchload.model.target import HookedModule, Slot, Target, own_loaders
+from torchload.plan import hooks
+from torchload.plan.compare import Difference, compare_values
+from torchload.transfer import map_entry
+
+__all__ = ["Twins", "compare_extra_states", "load_twins"]
+
+
+@dataclass(slots=True)
+class Twins:
+    """What was found by loading copies.
+
+    Attributes:
+        entries: Model name → the tensor that would be there, for those that the model has in the same shape.
+        sources: Names in the checkpoint of what the copies were given.
+        differing: What differs of everything else that they hold, or can't be told.
+    """
+
+    entries: dict[str, TensorEntry] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+    differing: list[Difference] = field(default_factory=list)
+
+
+def load_twins(target: Target, selection: Selection) -> Twins:
+    """Load a copy of each module that loads itself, one at a time.
+
+    Modules whose values are not there yet (on meta) are left out.
+    """
+    found = Twins()
+    for hooked, slots in own_loaders(target):
+        if not hooks.is_given(hooked, selection) or any(slot.tensor.is_meta for slot in slots):
+            continue
+        given = hooks.offered([hooked], selection)
+        found.sources += given.values()
+        try:
+            twin = copy.deepcopy(hooked.module)
+            hooks.load_itself(twin, hooked.prefix, slots, selection, map_entry)
+        except Exception as error:  # noqa: BLE001 - whatever the module's own code raises
+            reason = f"{type(hooked.module).__name__} loads itself, and a copy of it did not: {error}"
+            found.differing += [Difference(name, source, 0, 0, reason=reason) for name, source in given.items()]
+            continue
+        for name, theirs, ours in _values(hooked, twin):
+            if name in selection.skipped:
+                continue
+            source = selection.pairs.get(name, name)
+            slot = target.by_name.get(name)
+            if slot is not None and _is_alike(theirs, slot):
+                found.entries[name] = hooks.in_memory(theirs)
+            elif (difference := compare_values(name, source, theirs, ours)) is not None:
+                found.differing.append(difference)
+    return found
+
+
+def _values(hooked: HookedModule, twin: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Each name that a module or its copy has: what the copy holds there, and the module; ``None`` for nothing."""
+    theirs, ours = twin.state_dict(), hooked.module.state_dict()
+    for name in dict.fromkeys([*ours, *theirs]):
+        yield hooked.prefix + name, theirs.get(name), ours.get(name)
+
+
+def _is_alike(value: Any, slot: Slot) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_quantized and tuple(value.shape) == slot.shape
+
+
+def compare_extra_states(target: Target, selection: Selection) -> list[Difference]:
+    """Compare the extra state of modules with the file's; what a module makes of it counts."""
+    own = tuple(hooked.prefix for hooked, _ in own_loaders(target))
+    found = []
+    for name, module in target.extra_state.items():
+        source = selection.pairs.get(name)
+        if source is None or (own and name.startswith(own)):
+            continue
+        try:
+            theirs, ours = hooks.plain(selection.leaves[source], map_entry), module.get_extra_state()
+        except Exception as error:  # noqa: BLE001 - the module's own code, or a value that only code could build
+            found.append(Difference(name, source, 0, 0, reason=str(error)))
+            continue
+        if compare_values(name, source, theirs, ours) is None:
+            continue
+        try:
+            twin = copy.deepcopy(module)
+            twin.set_extra_state(theirs)
+            theirs = twin.get_extra_state()
+        except Exception as error:  # noqa: BLE001 - the module's own code
+            found.append(Difference(name, source, 0, 0, reason=f"a copy of the module did not take it: {error}"))
+            continue
+        if (difference := compare_values(name, source, theirs, ours)) is not None:
+            found.append(difference)
+    return found

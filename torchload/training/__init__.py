@@ -1,0 +1,1 @@
+"""What resuming needs: the states of optimizers, schedulers and random numbers, found, checked and restored."""

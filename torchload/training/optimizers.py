@@ -1,0 +1,308 @@
+"""An optimizer's state from a checkpoint: checked against its parameters, then built where it will be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torchload.core.checkpoint import Extent, OpaqueTensor, Record, TensorEntry, entries_in
+from torchload.core.copies import Copy
+from torchload.core.text import group_names, plural
+from torchload.match.names import align, tree_of
+from torchload.model.shards import is_sharded
+from torchload.plan.hooks import plain
+from torchload.plan.plan import copies_of
+from torchload.training.flat_optimizer import grouped, is_flat
+from torchload.training.optimizer_form import malformed
+from torchload.transfer import allocate, map_entry, run
+
+__all__ = ["OptimizerPlan", "extents_in", "plan_optimizer", "read_states"]
+
+# State of torch's own and of common other optimizers that has the shape of the parameter it belongs to.
+_LIKE_PARAMETER = frozenset(
+    "exp_avg exp_avg_sq max_exp_avg_sq exp_inf momentum_buffer square_avg grad_avg acc_delta sum prev step_size ax z "
+    "exp_avg_diff neg_pre_grad".split()
+)
+# Entries of a group that say how an optimizer is run, which younger versions added: a file may lack them.
+_ADDED_LATER = frozenset("maximize foreach capturable differentiable fused decoupled_weight_decay amsgrad".split())
+
+Place = tuple[torch.device, torch.dtype]
+
+
+@dataclass(slots=True)
+class OptimizerPlan:
+    """A state that fits.
+
+    Attributes:
+        optimizer: What it is for.
+        groups: The file's groups with the numbers of this optimizer's parameters, everything else as plain values.
+        state: Number of a parameter (or another key) → its state in the file.
+        parameters: The optimizer's parameters, by number.
+        reordered: Whether parameters were matched by name and stand in another order than in the file.
+    """
+
+    optimizer: torch.optim.Optimizer
+    groups: list[dict[str, Any]]
+    state: dict[Any, Any]
+    parameters: list[torch.Tensor]
+    reordered: bool = False
+    problems: list[str] = field(default_factory=list)
+
+
+def plan_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], names: Mapping[int, str]
+) -> OptimizerPlan:
+    """Check the state of an optimizer against its parameters.
+
+    Args:
+        optimizer: What the state is for.
+        state: Its ``state`` and ``param_groups`` in the file, or the same in one flat mapping.
+        names: Identity of a parameter → its name in the model.
+
+    Returns:
+        What to load; its `problems` say, one sentence each, what stands against it.
+    """
+    ours = [list(group["params"]) for group in optimizer.param_groups]
+    flat = [parameter for group in ours for parameter in group]
+    plan = OptimizerPlan(optimizer, [], {}, flat)
+    if problem := malformed(state):
+        plan.problems.append(f"this is no optimizer's state: {problem}")
+        return plan
+    if is_flat(state):
+        state = grouped(state, [[names.get(id(parameter), "") for parameter in group] for group in ours], plan.problems)
+        if plan.problems:
+            return plan
+    groups = [group for group in state["param_groups"] if isinstance(group, Mapping)]
+    theirs = [list(group.get("params", ())) for group in groups]
+    if len(theirs) != len(ours):
+        plan.problems.append(f"the file has {plural(len(theirs), 'parameter group')}, the optimizer {len(ours)}")
+        return plan
+    file_names = _file_names(groups, theirs)
+    order = _by_name(plan, ours, file_names, names) if file_names else _by_position(plan, ours, theirs)
+    if order is None:
+        return plan
+    number = 0
+    for index, (group, live) in enumerate(zip(groups, optimizer.param_groups)):
+        _check_group(plan, index, group, live)
+        added = live.keys() - optimizer.defaults.keys() - group.keys()  # by a scheduler of ours: 'initial_lr'
+        entries = {name: live[name] for name in live if name in added}
+        entries.update((name, value) for name, value in group.items() if name not in ("params", "param_names"))
+        if "param_names" in live:
+            entries["param_names"] = live["param_names"]
+        plan.groups.append({**entries, "params": list(range(number, number + len(ours[index])))})
+        number += len(ours[index])
+    numbered = {key: number for number, key in enumerate(order)}
+    plan.reordered = order != [key for group in theirs for key in group]
+    for key, values in state.get("state", {}).items():
+        if key in numbered:
+            plan.state[numbered[key]] = values
+        else:
+            plan.state[key] = values
+    if _is_torchs_own(optimizer):
+        _count_steps_by_parameter(plan)
+        _check_completeness(plan, names)
+    _check_shapes(plan, names)
+    return plan
+
+
+def _file_names(groups: Sequence[Mapping[str, Any]], theirs: Sequence[Sequence[Any]]) -> dict[str, tuple[int, Any]]:
+    """Name → (group, key of its state), where the file names its parameters."""
+    found: dict[str, tuple[int, Any]] = {}
+    for index, (group, keys) in enumerate(zip(groups, theirs)):
+        named = group.get("param_names")
+        if isinstance(named, (list, tuple)) and len(named) == len(keys):
+            found.update((str(name), (index, key)) for name, key in zip(named, keys))
+        elif keys and all(isinstance(key, str) for key in keys):  # as FSDP and DCP save it
+            found.update((key, (index, key)) for key in keys)
+        elif keys:
+            return {}
+    return found
+
+
+def _by_name(
+    plan: OptimizerPlan,
+    ours: Sequence[Sequence[torch.Tensor]],
+    file_names: Mapping[str, tuple[int, Any]],
+    names: Mapping[int, str],
+) -> list[Any] | None:
+    """The file's key for each of our parameters, matched by name."""
+    flat = [names.get(id(parameter), "") for group in ours for parameter in group]
+    if not all(flat):
+        plan.problems.append("it has parameters that are not the model's, and the file names its own")
+        return None
+    pairs = align(tree_of(file_names), tree_of(flat)).pairs
+    # Frozen parameters have no state; DeepSpeed leaves them out.
+    frozen = {name for name, parameter in zip(flat, plan.parameters) if not parameter.requires_grad}
+    if missing := [name for name in flat if name not in pairs and name not in frozen]:
+        plan.problems.append(f"the file has no state group for {', '.join(group_names(missing)[:6])}")
+    used = set(pairs.values())
+    if extra := [name for name in file_names if name not in used]:
+        plan.problems.append(f"the file has parameters that it doesn't optimize: {', '.join(group_names(extra)[:6])}")
+    if plan.problems:
+        return None
+    order: list[Any] = []
+    for index, group in enumerate(ours):
+        for parameter in group:
+            name = names[id(parameter)]
+            where, key = file_names[pairs[name]] if name in pairs else (index, object())
+            if where != index:
+                plan.problems.append(f"{name} is in group {where} of the file and in group {index} here")
+            order.append(key)
+    return order
+
+
+def _by_position(
+    plan: OptimizerPlan,
+    ours: Sequence[Sequence[torch.Tensor]],
+    theirs: Sequence[Sequence[Any]],
+) -> list[Any] | None:
+    """The file's key for each of our parameters, in its order."""
+    for index, (group, keys) in enumerate(zip(ours, theirs)):
+        if len(group) != len(keys):
+            plan.problems.append(
+                f"group {index} has {plural(len(keys), 'parameter')} in the file and {len(group)} here"
+            )
+    return None if plan.problems else [key for keys in theirs for key in keys]
+
+
+def _check_group(plan: OptimizerPlan, index: int, group: Mapping[str, Any], live: Mapping[str, Any]) -> None:
+    lacking = [name for name in plan.optimizer.defaults if name not in group and name not in _ADDED_LATER]
+    lacking = [name for name in lacking if name in live]
+    if lacking and index == 0:
+        plan.problems.append(
+            f"the file's groups lack {', '.join(map(repr, lacking))}: they are of another kind of optimizer than "
+            f"{type(plan.optimizer).__name__}"
+        )
+
+
+def _count_steps_by_parameter(plan: OptimizerPlan) -> None:
+    """Give each parameter the number of steps that apex's and DeepSpeed's FusedAdam keep for a whole group."""
+    for group in plan.groups:
+        if "step" in group and "step" not in plan.optimizer.defaults:
+            step = group.pop("step")
+            for number in group["params"]:
+                if isinstance(values := plan.state.get(number), Mapping):
+                    plan.state[number] = {"step": step, **values}
+
+
+def _check_completeness(plan: OptimizerPlan, names: Mapping[int, str]) -> None:
+    """Parameters of a group have the same kinds of values, or none yet; Adafactor's depend on the dimensions."""
+    for group in plan.groups:
+        kinds: dict[bool, set[str]] = {}
+        states = {number: plan.state.get(number) for number in group["params"]}
+        full = {number: values for number, values in states.items() if isinstance(values, Mapping) and values}
+        for number, values in full.items():
+            kinds.setdefault(plan.parameters[number].dim() > 1, set()).update(map(str, values))
+        for number, values in full.items():
+            if lacking := kinds[plan.parameters[number].dim() > 1] - values.keys():
+                name = names.get(id(plan.parameters[number]), f"parameter {number}")
+                plan.problems.append(f"the state of {name} lacks {', '.join(map(repr, sorted(lacking)))}")
+
+
+def _is_torchs_own(optimizer: torch.optim.Optimizer) -> bool:
+    return any(base.__module__.startswith("torch.optim.") for base in type(optimizer).__mro__[:-2])
+
+
+def _check_shapes(plan: OptimizerPlan, names: Mapping[int, str]) -> None:
+    for number, parameter in enumerate(plan.parameters):
+        values = plan.state.get(number)
+        if not isinstance(values, Mapping):
+            continue
+        for key, value in values.items():
+            what = f"{key} of {names.get(id(parameter), f'parameter {number}')}"
+            if isinstance(value, OpaqueTensor):
+                plan.problems.append(f"{what} is {value.reason}")
+            elif isinstance(value, Record):
+                plan.problems.append(f"{what} is {value.name}, which would have to be built by running code")
+            elif isinstance(value, TensorEntry) and key in _LIKE_PARAMETER:
+                if value.shape != tuple(parameter.shape):
+                    plan.problems.append(
+                        f"{what} is {value.shape} in the file, the parameter {tuple(parameter.shape)}: "
+                        "the parameters are in another order, or of another model"
+                    )
+
+
+# --- reading ---
+
+
+def extents_in(plans: Sequence[OptimizerPlan]) -> list[Extent]:
+    """The runs of bytes that the states are in."""
+    states = [values for plan in plans for values in plan.state.values() if isinstance(values, Mapping)]
+    entries = [entry for values in states for entry in entries_in(list(values.values()))]
+    return [box.extent for entry in entries for box in entry.boxes]
+
+
+def read_states(plans: Sequence[OptimizerPlan], places: Mapping[int, Place]) -> list[dict[str, Any]]:
+    """Build the states in memory of their own, in the dtypes and on the devices that `torch.optim` gives them.
+
+    Args:
+        plans: Whose states.
+        places: Identity of a parameter → the device and the dtype that it will have.
+
+    Returns:
+        For each what its `load_state_dict` takes. Nothing of the model or the optimizer was touched.
+
+    Raises:
+        ValueError: A group holds an object that would have to be built by running code.
+        CastOverflowError, CorruptCheckpointError, OSError: As a transfer does.
+    """
+    reading = _Reading()
+    built: list[dict[str, Any]] = []
+    for plan in plans:
+        groups = [plain(group, map_entry) for group in plan.groups]
+        of_number = {number: group for group in groups for number in group["params"]}
+        state: dict[Any, Any] = {}
+        for key, values in plan.state.items():
+            if key in of_number:
+                parameter = plan.parameters[key]
+                place = places.get(id(parameter), (parameter.device, parameter.dtype))
+                state[key] = reading.value(values, "", parameter, place, of_number[key])
+            else:
+                state[key] = plain(values, map_entry)
+        built.append({"state": state, "param_groups": groups})
+    reading.run()
+    return built
+
+
+@dataclass(slots=True)
+class _Reading:
+    """Tensors that are to be read, all at once."""
+
+    wanted: list[tuple[TensorEntry, torch.Tensor]] = field(default_factory=list)
+
+    def value(self, value: Any, key: str, parameter: torch.Tensor, place: Place, group: Mapping[str, Any]) -> Any:
+        """A value of one parameter's state, with memory for its tensors."""
+        if isinstance(value, TensorEntry):
+            device, dtype = _place_of(value, key, place, group)
+            if is_sharded(parameter) and value.shape == tuple(parameter.shape):
+                memory = torch.empty_like(parameter.detach(), dtype=dtype)
+            else:
+                memory = allocate([(value.shape, dtype)], device)[0]
+            self.wanted.append((value, memory))
+            return memory
+        if isinstance(value, Mapping):
+            return {name: self.value(inner, str(name), parameter, place, group) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.value(inner, key, parameter, place, group) for inner in value)
+        return plain(value, map_entry)
+
+    def run(self) -> None:
+        """Read them."""
+        run(list(self._copies()))
+
+    def _copies(self) -> Iterator[Copy]:
+        for entry, memory in self.wanted:
+            yield from copies_of("optimizer state", entry, memory)
+
+
+def _place_of(entry: TensorEntry, key: str, place: Place, group: Mapping[str, Any]) -> Place:
+    """Where `torch.optim.Optimizer.load_state_dict` puts a tensor of a state, and as what."""
+    device, dtype = place
+    if key == "step":
+        if group.get("capturable") or group.get("fused"):
+            return device, torch.float32
+        return torch.device("cpu"), entry.dtype
+    return device, dtype if dtype.is_floating_point else entry.dtype

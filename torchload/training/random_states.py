@@ -1,0 +1,194 @@
+"""The states of random number generators in a training checkpoint, checked and given back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchload.core.checkpoint import TensorEntry
+from torchload.plan.hooks import plain
+from torchload.transfer import map_entry
+
+__all__ = ["RandomState", "plan_random_states"]
+
+# What generates the numbers → what its state is called.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "python": (
+        *("python", "random", "python_rng_state", "random_rng_state", "py_rng_state", "python_random_state"),
+        *("python_state", "random_state", "rng_python"),
+    ),
+    "numpy": (
+        *("numpy", "np", "numpy_rng_state", "np_rng_state", "numpy_random_state", "np_random_state", "numpy_state"),
+        *("numpy_random_seed", "rng_numpy"),
+    ),
+    "torch": (
+        *("torch", "cpu", "torch_rng_state", "cpu_rng_state", "rng_state", "torch_random_state", "torch_state"),
+        *("torch_manual_seed", "rng_torch"),
+    ),
+    "cuda": (
+        *("cuda", "cuda_rng_state", "cuda_rng_states", "cuda_rng_state_all", "torch_cuda_rng_state", "gpu_rng_state"),
+        *("torch_cuda_rng_state_all", "cuda_random_state", "cuda_state", "torch_cuda_manual_seed", "rng_cuda"),
+    ),
+}
+# Containers of those: Megatron and Composer have a list with one for each rank; `random` is a file beside the weights.
+_HOLDERS = ("rng_state", "rng_states", "rng", "random_states", "random_state", "rng_state_dict", "random")
+_WORDS, _NUMPY_WORDS = 625, 624  # of a Mersenne twister; python's counts its position
+_LEFT_BYTES, _NEXT_BYTES = 8, 16  # where torch keeps how many words are left before it makes new ones, and the next one
+
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """A state that its generator takes.
+
+    Attributes:
+        kind: What generates the numbers: ``"python"``, ``"numpy"``, ``"torch"``, ``"cuda"``.
+        path: Where it stands in the file.
+        state: The state.
+        get: Gives the state that there is now.
+        set: Takes one.
+    """
+
+    kind: str
+    path: str
+    state: Any
+    get: Callable[[], Any]
+    set: Callable[[Any], object]
+
+
+def plan_random_states(tree: Any, rank: int, ranks: int) -> tuple[list[RandomState], list[str]]:
+    """Find the states of random number generators, and try each on a generator of its own.
+
+    Args:
+        tree: The training state.
+        rank: Which of the processes this is.
+        ranks: How many there are. The one state of another process would make them all draw the same numbers.
+
+    Returns:
+        The states, and sentences about those that can't be restored.
+    """
+    found: list[RandomState] = []
+    notes: list[str] = []
+    for kind, path, value, is_mine in _find(tree, rank):
+        if any(state.kind == kind for state in found):
+            continue
+        try:
+            state = plain(value, lambda entry: map_entry(entry).clone())
+            if not is_mine and ranks > 1:
+                raise ValueError("the file does not say which of the processes it belongs to")
+            get, put, state = _GENERATORS[kind](state)
+        except Exception as error:  # noqa: BLE001 - each kind of generator has its own way to refuse
+            notes.append(f"the random state {path!r} was left aside: {error}")
+            continue
+        found.append(RandomState(kind, path, state, get, put))
+    return found, notes
+
+
+def _find(tree: Any, rank: int) -> Iterator[tuple[str, str, Any, bool]]:
+    """Everything that looks like a state: (kind, path, value, whether it is known to be this process's)."""
+    if not isinstance(tree, Mapping):
+        return
+    for holder in _HOLDERS:
+        inside, path, is_mine = tree.get(holder), holder, holder == "random"  # files beside the weights are chosen
+        if isinstance(inside, (list, tuple)) and rank < len(inside) and isinstance(inside[rank], Mapping):
+            inside, path, is_mine = inside[rank], f"{holder}.{rank}", len(inside) > 1
+        if isinstance(inside, Mapping):
+            yield from ((kind, f"{path}.{name}", value, is_mine) for kind, name, value in _named(inside))
+    yield from ((kind, name, value, False) for kind, name, value in _named(tree))
+
+
+def _named(values: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
+    for kind, names in _NAMES.items():
+        for name in names:
+            if name in values and _FORMS[kind](values[name]):
+                yield kind, name, values[name]
+
+
+def _is_python(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and isinstance(value[1], (list, tuple))
+
+
+def _is_numpy(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "bit_generator" in value
+    return isinstance(value, (list, tuple)) and len(value) == 5 and isinstance(value[0], str)
+
+
+def _is_torch(value: Any) -> bool:
+    return isinstance(value, TensorEntry) and value.dtype is torch.uint8 and len(value.shape) == 1
+
+
+def _is_cuda(value: Any) -> bool:
+    return _is_torch(value) or (isinstance(value, (list, tuple)) and bool(value) and all(map(_is_torch, value)))
+
+
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    "python": _is_python,
+    "numpy": _is_numpy,
+    "torch": _is_torch,
+    "cuda": _is_cuda,
+}
+
+# Each of these takes a state and gives (what reads the generator, what sets it, the state in its form); it raises where
+# the generator would not take it.
+_Generator = tuple[Callable[[], Any], Callable[[Any], object], Any]
+
+
+def _python(state: Any) -> _Generator:
+    version, words, gauss = state
+    if len(words) != _WORDS or not all(type(word) is int for word in words):
+        raise ValueError("it has another form than python's")
+    if not (gauss is None or type(gauss) is float):
+        raise ValueError("its next number is none")
+    state = (version, tuple(words), gauss)
+    random.Random().setstate(state)  # noqa: S311 - not for secrets
+    return random.getstate, random.setstate, state
+
+
+def _numpy(state: Any) -> _Generator:
+    import numpy as np
+
+    if isinstance(state, dict):
+        inner = state["state"]
+        state = (state["bit_generator"], inner["key"], inner["pos"], state["has_gauss"], state["gauss"])
+    name, words, position, has_gauss, gauss = state
+    key = words.numpy() if isinstance(words, torch.Tensor) else np.asarray(words)
+    # numpy itself does not look at the position, and would read beyond the words.
+    if name != "MT19937" or key.shape != (_NUMPY_WORDS,) or not (type(position) is int and 0 <= position <= len(key)):
+        raise ValueError("it has another form than numpy's")
+    state = (name, key.astype(np.uint32), position, int(has_gauss), float(gauss))
+    np.random.RandomState().set_state(state)
+    return np.random.get_state, np.random.set_state, state
+
+
+def _torch(state: Any) -> _Generator:
+    # torch looks at the two positions one by one; together they could lead it beyond its words.
+    left, position = (int(state[start : start + 4].view(torch.int32)) for start in (_LEFT_BYTES, _NEXT_BYTES))
+    if left + position > _NUMPY_WORDS + 1:
+        raise ValueError("it has another form than torch's")
+    torch.Generator().set_state(state)
+    return torch.get_rng_state, torch.set_rng_state, state
+
+
+def _cuda(state: Any) -> _Generator:
+    if not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here")
+    if isinstance(state, torch.Tensor):
+        torch.Generator(torch.device("cuda", torch.cuda.current_device())).set_state(state)
+        return torch.cuda.get_rng_state, torch.cuda.set_rng_state, state
+    if len(state) > torch.cuda.device_count():
+        raise ValueError(f"it is that of {len(state)} CUDA devices")
+    for index, one in enumerate(state):
+        torch.Generator(torch.device("cuda", index)).set_state(one)
+    return torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all, list(state)
+
+
+_GENERATORS: dict[str, Callable[[Any], _Generator]] = {
+    "python": _python,
+    "numpy": _numpy,
+    "torch": _torch,
+    "cuda": _cuda,
+}

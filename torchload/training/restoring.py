@@ -1,0 +1,102 @@
+"""Changing live objects, with a way back: optimizers, schedulers, scalers, and the memory of modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+
+from torchload.model.shards import is_sharded, local_region
+from torchload.model.target import Slot, Target
+from torchload.plan import hooks
+from torchload.plan.plan import LoadPlan
+
+__all__ = ["RefusedError", "receive", "replace_attributes", "restorer", "taking_back"]
+
+
+class RefusedError(Exception):
+    """An object did not accept its state."""
+
+
+def receive(receiver: Any, state: Any) -> None:
+    """Give an object its state.
+
+    Raises:
+        RefusedError: It did not accept it, or what it became of it can't be used.
+    """
+    try:
+        before = [group.keys() & receiver.defaults.keys() for group in getattr(receiver, "param_groups", ())]
+        receiver.load_state_dict(state)
+        for group, names in zip(getattr(receiver, "param_groups", ()), before):
+            if lacking := names - group.keys():
+                raise ValueError(f"its groups would lack {', '.join(sorted(lacking))}")
+    except Exception as error:
+        raise RefusedError(f"{type(receiver).__name__} did not accept its state: {error}") from error
+
+
+def replace_attributes(holder: Any, attributes: Mapping[str, Any]) -> None:
+    """Give an object back the attributes that it had."""
+    holder.__dict__.clear()
+    holder.__dict__.update(attributes)
+
+
+def taking_back(what: str, receiver: Any) -> Callable[[], object]:
+    """What undoes a change to an object, prepared before it is made."""
+    if what == "updates":
+        return partial(setattr, receiver, "updates", receiver.updates)
+    attributes = {
+        name: copy.copy(value) if isinstance(value, (dict, list)) else value
+        for name, value in getattr(receiver, "__dict__", {}).items()
+    }
+    before = copy.deepcopy(receiver.state_dict())
+
+    def take_back() -> None:
+        try:
+            with suppress(Exception):  # one that refuses whatever it is given has its attributes back all the same
+                receiver.load_state_dict(before)
+        finally:
+            if attributes:
+                replace_attributes(receiver, attributes)
+
+    return take_back
+
+
+def restorer(target: Target, plan: LoadPlan) -> Callable[[], None]:
+    """How to show the memory again that the module has now, and to take back what changes in place.
+
+    That is what modules do that load themselves, and all of a model with sharded tensors: FSDP owns the memory of its
+    parts, and such a model is not loaded into fresh memory.
+    """
+    shown = [(slot, slot.tensor.detach()) for slot in target.slots if _can_be_shown_again(slot)]
+    parts: list[torch.Tensor] = []
+    if any(is_sharded(slot.tensor) for slot in target.slots):
+        parts = [local_region(slot.tensor)[0] for slot in target.slots if _has_memory(slot)]
+    copies = [(part, part.detach().clone()) for part in parts]
+    own = [hooks.restorer(hooked.module, slots) for hooked, slots in plan.own_loaders]
+    extra = [(module, copy.deepcopy(module.get_extra_state())) for module in target.extra_state.values()]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for slot, data in shown:
+                if slot.tensor.data_ptr() != data.data_ptr():
+                    slot.install(data)
+            for part, values in copies:
+                part.detach().copy_(values)
+        for put_back in own:
+            put_back()
+        for module, state in extra:
+            module.set_extra_state(state)
+
+    return restore
+
+
+def _has_memory(slot: Slot) -> bool:
+    return slot.shape is not None and not slot.tensor.is_meta
+
+
+def _can_be_shown_again(slot: Slot) -> bool:
+    return _has_memory(slot) and not is_sharded(slot.tensor)

@@ -1,0 +1,322 @@
+"""One call of `smart_resume`: everything is planned, then checked, then carried out or taken back."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from torchload.core.checkpoint import Checkpoint
+from torchload.core.ranks import Ranks
+from torchload.core.text import plural
+from torchload.errors import IncompatibleCheckpointError
+from torchload.formats.sets.deepspeed import MASTER_KEY
+from torchload.match import Selection
+from torchload.match.rename import Rename
+from torchload.model.placement import Placement
+from torchload.model.shards import is_sharded
+from torchload.model.target import Target, describe_model
+from torchload.plan import hooks
+from torchload.plan.account import notes_of, report_of
+from torchload.plan.execute import carry_out, compare_ties, extents_of
+from torchload.plan.plan import DtypeSpec, LoadPlan, Options, make_plan
+from torchload.plan.steps import select_for
+from torchload.training.optimizers import OptimizerPlan, Place, extents_in, plan_optimizer, read_states
+from torchload.training.random_states import RandomState, plan_random_states
+from torchload.training.report import ResumeReport
+from torchload.training.restoring import RefusedError, receive, replace_attributes, restorer, taking_back
+from torchload.training.state import Found, average_of, find_training_state, plain_values, weights_of
+from torchload.transfer import map_entry, verify_extents
+
+__all__ = ["Resumption"]
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """Weights that are about to be loaded into a module."""
+
+    target: Target
+    selection: Selection
+    plan: LoadPlan
+    options: Options
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Resumption:
+    """One call of `smart_resume`: first everything is planned, then checked, then carried out."""
+
+    checkpoint: Checkpoint
+    tree: Any
+    strict: bool
+    placement: Placement
+    dtype: DtypeSpec
+    loads: list[_Load] = field(default_factory=list)
+    optimizers: list[OptimizerPlan] = field(default_factory=list)
+    steps: list[tuple[str, Any, Any]] = field(default_factory=list)  # what it is, the object, what it is to load
+    random_states: list[RandomState] = field(default_factory=list)
+    restored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    # --- planning ---
+
+    def plan_model(
+        self, model: nn.Module, skip: Any, key: str | None, prefix: str | None, rename: Rename | None
+    ) -> None:
+        """Choose the raw weights; averaged ones where there are no others."""
+        root = self.checkpoint.root
+        raw = weights_of(root) if key is None else root
+        if key is None and prefix is None and isinstance(raw, Mapping) and MASTER_KEY in raw:
+            key = MASTER_KEY  # DeepSpeed goes on from the float32 originals of half-precision weights
+        choice = {"key": key, "prefix": prefix, "rename": rename}
+        try:
+            load = self._plan(model, raw, skip, choice)
+        except IncompatibleCheckpointError as error:
+            # Raw weights that are there and don't fit are an error; only where there are none does the average do.
+            if not isinstance(root, Mapping) or len(raw) == len(root) or not _is_all(error.missing_keys, model):
+                raise
+            load = self._plan(model, average_of(root), skip, choice)
+            self.notes.append("the file holds no raw weights; training goes on from the averaged ones")
+        if key is None and prefix is None and load.selection.averaged and load.selection.rivals:
+            key, prefix = _split(load.selection.rivals[0], load.selection.key)
+            load = self._plan(model, raw, skip, {"key": key, "prefix": prefix, "rename": rename})
+        self.loads.append(load)
+
+    def plan_average(self, ema: Any, skip: Any, rename: Rename | None) -> None:
+        """Choose the averaged weights."""
+        if ema is None:
+            return
+        module = ema if isinstance(ema, nn.Module) else _module_of(ema)
+        averages = average_of(self.checkpoint.root)
+        if module is None:
+            self._plan_foreign_average(ema, averages)
+            return
+        choice = {"key": None, "prefix": None, "rename": rename}
+        try:
+            load = self._plan(module, averages or self.checkpoint.root, skip, choice)
+        except IncompatibleCheckpointError as error:
+            if averages:
+                raise
+            self._absent("averaged weights", "ema", error)
+            return
+        if not averages and not load.selection.averaged:
+            self._absent("averaged weights", "ema")
+            return
+        self.loads.append(load)
+        spare = [name for name in load.selection.alignment.spare if name in load.target.by_name]
+        if spare:
+            self.notes.append(f"the file does not say how many steps were averaged ({', '.join(spare)})")
+        updates = self.checkpoint.root.get("updates")
+        if hasattr(ema, "updates") and isinstance(updates, int):  # ultralytics
+            self.steps.append(("updates", ema, updates))
+
+    def _plan_foreign_average(self, ema: Any, averages: Mapping[Any, Any]) -> None:
+        if not hasattr(ema, "load_state_dict"):
+            raise TypeError("ema must be a module, or hold one, or have a load_state_dict method")
+        if not averages:
+            self._absent("averaged weights", "ema")
+            return
+        name, value = next(iter(averages.items()))
+        self._plan_state("averaged weights", ema, Found(str(name), value))
+
+    def _plan(self, model: nn.Module, root: Any, skip: Any, choice: Mapping[str, Any]) -> _Load:
+        target = describe_model(model)
+        # Fresh memory, so that a failure anywhere leaves everything as it was; parts of tensors stay where they are.
+        atomic = not any(is_sharded(slot.tensor) for slot in target.slots)
+        options = Options(self.placement, self.dtype, (), self.strict, atomic, self.checkpoint.path)
+        selection = select_for(target, replace(self.checkpoint, root=root), skip, self.strict, **choice)
+        plan = make_plan(target, selection, options)
+        compare_ties(plan, self.checkpoint.path)
+        return _Load(target, selection, plan, options)
+
+    def plan_rest(self, optimizers: list[Any], schedulers: list[Any], scaler: Any) -> None:
+        """Check the states of everything else."""
+        state = find_training_state(self.tree)
+        model = self.loads[0].target.model
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for optimizer, found in self._pairs("optimizer", optimizers, state.optimizers):
+            plan = plan_optimizer(optimizer, found.value, names)
+            label = f"{type(optimizer).__name__} from {found.path!r}"
+            self.problems += [f"{label}: {problem}" for problem in plan.problems]
+            self.optimizers.append(plan)
+            size = f"{plural(len(optimizer.param_groups), 'group')}, {plural(len(plan.parameters), 'parameter')}"
+            self.restored.append(f"{label} ({size}{', matched by name' if plan.reordered else ''})")
+        for scheduler, found in self._pairs("scheduler", schedulers, state.schedulers):
+            self._plan_state("scheduler", scheduler, found)
+        enabled = getattr(scaler, "is_enabled", lambda: True)
+        if scaler is not None and enabled():
+            if state.scaler is None or not state.scaler.value:
+                self._absent("scaler state", "scaler")
+            else:
+                self._plan_state("scaler", scaler, state.scaler)
+
+    def plan_random_states(self) -> None:
+        """Find where the random number generators stood."""
+        ranks = Ranks(together=True)
+        self.random_states, notes = plan_random_states(self.tree, ranks.rank, ranks.count)
+        self.notes += notes
+        if self.random_states:
+            paths = dict.fromkeys(state.path.rpartition(".")[0] or state.path for state in self.random_states)
+            kinds = ", ".join(state.kind for state in self.random_states)
+            self.restored.append(f"random numbers of {kinds} from {', '.join(map(repr, paths))}")
+
+    def _pairs(self, what: str, ours: list[Any], theirs: list[Found]) -> Iterator[tuple[Any, Found]]:
+        if not ours:
+            if theirs:
+                self.notes.append(f"the file's {what} state was left aside: pass {what}= to restore it")
+        elif not theirs:
+            self._absent(f"{what} state", what)
+        elif len(ours) != len(theirs):
+            self.problems.append(
+                f"the file holds the states of {plural(len(theirs), what)}, {len(ours)} "
+                f"{'was' if len(ours) == 1 else 'were'} given"
+            )
+        else:
+            yield from zip(ours, theirs)
+
+    def _plan_state(self, what: str, receiver: Any, found: Found) -> None:
+        label = f"{type(receiver).__name__} from {found.path!r}"
+        try:
+            state = hooks.plain(found.value, lambda entry: map_entry(entry).clone())
+        except ValueError as error:
+            self.problems.append(f"{label}: {error}")
+            return
+        ours = receiver.state_dict() if hasattr(receiver, "state_dict") else {}
+        if lacking := [name for name in ours if name not in state and name not in _ADDED_LATER]:
+            self.problems.append(
+                f"{label}: the state lacks {', '.join(map(repr, lacking[:6]))}; it is of another kind of {what}"
+            )
+        self.steps.append((what, receiver, {name: _as_ours(value, ours.get(name)) for name, value in state.items()}))
+        self.restored.append(label)
+
+    def _absent(self, what: str, argument: str, cause: Exception | None = None) -> None:
+        if self.strict:
+            why = [str(cause)] if cause else [note for note in self.checkpoint.notes if argument in note]
+            reason = f" that fit{'s' * what.endswith('state')} ({'; '.join(why)})" if why else ""
+            self.problems.append(f"the file holds no {what}{reason}; leave {argument}= out")
+        else:
+            self.notes.append(f"the file holds no {what}; {argument} stays as it is")
+
+    def check(self) -> None:
+        """Raise everything that stands against the plan."""
+        if self.problems:
+            raise IncompatibleCheckpointError(
+                f"{self.checkpoint.path} can't be resumed from. Nothing was restored; everything is as it was.\n  "
+                + "\n  ".join(self.problems),
+                path=self.checkpoint.path,
+                problems=self.problems,
+            )
+
+    def verify(self) -> None:
+        """Compare the data of weights and optimizer states with the checksums that the file records."""
+        extents = [extent for load in self.loads for extent in extents_of(load.plan)]
+        verify_extents([*extents, *extents_in(self.optimizers)])
+
+    # --- carrying out ---
+
+    def carry_out(self) -> None:
+        """Restore everything; take it all back if anything fails."""
+        states = read_states(self.optimizers, dict(self._places()))
+        undo = hooks.Undo()
+        try:
+            for load in self.loads:
+                started = time.perf_counter()
+                undo.steps.append(restorer(load.target, load.plan))
+                load.nbytes = carry_out(load.plan, load.target, load.selection, None, mmap=False)
+                load.seconds = time.perf_counter() - started
+            for plan, state in zip(self.optimizers, states):
+                undo.steps.append(partial(replace_attributes, plan.optimizer, dict(plan.optimizer.__dict__)))
+                receive(plan.optimizer, state)
+            for what, receiver, state in self.steps:
+                undo.steps.append(taking_back(what, receiver))
+                if what == "updates":
+                    receiver.updates = state
+                else:
+                    receive(receiver, state)
+            for load in self.loads:
+                hooks.run_post_hooks(load.target, load.selection.missing, load.selection.unexpected)
+            for random_state in self.random_states:  # last: nothing after it draws numbers
+                undo.steps.append(partial(random_state.set, random_state.get()))
+                random_state.set(random_state.state)
+        except BaseException as error:
+            undo.roll_back()
+            if isinstance(error, RefusedError):
+                raise IncompatibleCheckpointError(
+                    f"{self.checkpoint.path} can't be resumed from: {error}. Nothing was restored; everything is as it "
+                    "was.",
+                    path=self.checkpoint.path,
+                    problems=[str(error)],
+                ) from error.__cause__
+            raise
+
+    def _places(self) -> Iterator[tuple[int, Place]]:
+        """Identity of each parameter → where it will be, and as what."""
+        for load in self.loads:
+            places = [(item.slot, (item.device, item.dtype)) for item in load.plan.assignments]
+            places += [(item.slot, (item.device, item.dtype)) for item in load.plan.conversions]
+            for slot, place in places:
+                yield from ((id(tensor), place) for tensor in (slot.tensor, *slot.twins))
+
+    def report(self) -> ResumeReport:
+        """The account."""
+        state = find_training_state(self.tree)
+        reports = []
+        for load in self.loads:
+            notes = tuple(notes_of(self.checkpoint, load.selection, load.plan, False))
+            reports.append(
+                report_of(load.target, self.checkpoint, load.selection, load.plan, load.nbytes, notes, load.seconds)
+            )
+        parts = [*state.optimizers, *state.schedulers, *([state.scaler] if state.scaler else [])]
+        known = {
+            path.split(".")[0] for path in [*(load.selection.key for load in self.loads), *(p.path for p in parts)]
+        } | {state.path.split(".")[0] for state in self.random_states}
+        return ResumeReport(
+            load=reports[0],
+            ema=reports[1] if len(reports) > 1 else None,
+            epoch=state.epoch,
+            step=state.step,
+            values=plain_values(self.tree, known),
+            restored=tuple(self.restored),
+            notes=tuple(self.notes),
+        )
+
+
+# Entries of a scheduler's or scaler's state that younger versions of torch added.
+_ADDED_LATER = frozenset(
+    {"_is_initial", "_get_lr_called_within_step", "_step_count", "_last_lr", "verbose", "mode_worse"}
+)
+
+
+def _module_of(ema: Any) -> nn.Module | None:
+    for attribute in ("module", "ema", "ema_model"):
+        if isinstance(module := getattr(ema, attribute, None), nn.Module):
+            return module
+    return None
+
+
+def _is_all(names: Sequence[str], model: nn.Module) -> bool:
+    return set(names).issuperset(describe_model(model).by_name)
+
+
+def _split(path: str, key: str) -> tuple[str | None, str | None]:
+    """A candidate's path as container and prefix, given the container of its rival."""
+    if not key:
+        return None, path
+    if path.startswith(f"{key}."):
+        return key, path[len(key) + 1 :]
+    return path, None
+
+
+def _as_ours(value: Any, ours: Any) -> Any:
+    """A plain value in the type of collection that the receiver has there."""
+    for kind in (Counter, OrderedDict):
+        if type(ours) is kind and isinstance(value, Mapping):
+            return kind(value)
+    return value

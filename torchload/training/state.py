@@ -1,0 +1,287 @@
+"""What else a training checkpoint holds: which container is the optimizer's state, which number is the epoch.
+
+One closed table; a row per way of writing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchload.core.checkpoint import Container, OpaqueTensor, Record, TensorEntry, record_fields
+from torchload.match.tables import Standing, container_standing
+from torchload.training.flat_optimizer import is_flat
+
+__all__ = [
+    "COMPANIONS",
+    "RANDOM_STATE",
+    "RANDOM_STATES",
+    "Found",
+    "TrainingState",
+    "average_of",
+    "find_training_state",
+    "plain_values",
+    "weights_of",
+]
+
+# What is looked for → dotted paths where it may stand, the surest first, with who writes it so.
+PATHS: dict[str, dict[str, str]] = {
+    "optimizer": {
+        "optimizer_state_dict": "PyTorch's tutorial",
+        "optimizer_states": "Lightning: a list",
+        "optimizer": "fvcore, mmengine, timm, nanoGPT, ultralytics, torchvision's references",
+        "trainer._trainer.optimizer": "detectron2",
+        "state.optimizers": "Composer: class name → state",
+        "last_optimizer_state": "fairseq",
+        "optimizer_state": "OpenPCDet",
+        "optimizers": "lists of them",
+        "optim_state_dict": "torch.distributed.checkpoint's examples",
+        "optim": "OpenNMT, torchtitan",
+        "opt_state_dict": "scripts",
+        "opt": "fastai, guided-diffusion",
+    },
+    "scheduler": {
+        "scheduler_state_dict": "PyTorch's forum recipe",
+        "lr_scheduler_state_dict": "scripts",
+        "lr_schedulers": "Lightning: a list",
+        "param_schedulers": "mmengine: a list",
+        "lr_scheduler": "torchvision's references",
+        "scheduler": "fvcore",
+        "trainer.hooks.LRScheduler": "detectron2",
+        "state.schedulers": "Composer: class name → state",
+        "lr_scheduler_state": "OpenPCDet",
+        "schedulers": "lists of them",
+    },
+    "scaler": {
+        "scaler_state_dict": "scripts",
+        "scaler": "ultralytics, torchvision's references",
+        "amp_scaler": "timm",
+        "grad_scaler": "scripts",
+        "callbacks.MixedPrecision": "Lightning 2",
+        "MixedPrecision": "Lightning 2, in the precision plugin's own name",
+        "MixedPrecisionPlugin": "Lightning 2.0",
+        "native_amp_scaling_state": "Lightning 1",
+        "optimizer.loss_scaler": "mmengine's AmpOptimWrapper",
+        "trainer._trainer.grad_scaler": "detectron2",
+    },
+    "epoch": {
+        "epoch": "nearly all",
+        "meta.epoch": "mmengine",
+        "current_epoch": "scripts",
+        "epochs": "scripts",
+        "trainer_state.epoch": "transformers' Trainer",
+        "state.timestamp.Timestamp.epoch": "Composer",
+    },
+    "step": {
+        "global_step": "Lightning, transformers",
+        "step": "scripts",
+        "iter_num": "nanoGPT",
+        "iteration": "fvcore, Megatron",
+        "meta.iter": "mmengine",
+        "global_steps": "DeepSpeed",
+        "steps": "scripts",
+        "iter": "scripts",
+        "it": "scripts",
+        "num_updates": "fairseq",
+        "trainer_state.global_step": "transformers' Trainer",
+        "train_state.step": "torchtitan",
+    },
+}
+
+# Files beside the weights in a folder, the preferred name first: transformers' Trainer, accelerate's save_state.
+COMPANIONS: dict[str, tuple[str, ...]] = {
+    "optimizer": ("optimizer.pt", "optimizer.bin", "optimizer.pth"),
+    "scheduler": ("scheduler.pt", "scheduler.bin", "scheduler.pth"),
+    "scaler": ("scaler.pt", "scaler.pth"),
+    "trainer_state": ("trainer_state.json",),
+}
+
+# Files with the states of random number generators, one for each rank (accelerate, Trainer), or for the only one.
+RANDOM_STATES = ("random_states_{rank}.pkl", "rng_state_{rank}.pth")
+RANDOM_STATE = "rng_state.pth"
+
+# Files that exchange the two sets of weights when they are saved: (their mark, raw weights, averaged weights).
+SWAPPED: tuple[tuple[str, str, str], ...] = (
+    ("message_hub", "ema_state_dict", "state_dict"),  # mmengine's EMAHook
+    ("current_model_state", "current_model_state", "state_dict"),  # Lightning's WeightAveraging
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A part of the training state: where it stands, and what is there."""
+
+    path: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """The training state of a checkpoint.
+
+    Attributes:
+        optimizers: States of optimizers, in the file's order.
+        schedulers: States of schedulers, in the file's order.
+        scaler: State of a gradient scaler.
+        epoch: The epoch that the file names.
+        step: The step that the file names.
+    """
+
+    optimizers: list[Found] = field(default_factory=list)
+    schedulers: list[Found] = field(default_factory=list)
+    scaler: Found | None = None
+    epoch: int | None = None
+    step: int | None = None
+
+
+def find_training_state(root: Any) -> TrainingState:
+    """Find the parts of a training state by the names that frameworks give them.
+
+    Args:
+        root: The tree of a checkpoint.
+
+    Example:
+        >>> state = find_training_state({"optimizer": {"state": {}, "param_groups": []}, "iter_num": 5})
+        >>> state.optimizers[0].path, state.epoch, state.step
+        ('optimizer', None, 5)
+    """
+    scalers = [found for found in _at("scaler", root) if isinstance(found.value, Mapping)]
+    epoch, step = (
+        next((int(found.value) for found in _at(what, root) if _is_number(found.value)), None)
+        for what in ("epoch", "step")
+    )
+    return TrainingState(
+        optimizers=next(filter(None, (_states(found, is_optimizer) for found in _at("optimizer", root))), []),
+        schedulers=next(filter(None, (_states(found, _is_scheduler) for found in _at("scheduler", root))), []),
+        scaler=scalers[0] if scalers else None,
+        epoch=epoch,
+        step=step,
+    )
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether it is what `torch.optim.Optimizer.state_dict` returns, or the same in one flat mapping."""
+    if not isinstance(value, Mapping) or is_flat(value):
+        return isinstance(value, Mapping)
+    groups = value.get("param_groups")
+    # Folders of torch.distributed.checkpoint lack what is empty: the state of plain SGD.
+    return groups is not None and ("state" in value or (isinstance(groups, list) and len(value) == 1))
+
+
+def _is_scheduler(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(key, str) for key in value)
+
+
+def _states(found: Found, is_state: Any) -> list[Found]:
+    """One state, or several in a list or under names of their own."""
+    value = found.value
+    if isinstance(value, Mapping):
+        if is_state(value) and not all(isinstance(inner, Mapping) for inner in value.values()):
+            return [found]
+        value = dict(value)
+    elif isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    else:
+        return []
+    inner = [Found(f"{found.path}.{name}", state) for name, state in value.items()]
+    return inner if inner and all(is_state(state.value) for state in inner) else []
+
+
+def _at(what: str, root: Any) -> Iterator[Found]:
+    for path in PATHS[what]:
+        here = root
+        for segment in path.split("."):
+            here = here[segment] if isinstance(here, Mapping) and segment in here else None
+        if here is not None:
+            yield Found(path, here)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1 << 63
+
+
+# --- raw and averaged weights ---
+
+
+def weights_of(root: Any) -> Any:
+    """The tree without averaged weights, for who wants the raw ones: training goes on from those."""
+    if not isinstance(root, Mapping):
+        return root
+    averages = {name for name in root if _is_average(root, name)}
+    return Container({name: value for name, value in root.items() if name not in averages}) if averages else root
+
+
+def average_of(root: Any) -> Container:
+    """Only what is averaged of a tree."""
+    if not isinstance(root, Mapping):
+        return Container()
+    counters, weights = root.get("averaging_state"), root.get("state_dict")
+    if isinstance(counters, Mapping) and isinstance(weights, Mapping):  # Lightning takes its AveragedModel apart
+        return Container({"average": Container({**counters, **{f"module.{name}": weights[name] for name in weights}})})
+    return Container({name: value for name, value in root.items() if _is_average(root, name)})
+
+
+def _is_average(root: Mapping[Any, Any], name: Any) -> bool:
+    for mark, raw, average in SWAPPED:
+        if mark in root and raw in root and average in root:
+            return bool(name == average)
+    if isinstance(root[name], (TensorEntry, OpaqueTensor)) or not isinstance(name, str):
+        return False
+    return container_standing(name) is Standing.AVERAGE
+
+
+# --- whatever else ---
+
+
+def plain_values(root: Any, known: set[str]) -> dict[str, Any]:
+    """Everything at the top of a tree that is plain data, and of no use to a model or an optimizer.
+
+    Args:
+        root: The tree.
+        known: Names that were dealt with.
+
+    Returns:
+        Name → numbers, strings, and lists and dicts of such; of objects (an `argparse.Namespace`) their attributes.
+        What holds a tensor, or can't be told without running code, is left out.
+    """
+    values: dict[str, Any] = {}
+    known_values: dict[int, Any] = {}
+    if isinstance(root, Mapping):
+        for name, value in root.items():
+            if str(name) not in known:
+                try:
+                    values[str(name)] = _plain(value, known_values)
+                except _NotPlainError:
+                    continue
+    return values
+
+
+class _NotPlainError(Exception):
+    """A value that holds a tensor or an object, or itself."""
+
+
+_DEEPEST = 50
+_PENDING = object()
+
+
+def _plain(value: Any, known: dict[int, Any], levels: int = _DEEPEST) -> Any:
+    """The value without records; what the file has once, the result has once."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, set, frozenset)):
+        return value
+    if not isinstance(value, (Mapping, list, tuple, Record)) or levels == 0:
+        raise _NotPlainError
+    found = known.get(id(value))
+    if found is None:
+        known[id(value)] = _PENDING
+        if isinstance(value, (list, tuple)):
+            found = type(value)([_plain(inner, known, levels - 1) for inner in value])
+        else:
+            inside = record_fields(value) if isinstance(value, Record) else value
+            if isinstance(value, Record) and not inside:
+                raise _NotPlainError
+            found = {name: _plain(inner, known, levels - 1) for name, inner in inside.items()}
+        known[id(value)] = found
+    if found is _PENDING:
+        raise _NotPlainError
+    return found

@@ -1,0 +1,127 @@
+"""What is written: named tensors over blocks of data, which come chunk by chunk from any device, cast on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torchload.core.checkpoint import Shape
+from torchload.errors import CastOverflowError
+from torchload.transfer.memory import memory_at
+from torchload.transfer.overflow import largest_finite, overflows
+
+__all__ = ["Block", "Content", "StoredTensor"]
+
+_CHUNK_BYTES = 8 << 20
+"""What is held at once beside the model: large enough for the disk, small enough not to matter."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Data that is stored once.
+
+    Attributes:
+        name: The first tensor in it, for messages.
+        numel: Number of elements.
+        dtype: Element type in the file.
+        fetch: Gives the data: a dense tensor on any device. Called once.
+        sharded: The tensor that `fetch` puts together from all ranks, which all have to take part in.
+    """
+
+    name: str
+    numel: int
+    dtype: torch.dtype
+    fetch: Callable[[], torch.Tensor]
+    sharded: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file, in bytes."""
+        return self.numel * self.dtype.itemsize
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The data in row-major order, as bytes in this machine's order; each chunk is valid until the next is taken.
+
+        Raises:
+            CastOverflowError: A finite value is infinite in the file's dtype.
+        """
+        with torch.no_grad():
+            tensor = self.fetch().detach()
+            limit = max(_CHUNK_BYTES // max(tensor.dtype.itemsize, self.dtype.itemsize), 1)
+            for part in _parts(tensor, limit):
+                values = part.to("cpu").resolve_conj().resolve_neg().contiguous()
+                data = values.to(self.dtype)
+                if overflows(values, data):
+                    raise self._overflow(tensor, limit)
+                yield memory_at(data.data_ptr(), data.nbytes)
+
+    def _overflow(self, tensor: torch.Tensor, limit: int) -> CastOverflowError:
+        largest = max(largest_finite(part.to("cpu")) for part in _parts(tensor, limit))
+        source, target = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, self.dtype))
+        return CastOverflowError(
+            f"{self.name} does not fit {target}: its largest value, {largest:.6g} in {source}, would become infinite "
+            f"(the limit is {torch.finfo(self.dtype).max:.6g}). Nothing was saved. Save in a wider dtype (bfloat16), "
+            f"or keep just this tensor in float32: keep_fp32=[{self.name!r}].",
+            tensor=self.name,
+            largest=largest,
+            source_dtype=source,
+            target_dtype=target,
+        )
+
+
+def _parts(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
+    """A tensor in pieces of at most `limit` elements, in row-major order."""
+    if tensor.numel() <= limit:
+        if tensor.numel():
+            yield tensor
+    elif tensor.is_contiguous():
+        yield from tensor.view(-1).split(limit)
+    else:
+        dimension = next(index for index, size in enumerate(tensor.shape) if size > 1)
+        rows = max(limit * tensor.shape[dimension] // tensor.numel(), 1)
+        for piece in tensor.split(rows, dimension):
+            yield from _parts(piece, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        block: Position of its block.
+        offset: Where it begins in the block, in elements.
+        shape: Size along each dimension, in elements.
+        strides: Distance between neighbours in the block, in elements.
+    """
+
+    block: int
+    offset: int
+    shape: Shape
+    strides: Shape
+
+
+@dataclass(slots=True, eq=False)
+class Content:
+    """All that goes into a file.
+
+    Attributes:
+        blocks: The data.
+        tensors: Name → tensor.
+        others: Name → value of a state dict's entries that are no tensors (extra state).
+        versions: The state dict's `_metadata`: module name → such things as its ``version``.
+        metadata: What the caller wants stored beside the weights.
+    """
+
+    blocks: list[Block] = field(default_factory=list)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all data in the file, in bytes."""
+        return sum(block.nbytes for block in self.blocks)

@@ -1,0 +1,214 @@
+"""What a save writes, decided and checked before the file is begun."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from torchload.core.checkpoint import contiguous_strides
+from torchload.core.ranks import Ranks
+from torchload.core.sharing import Layout, shared_runs
+from torchload.core.text import group_names, short_dtype
+from torchload.model.shards import is_hollow, is_sharded
+from torchload.model.unwrapping import State
+from torchload.plan.plan import glob_matcher
+from torchload.writing.blocks import Block, Content, StoredTensor
+from torchload.writing.formats import FileFormat
+from torchload.writing.report import SaveReport
+
+__all__ = ["Casting", "SavePlan", "make_save_plan"]
+
+
+class Casting:
+    """Which dtype a tensor has in the file."""
+
+    def __init__(self, dtype: torch.dtype | None, keep_fp32: tuple[str, ...]) -> None:
+        self._dtype = dtype
+        self._keep_fp32 = glob_matcher(keep_fp32)
+
+    def of(self, names: Sequence[str], now: torch.dtype) -> torch.dtype:
+        """The dtype in the file of a tensor that has these names and this dtype."""
+        if not now.is_floating_point:
+            return now
+        if self._keep_fp32 is not None and any(self._keep_fp32.match(name) for name in names):
+            return torch.float32
+        return self._dtype or now
+
+
+class _Gathering:
+    """Sharded tensors, which all ranks have to put together in the same order."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Any] = deque()
+
+    def fetch(self) -> torch.Tensor:
+        """The next one, whole."""
+        whole: torch.Tensor = self.waiting.popleft().full_tensor()
+        return whole
+
+    def finish(self) -> None:
+        """Take part in all that are left, for the sake of the other ranks."""
+        with torch.no_grad():
+            while self.waiting:
+                self.fetch()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SavePlan:
+    """What will be written, checked."""
+
+    path: str
+    kind: FileFormat
+    content: Content
+    gathering: _Gathering
+    casts: Mapping[tuple[str, str], int]
+    digest: str
+
+    def report(self, seconds: float) -> SaveReport:
+        names: dict[StoredTensor, list[str]] = {}
+        for name, stored in self.content.tensors.items():
+            names.setdefault(stored, []).append(name)
+        return SaveReport(
+            path=self.path,
+            format=self.kind.name,
+            tensors=len(self.content.tensors),
+            nbytes=self.content.nbytes,
+            casts=self.casts,
+            ties=tuple(tuple(group) for group in names.values() if len(group) > 1),
+            seconds=seconds,
+        )
+
+
+def make_save_plan(
+    state: State,
+    kind: FileFormat,
+    path: str,
+    casting: Casting,
+    metadata: Mapping[str, Any] | None,
+    ranks: Ranks,
+) -> SavePlan:
+    """Decide what is stored how, and raise everything that stands against it at once."""
+    tensors = {name: value for name, value in state.entries.items() if isinstance(value, torch.Tensor)}
+    problems = _unsavable(tensors, ranks)
+    content = Content(
+        others={name: value for name, value in state.entries.items() if name not in tensors},
+        versions=state.versions,
+        metadata=dict(metadata or {}),
+    )
+    gathering = _Gathering()
+    casts: dict[tuple[str, str], int] = {}
+    if not problems:
+        _fill(content, tensors, kind, casting, gathering, casts)
+        problems = kind.check(content)
+        _order_gathering(content, kind, gathering)
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:10])
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{path} was not written, because it can't hold this model as it is:{shown}{more}")
+    # Gathered state dicts are whole on one rank only.
+    what = () if state.is_gathered else [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    digest = hashlib.sha256(repr((path, what)).encode()).hexdigest()
+    return SavePlan(path, kind, content, gathering, casts, digest)
+
+
+def _unsavable(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> list[str]:
+    """Why tensors can't be saved, grouped by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if (reason := _why_not(tensor, ranks)) is not None:
+            reasons.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in reasons.items():
+        groups = group_names(names)
+        more = f" and {len(groups) - 6} more" if len(groups) > 6 else ""
+        lines.append(f"{reason}: {', '.join(groups[:6])}{more}")
+    return lines
+
+
+def _why_not(tensor: torch.Tensor, ranks: Ranks) -> str | None:
+    if is_lazy(tensor):
+        return "not initialised yet (run the model once, lazy modules take their shapes from the first input)"
+    if tensor.is_meta:
+        return "on the meta device, so without values (load or initialise the model first)"
+    if is_sharded(tensor):
+        return None if ranks.count > 1 or _is_whole(tensor) else "sharded over several ranks, which must save together"
+    if tensor.layout is not torch.strided:
+        return f"{str(tensor.layout).removeprefix('torch.')}, not dense"
+    if tensor.is_quantized:
+        return "quantized (dequantize() makes it plain)"
+    if hasattr(tensor, "__tensor_flatten__"):
+        return f"a {type(tensor).__name__}, which is no plain tensor"
+    if is_hollow(tensor):
+        return f"a {type(tensor).__name__} without memory, so without values"
+    return None
+
+
+def _is_whole(tensor: Any) -> bool:
+    return bool(tensor.device_mesh.size() == 1)
+
+
+def _fill(
+    content: Content,
+    tensors: Mapping[str, torch.Tensor],
+    kind: FileFormat,
+    casting: Casting,
+    gathering: _Gathering,
+    casts: dict[tuple[str, str], int],
+) -> None:
+    """Turn tensors into blocks; those that share memory share a block."""
+    names = list(tensors)
+    values = [tensors[name] for name in names]
+    layouts = [_layout(tensor, kind) for tensor in values]
+    for run in shared_runs(layouts):
+        members = [names[index] for index in run.members]
+        first = values[run.members[0]]
+        dtype = casting.of(members, first.dtype)
+        if dtype is not first.dtype:
+            pair = (short_dtype(first.dtype), short_dtype(dtype))
+            casts[pair] = casts.get(pair, 0) + 1
+        as_it_lies = run.is_flat and kind.keeps_views
+        for name, index, offset in zip(members, run.members, run.offsets):
+            shape = tuple(values[index].shape)
+            strides = layouts[index].strides if as_it_lies else contiguous_strides(shape)
+            content.tensors[name] = StoredTensor(len(content.blocks), offset, shape, strides)
+        if is_sharded(first):
+            block = Block(members[0], first.numel(), dtype, gathering.fetch, first)
+        elif as_it_lies:
+            fetch = _fetcher(first, run.numel, run.start_bytes // first.dtype.itemsize)
+            block = Block(members[0], run.numel, dtype, fetch)
+        else:
+            block = Block(members[0], first.numel(), dtype, partial(torch.Tensor.detach, first))
+        content.blocks.append(block)
+    content.tensors = {name: content.tensors[name] for name in names}
+
+
+def _layout(tensor: torch.Tensor, kind: FileFormat) -> Layout:
+    shape = tuple(tensor.shape)
+    memory: Hashable
+    if is_sharded(tensor):
+        memory, start, strides = ("sharded", id(tensor)), 0, contiguous_strides(shape)
+    else:
+        memory = (tensor.device, tensor.untyped_storage().data_ptr())
+        start, strides = int(tensor.storage_offset()) * tensor.dtype.itemsize, tuple(tensor.stride())
+        if not kind.keeps_views:  # only what is the very same tensor stays together
+            memory = (*memory, start, shape, strides)
+    return Layout(memory, start, tensor.dtype, shape, strides)
+
+
+def _fetcher(tensor: torch.Tensor, numel: int, first: int) -> Callable[[], torch.Tensor]:
+    """Gives a stretch of a tensor's storage, in elements, as one dimension."""
+    return lambda: tensor.detach().as_strided((numel,), (1,), first)
+
+
+def _order_gathering(content: Content, kind: FileFormat, gathering: _Gathering) -> None:
+    for index in kind.order(content):
+        sharded = content.blocks[index].sharded
+        if sharded is not None:
+            gathering.waiting.append(sharded)

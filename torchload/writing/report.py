@@ -1,0 +1,42 @@
+"""What a save did, as data and as a few readable lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torchload.core.text import format_bytes, format_seconds, plural
+
+__all__ = ["SaveReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """The account of one save. `str()` gives it in a line or two.
+
+    Attributes:
+        path: The file.
+        format: What it is: ``"zip checkpoint"`` or ``"safetensors"``.
+        tensors: Number of names in the file; tied ones count each.
+        nbytes: Bytes of tensor data in the file; tied tensors count once.
+        casts: ``("float32", "float16")`` → number of blocks of data that were cast.
+        ties: Groups of names that share data in the file.
+        seconds: Time from the call to the return, in seconds.
+    """
+
+    path: str
+    format: str
+    tensors: int
+    nbytes: int
+    casts: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    ties: tuple[tuple[str, ...], ...] = ()
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        size = f"{format_bytes(self.nbytes)} in {format_seconds(self.seconds)}"
+        lines = [f"{self.path}: {plural(self.tensors, 'tensor')} saved as {self.format} ({size})"]
+        lines += [f"  cast    {a} → {b} in {plural(count, 'tensor')}" for (a, b), count in self.casts.items()]
+        if self.ties:
+            more = f" and {len(self.ties) - 3} more groups" if len(self.ties) > 3 else ""
+            lines.append(f"  tied    {', '.join(' = '.join(group) for group in self.ties[:3])}{more}")
+        return "\n".join(lines)

@@ -1,0 +1,153 @@
+"""The zip format of `torch.save`, written record by record, so that casting needs no second copy of the model.
+
+Records are stored, aligned to 64 bytes and carry their CRC-32. Everything is marked as saved from the CPU, so any
+machine can load it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import secrets
+import struct
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+
+from torchload.writing.blocks import Block, Content, StoredTensor
+
+if TYPE_CHECKING:
+    import zipfile
+
+__all__ = ["check", "order", "write"]
+
+_TOP = "archive"  # what torch.save calls the top folder where it does not know the file's name
+_PICKLE_PROTOCOL = 2
+_ALIGNMENT_BYTES = 64
+_LOCAL_HEADER_BYTES = 30
+_ZIP64_FIELD_BYTES = 20
+_ZIP64_FROM_BYTES = 1 << 30
+_CONTAINER = "state_dict"
+_MOST_LEVELS = 50
+
+
+def check(content: Content) -> list[str]:
+    """Why `torch.load(weights_only=True)` would refuse a content; empty if it would not."""
+    reasons = []
+    for name, value in [*content.others.items(), *content.metadata.items()]:
+        if (foreign := _foreign(value, _MOST_LEVELS)) is not None:
+            reasons.append(f"{name} holds {foreign}, which torch.load(weights_only=True) refuses")
+    if _CONTAINER in content.metadata:
+        reasons.append(f"metadata= can't have an entry {_CONTAINER!r}: that is where the weights go")
+    return reasons
+
+
+def order(content: Content) -> list[int]:
+    """The blocks in the order in which they are written."""
+    return list(range(len(content.blocks)))
+
+
+def write(file: BinaryIO, content: Content) -> None:
+    """Write a content as `torch.load` reads it: a state dict, or, beside metadata, ``{"state_dict": …, **metadata}``.
+
+    Raises:
+        CastOverflowError: A finite value is infinite in the file's dtype.
+        OSError: The device failed or is full.
+    """
+    import zipfile  # only needed for saving
+
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        _add(archive, file, "data.pkl", [_pickled(content)])
+        _add(archive, file, "byteorder", [sys.byteorder.encode()])
+        for key in order(content):
+            block = content.blocks[key]
+            _add(archive, file, f"data/{key}", block.chunks(), block.nbytes)
+        _add(archive, file, "version", [b"3\n"])
+        _add(archive, file, ".data/serialization_id", [secrets.token_hex(20).encode()])
+
+
+def _add(
+    archive: zipfile.ZipFile,
+    file: BinaryIO,
+    name: str,
+    chunks: Iterable[bytes | memoryview],
+    nbytes: int = 0,
+) -> None:
+    """Store a record whose data begins at a multiple of the alignment."""
+    from zipfile import ZipInfo
+
+    record = ZipInfo(f"{_TOP}/{name}")
+    is_large = nbytes >= _ZIP64_FROM_BYTES
+    before = file.tell() + _LOCAL_HEADER_BYTES + len(record.filename) + _ZIP64_FIELD_BYTES * is_large + 4
+    padding = -before % _ALIGNMENT_BYTES
+    record.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    with archive.open(record, "w", force_zip64=is_large) as out:
+        for chunk in chunks:
+            out.write(chunk)
+    record.extra = b""  # of no use in the directory
+
+
+# --- the pickle ---
+
+
+class _Storage:
+    """Stands for a block in the pickle."""
+
+    def __init__(self, key: int, block: Block) -> None:
+        names = torch.storage._dtype_to_storage_type_map()
+        self.dtype = block.dtype
+        self.is_typed = block.dtype in names
+        kind = getattr(torch, names[block.dtype]) if self.is_typed else torch.UntypedStorage
+        self.persistent_id = ("storage", kind, str(key), "cpu", block.numel if self.is_typed else block.nbytes)
+
+
+class _Tensor:
+    """Stands for a tensor in the pickle, and reduces to what a tensor reduces to."""
+
+    def __init__(self, storage: _Storage, stored: StoredTensor) -> None:
+        self._storage, self._stored = storage, stored
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stored = self._stored
+        backward_hooks: OrderedDict[Any, Any] = OrderedDict()
+        arguments = (self._storage, stored.offset, stored.shape, stored.strides, False, backward_hooks)
+        if self._storage.is_typed:
+            return torch._utils._rebuild_tensor_v2, arguments
+        return torch._utils._rebuild_tensor_v3, (*arguments, self._storage.dtype)
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.persistent_id if type(obj) is _Storage else None
+
+
+def _pickled(content: Content) -> bytes:
+    storages = [_Storage(key, block) for key, block in enumerate(content.blocks)]
+    state: Any = OrderedDict(
+        (name, _Tensor(storages[stored.block], stored)) for name, stored in content.tensors.items()
+    )
+    state.update(content.others)
+    state._metadata = OrderedDict(content.versions)
+    buffer = io.BytesIO()
+    _Pickler(buffer, _PICKLE_PROTOCOL).dump({_CONTAINER: state, **content.metadata} if content.metadata else state)
+    return buffer.getvalue()
+
+
+def _foreign(value: Any, levels: int) -> str | None:
+    """What in a value isn't plain data, if anything."""
+    if value is None or type(value) in (bool, int, float, complex, str, bytes):
+        return None
+    if levels == 0:
+        return "something nested too deeply"
+    if isinstance(value, Mapping) and type(value) in (dict, OrderedDict):
+        parts = [*value.keys(), *value.values()]
+    elif type(value) in (list, tuple, set):
+        parts = list(value)
+    elif isinstance(value, torch.Tensor):
+        return "a tensor inside other data (tolist() makes it plain)"
+    else:
+        return f"a {type(value).__module__}.{type(value).__qualname__}".replace("a builtins.", "a ")
+    return next((foreign for part in parts if (foreign := _foreign(part, levels - 1)) is not None), None)
