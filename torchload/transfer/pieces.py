@@ -227,7 +227,7 @@ def _covers_memory(shape: Shape, strides: Shape) -> bool:
 
 
 def _is_run(part: torch.Tensor, shape: Shape, strides: Shape) -> bool:
-    """Whether a part lies without gaps on both sides, and in the same order: a row of a tensor that is cut by columns."""
+    """Whether a part lies in one piece on both sides, in the same order: a row of what is cut by columns."""
     return part.is_contiguous() and all(
         size == 1 or stride == here for size, stride, here in zip(shape, strides, part.stride(), strict=True)
     )
@@ -248,14 +248,18 @@ def _split(
         The part of the target, its first element's distance from the region's, and its shape.
     """
     dimension = max(range(len(shape)), key=lambda index: strides[index] if shape[index] > 1 else -1, default=-1)
-    inner = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if inner <= limit or dimension < 0 or shape[dimension] == 1:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if dimension < 0 or shape[dimension] == 1:
         # Dimensions of stride 0 need no more bytes however large they are.
         yield target, 0, shape
         return
     size, stride = shape[dimension], strides[dimension]
-    inner -= (size - 1) * stride
-    step = 1 if stride - inner >= gap or inner > limit else 1 + (limit - inner) // stride
+    inner = span - (size - 1) * stride
+    is_wide = stride - inner >= gap
+    if span <= limit and not is_wide:
+        yield target, 0, shape
+        return
+    step = 1 if is_wide or inner > limit else 1 + (limit - inner) // stride
     for first in range(0, size, step):
         count = min(step, size - first)
         part_shape = (*shape[:dimension], count, *shape[dimension + 1 :])
@@ -279,7 +283,8 @@ def _batch(device: torch.device, source: Source, pieces: Sequence[Piece], cold: 
         if kind == RAW and nbytes >= small:
             yield Job(device, source, offset, nbytes, [piece])
             continue
-        if members and (offset - end >= GAP_BYTES or max(end, piece_end) - start > limit or len(members) == MAX_SHARING):
+        is_far = offset - end >= GAP_BYTES or max(end, piece_end) - start > limit
+        if members and (is_far or len(members) == MAX_SHARING):
             yield Job(device, source, start, end - start, members, can_scatter)
             members, can_scatter = [], True
         if not members:
