@@ -35,6 +35,8 @@ from torchload.transfer import map_entry, verify_extents
 
 __all__ = ["Resumption"]
 
+_NOTHING = Moved(nbytes=0, read_bytes=0)
+
 
 @dataclass(slots=True, eq=False)
 class _Load:
@@ -44,7 +46,7 @@ class _Load:
     selection: Selection
     plan: LoadPlan
     options: Options
-    moved: Moved = Moved(0, 0)
+    moved: Moved = _NOTHING
     seconds: float = 0.0
 
 
