@@ -129,9 +129,7 @@ def test_ranks_read_their_own_parts(tmp_path: Path) -> None:
         file_bytes = (tmp_path / f"{kind}.pth").stat().st_size
         tensor_bytes = sum(value.nbytes for value in torch.load(tmp_path / f"{kind}.pth").values())
         assert held == tensor_bytes
-        assert (
-            read <= counted <= read + RANKS * MIB
-        )  # the rest is the file's tables, and modules
+        assert read <= counted <= read + RANKS * MIB  # the rest is the file's tables, and modules
         if kind == "8 KiB":  # rows so short are read whole, which is quicker; each rank reads what all of them hold
             assert 2 * file_bytes < read <= RANKS * file_bytes
         else:
