@@ -259,7 +259,7 @@ def test_shapes_decide_between_equal_names():
     assert choose({"a": other, "b": fresh()}).key == "b"
 
 
-def test_a_missing_batch_counter_is_tolerated_and_listed():
+def test_a_missing_batch_counter_is_ignored_and_listed():
     state = fresh()
     del state["body.1.num_batches_tracked"]
     found = choose(state)
@@ -268,7 +268,7 @@ def test_a_missing_batch_counter_is_tolerated_and_listed():
 
 
 @pytest.mark.parametrize("last", sorted(BENIGN_UNEXPECTED))
-def test_every_benign_leftover_is_tolerated_in_its_shape_only(last):
+def test_every_benign_leftover_is_ignored_in_its_shape_only(last):
     row = BENIGN_UNEXPECTED[last]
     name = f"body.{last}"
     shape = [3 if size is None else size for size in row.shape or ()]
@@ -329,7 +329,7 @@ def test_a_base_model_takes_its_part_of_a_larger_one():
     assert (found.prefix, found.outside) == ("transformer", ["lm_head.weight"])
 
 
-def test_index_buffers_of_older_versions_are_tolerated_and_listed():
+def test_index_buffers_of_older_versions_are_ignored_and_listed():
     found = choose({**fresh(), "body.position_ids": torch.arange(3)})
     assert found.fits
     assert found.ignored == ["body.position_ids"]

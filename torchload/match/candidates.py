@@ -122,8 +122,8 @@ def _nodes(tree: Node, least: int, own_places: frozenset[str]) -> Iterator[tuple
 def _may_be_meant(tree: Node, below: str, view: _View, *, is_bare: bool) -> bool:
     """Whether a prefix of the file may stand for one of the model, or for none, although nobody says so.
 
-    Two names that each say something (``ctx_encoder`` and ``question_encoder``) are not the same part of a model. Nor is
-    any part that happens to have the shapes of a model whose names say nothing, unless there is nothing beside it.
+    Two names that each say something (``ctx_encoder``, ``question_encoder``) are not the same part of a model. Nor is a
+    part that happens to have the shapes of a model whose names say nothing, unless there is nothing beside it.
     """
     if not below:
         return True

@@ -277,7 +277,7 @@ class _Choice:
     def _ambiguous(self, equals: list[Selection]) -> AmbiguousCheckpointError:
         return self._asked(
             equals,
-            f"{len(equals):,} sets of weights that fit this model equally well. Nothing was loaded. Say which one is meant",
+            f"{len(equals):,} sets of weights that fit this model equally well. Nothing was loaded. Say which is meant",
         )
 
     def _asked(self, equals: list[Selection], what: str) -> AmbiguousCheckpointError:
@@ -299,7 +299,6 @@ class _Choice:
         search = self._search
         if self._is_trial:
             return True
-        choice = {"key": self._key, "prefix": search.prefix, **argument}
         try:
             found = select(
                 self._root,
@@ -309,7 +308,8 @@ class _Choice:
                 size_bytes=self._size_bytes,
                 read=search.read,
                 is_trial=True,
-                **choice,
+                key=argument.get("key", self._key),
+                prefix=argument.get("prefix", search.prefix),
             )
         except TorchLoadError:
             return False

@@ -79,12 +79,13 @@ class Leftovers:
         elif (row := BENIGN_UNEXPECTED.get(last(name))) and row.covers(shape):
             self.ignored.append(name)
             self.constants.append(name)
-        elif _first(local) in NEVER_THE_MODELS or self._is_average(local, shape):
-            self.ignored.append(name)
-        elif self.read is not None and is_mask(leaf, self.read, self.allowance):
+        elif _first(local) in NEVER_THE_MODELS or self._is_average(local, shape) or self._is_mask(leaf):
             self.ignored.append(name)
         else:
             self.unexpected.append(name)
+
+    def _is_mask(self, leaf: Leaf) -> bool:
+        return self.read is not None and is_mask(leaf, self.read, self.allowance)
 
     def _is_average(self, local: str, shape: Shape | None) -> bool:
         """Whether a name, un-mangled, is one of the model's, with the model's shape, behind the mark of an average."""

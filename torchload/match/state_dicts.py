@@ -2,7 +2,7 @@
 
 With a model, containers are judged by how they fit it (`choice`). Without one there are only their names and what they
 hold: an average before the raw weights of the same network, one of two equal sets, never an optimizer's state. A usual
-name before an odd one of another layout is a guess, and told. Where that leaves several, nobody but the caller can know.
+name before an odd one of another layout is a guess, and told. Where that leaves several, only the caller can know.
 """
 
 from __future__ import annotations

@@ -270,8 +270,8 @@ UNTOUCHED: dict[str, str] = {
 }
 
 
-# What a container of weights is called where it holds a model and nobody says which. For `read_state_dict`, which has no
-# model to tell: names of roles (generator, actor, student) are not among them.
+# What a container of weights is called where it holds a model and nobody says which. For `read_state_dict`, which has
+# no model to tell: names of roles (generator, actor, student) are not among them.
 USUAL_CONTAINERS = frozenset(
     {
         *("state_dict", "state_dicts", "model_state_dict", "net_state_dict", "network_state_dict", "weights", "weight"),

@@ -55,7 +55,7 @@ def report_of(
         mismatched=selection.mismatched,
         skipped=tuple(selection.skipped),
         outside=tuple(selection.outside),
-        tolerated=tuple(selection.ignored),
+        ignored=tuple(selection.ignored),
         seconds=seconds,
         training=target.model.training,
         notes=notes,
