@@ -60,6 +60,7 @@ def test_signature_of_smart_load() -> None:
         "verify": False,
         "atomic": False,
         "mmap": False,
+        "process_group": None,
         "progress": False,
     }
 
