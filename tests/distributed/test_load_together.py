@@ -169,7 +169,7 @@ def hybrid(rank: int, folder: Path) -> None:
     from tests.distributed._parallel import fully_shard
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    model = nn.Sequential(nn.Linear(301, 203), nn.Linear(203, 7))
+    model = nn.Sequential(nn.Linear(301, 2003), nn.Linear(2003, 7))
     fully_shard(model, mesh=mesh)
     with pytest.raises(errors.IncompatibleCheckpointError, match='mesh.get_group\\("replicate"\\)'):
         smart_load(model, folder / "linear.pth", process_group=distributed.group.WORLD)
@@ -177,7 +177,7 @@ def hybrid(rank: int, folder: Path) -> None:
     want = torch.load(folder / "linear.pth")
     for name, value in model.state_dict().items():
         assert same_bits(value.full_tensor(), want[name])
-    assert sum(_gathered(report.read_bytes)) <= 1.01 * sum(value.nbytes for value in want.values())
+    assert sum(_gathered(report.read_bytes)) <= 1.2 * sum(value.nbytes for value in want.values())
     with pytest.raises(ValueError, match="not one of process_group="):
         smart_load(model, folder / "linear.pth", process_group=distributed.GroupMember.NON_GROUP_MEMBER)
 
@@ -209,7 +209,7 @@ def saved(tmp_path: Path) -> Path:
     huge = build(1)
     huge.row.data[0, 80_000] = 1e9
     torch.save(huge.state_dict(), tmp_path / "huge.pth")
-    torch.save(nn.Sequential(nn.Linear(301, 203), nn.Linear(203, 7)).state_dict(), tmp_path / "linear.pth")
+    torch.save(nn.Sequential(nn.Linear(301, 2003), nn.Linear(2003, 7)).state_dict(), tmp_path / "linear.pth")
     return tmp_path
 
 

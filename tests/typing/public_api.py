@@ -51,6 +51,7 @@ def every_argument(model: nn.Module) -> LoadReport:
         verify=True,
         atomic=True,
         mmap=False,
+        process_group=torch.distributed.group.WORLD,
         progress=True,
     )
 
