@@ -1,4 +1,4 @@
-"""What the pages say, beyond the code in them (which runs as tests of its own, see the root's conftest.py)."""
+"""What the pages say, beyond the code in them (which runs as tests of its own, see `tests/examples.py`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.examples import NothingRaised, run_example
 from torchload import smart_load
 from torchload.core import wrappers
 from torchload.match import tables
@@ -32,6 +33,26 @@ def test_links_between_files_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     local = [target for target in targets if not target.startswith(("http:", "https:", "mailto:"))]
     assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_the_set_up_is_the_same_on_every_page_that_folds_it() -> None:
+    code = (ROOT / "docs" / "examples" / "set_up.py").read_text(encoding="utf-8")
+    shown = {
+        str(page.relative_to(ROOT)): block
+        for page in PAGES
+        for block in re.findall(
+            r"<summary>Set-up[^\n]*\n\n```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+        )
+    }
+    assert len(shown) > 10
+    assert [page for page, block in shown.items() if block != code] == []
+
+
+def test_an_example_that_promises_an_error_has_to_raise_it() -> None:
+    with pytest.raises(NothingRaised, match="line 2"):
+        run_example("def fine(): pass\ntry:\n    fine()\nexcept Exception:\n    pass", "page.md", {})
+    run_example("try:\n    raise ValueError\nexcept ValueError:\n    pass", "page.md", {})
+    run_example("try:\n    pass\nexcept ValueError:\n    pass\nelse:\n    pass", "page.md", {})
 
 
 def test_readme_commands_are_the_ones_that_are_tested() -> None:

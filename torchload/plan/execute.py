@@ -74,7 +74,7 @@ def carry_out(
         fresh.update(zip(map(id, mapped), map_entries([item.entry for item in mapped])))
         moved = [item for item in plan.assignments if id(item) not in fresh] if mapped else plan.assignments
         fresh.update(_fresh_memory(moved))
-        _move(moved, fresh, verify, progress)
+        _move(moved, fresh, verify, progress, plan.notes)
         arrived.extend(item.name for item in moved)
         changes = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
         changes += [(item.slot, _converted(item)) for item in plan.conversions]
@@ -116,7 +116,11 @@ def _converted(conversion: Conversion) -> torch.Tensor:
 
 
 def _move(
-    assignments: list[Assignment], fresh: Mapping[int, torch.Tensor], verify: bool, progress: Progress | None
+    assignments: list[Assignment],
+    fresh: Mapping[int, torch.Tensor],
+    verify: bool,
+    progress: Progress | None,
+    notes: list[str],
 ) -> None:
     """Into fresh memory first, then in place with a cast, which may overflow, then as it is."""
     phases: tuple[list[Copy], list[Copy], list[Copy]] = ([], [], [])
@@ -137,7 +141,7 @@ def _move(
     copies: list[Copy] = []
     try:
         for copies in phases:
-            done += run(copies, check=verify, progress=report if progress is not None else None)
+            done += run(copies, check=verify, progress=report if progress is not None else None, notes=notes)
             written.extend(copy.name for copy in copies)
         report(total, total)
     except BaseException as error:
