@@ -165,6 +165,7 @@ def test_objects_that_keep_an_average(tmp_path):
 
 
 def test_extra_is_any_plain_data_and_tensors(tmp_path):
+    model = nn.Linear(2, 2)
     extra = {
         "epoch": 3,
         "best": np.float32(0.5),
@@ -173,12 +174,12 @@ def test_extra_is_any_plain_data_and_tensors(tmp_path):
         "torch_rng_state": torch.get_rng_state(),
         "shape": torch.Size([2, 3]),
     }
-    smart_save(nn.Linear(2, 2), tmp_path / "x.pth", extra=extra, metadata={"licence": "MIT"})
+    smart_save(model, tmp_path / "x.pth", extra=extra, metadata={"licence": "MIT"})
     saved = torch.load(tmp_path / "x.pth", weights_only=True)
     assert (saved["epoch"], saved["best"], saved["seen"], saved["licence"]) == (3, 0.5, 7, "MIT")
     assert saved["history"] == [{"loss": 0.25}, (1, None)]
     number = torch.rand(1)
-    smart_resume(nn.Linear(2, 2), tmp_path / "x.pth")
+    smart_resume(model, tmp_path / "x.pth")
     assert torch.rand(1) == number
 
 

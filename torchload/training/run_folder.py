@@ -56,8 +56,9 @@ def lies_beside(path: Any, what: str) -> str | None:
     here = os.path.realpath(path)
     folder = os.path.dirname(here)
     if (name := _companion(folder, what)) and os.path.basename(here) != name:
-        with suppress(TorchLoadError, OSError), open_checkpoint(folder):
-            return f"{name} lies beside it, so give the folder: {folder}"
+        with suppress(TorchLoadError, OSError), open_checkpoint(folder) as whole:
+            if all(os.path.realpath(source.name).startswith(here) for source in whole.sources):  # the same weights
+                return f"{name} lies beside it, so give the folder: {folder}"
     if os.path.isdir(here):
         names = sorted(name for name in os.listdir(here) if what[:5] in name.lower())
         if names:
