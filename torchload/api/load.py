@@ -129,7 +129,7 @@ def smart_load(
 
         with progress_reporter(progress, checkpoint.path) as report_progress:
             guard = None if isinstance(atomic, bool) else atomic
-            nbytes = carry_out(
+            moved = carry_out(
                 plan,
                 target,
                 selection,
@@ -141,7 +141,7 @@ def smart_load(
                 finish=finish,
             )
         notes = tuple(notes_of(checkpoint, selection, plan, verify))
-        report = report_of(target, checkpoint, selection, plan, nbytes, notes, time.perf_counter() - started)
+        report = report_of(target, checkpoint, selection, plan, moved, notes, time.perf_counter() - started)
     _tell(report, strict)
     return report
 

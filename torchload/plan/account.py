@@ -9,7 +9,7 @@ from torchload.core.checkpoint import Checkpoint, Extent, Record, TensorEntry
 from torchload.core.text import format_bytes, plural, short_dtype
 from torchload.match import Selection
 from torchload.model.target import Target
-from torchload.plan.execute import extents_of
+from torchload.plan.execute import Moved, extents_of
 from torchload.plan.plan import LoadPlan
 from torchload.plan.report import LoadReport
 
@@ -21,7 +21,7 @@ def report_of(
     checkpoint: Checkpoint,
     selection: Selection,
     plan: LoadPlan,
-    nbytes: int,
+    moved: Moved,
     notes: tuple[str, ...],
     seconds: float,
 ) -> LoadReport:
@@ -45,7 +45,8 @@ def report_of(
         rewrites=tuple(_rewrites(selection)),
         tensors=loaded + len(own),
         total=len(filled) + len(target.own_state),
-        nbytes=nbytes,
+        nbytes=moved.nbytes,
+        read_bytes=moved.read_bytes,
         casts={(short_dtype(a), short_dtype(b)): count for (a, b), count in plan.casts.items()},
         ties=tuple(tuple(slot.names) for slot in filled if len(slot.names) > 1),
         missing_keys=selection.missing,

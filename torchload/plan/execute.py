@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -13,16 +13,29 @@ from torchload.core.checkpoint import Extent, TensorEntry
 from torchload.core.copies import Copy
 from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Selection
-from torchload.model.shards import empty_part, is_ordinary, is_sharded, local_region, refresh_shards
+from torchload.model.shards import empty_part, held_numel, is_ordinary, is_sharded, refresh_shards
 from torchload.model.swap import remember, show_again, swap
 from torchload.model.target import Target
 from torchload.plan import hooks
 from torchload.plan.plan import Assignment, Conversion, LoadPlan, copies_into
 from torchload.transfer import allocate, has_checksum, is_summed_in_place, map_entries, map_entry, run, same_data
 
-__all__ = ["carry_out", "compare_landed", "compare_ties", "extents_of", "extents_to_check_first"]
+__all__ = ["Moved", "carry_out", "compare_landed", "compare_ties", "extents_of", "extents_to_check_first"]
 
 Progress = Callable[[int, int], None]
+
+
+class Moved(NamedTuple):
+    """What a load took from the file, in bytes.
+
+    Attributes:
+        nbytes: What the model took, in the file's dtypes.
+        read_bytes: What was read for it: more where parts lie so close together that reading over the gaps is quicker,
+            less where parameters became views of the file.
+    """
+
+    nbytes: int
+    read_bytes: int
 
 
 def carry_out(
@@ -36,7 +49,7 @@ def carry_out(
     atomic: bool = False,
     guard: AbstractContextManager[object] | None = None,
     finish: Callable[[], object] = lambda: None,
-) -> int:
+) -> Moved:
     """Move the bytes. Fresh memory is shown to the model only when everything has arrived.
 
     What can fail because of the data itself (a cast that overflows) goes into fresh memory first; memory of the model's
@@ -55,7 +68,7 @@ def carry_out(
             then; if it fails, the model shows that again.
 
     Returns:
-        Number of bytes that the model took from the file, in the file's dtypes.
+        How much that was.
 
     Raises:
         CastOverflowError, CorruptCheckpointError, OSError: As the transfer does; the attribute ``written`` names the
@@ -74,7 +87,7 @@ def carry_out(
         fresh.update(zip(map(id, mapped), map_entries([item.entry for item in mapped])))
         moved = [item for item in plan.assignments if id(item) not in fresh] if mapped else plan.assignments
         fresh.update(_fresh_memory(moved))
-        _move(moved, fresh, verify, progress, plan.notes)
+        read_bytes = _move(moved, fresh, verify, progress, plan.notes)
         arrived.extend(item.name for item in moved)
         changes = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
         changes += [(item.slot, _converted(item)) for item in plan.conversions]
@@ -97,14 +110,8 @@ def carry_out(
     if interrupt is not None:
         interrupt.written = tuple(name for item in plan.assignments for name in item.slot.names)  # type: ignore[attr-defined]
         raise interrupt
-    return sum(_held_bytes(item) for item in plan.assignments) + sum(entry.nbytes for entry in plan.given)
-
-
-def _held_bytes(item: Assignment) -> int:
-    """Bytes of the file's tensor that this process holds: all of them, or a shard's."""
-    if is_ordinary(item.slot.tensor):
-        return item.entry.nbytes
-    return math.prod(local_region(item.slot.tensor)[1].shape) * item.entry.dtype.itemsize
+    held = sum(held_numel(item.slot.tensor, item.entry.shape) * item.entry.dtype.itemsize for item in plan.assignments)
+    return Moved(held + sum(entry.nbytes for entry in plan.given), read_bytes)
 
 
 def _converted(conversion: Conversion) -> torch.Tensor:
@@ -121,8 +128,8 @@ def _move(
     verify: bool,
     progress: Progress | None,
     notes: list[str],
-) -> None:
-    """Into fresh memory first, then in place with a cast, which may overflow, then as it is."""
+) -> int:
+    """Into fresh memory first, then in place with a cast, which may overflow, then as it is; returns bytes read."""
     phases: tuple[list[Copy], list[Copy], list[Copy]] = ([], [], [])
     for item in assignments:
         memory = fresh.get(id(item))
@@ -149,6 +156,7 @@ def _move(
         now = getattr(error, "written", None)
         error.written = (*written, *([copy.name for copy in copies] if now is None else now))  # type: ignore[attr-defined]
         raise
+    return done
 
 
 def _name_written(error: BaseException, plan: LoadPlan, arrived: list[str], is_shown: bool) -> None:

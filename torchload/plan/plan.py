@@ -19,7 +19,7 @@ from torchload.core.copies import Copy
 from torchload.core.text import short_dtype
 from torchload.match import Selection
 from torchload.model.placement import Placement, check_room
-from torchload.model.shards import Region, home_of, is_hollow, is_ordinary, local_region
+from torchload.model.shards import Region, held_numel, home_of, is_hollow, is_ordinary, local_region
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
 from torchload.plan.explain import incompatible
 
@@ -296,7 +296,8 @@ def _fresh_bytes(plan: LoadPlan) -> dict[torch.device, int]:
     need: dict[torch.device, int] = {}
     for item in plan.assignments:
         if item.fresh:
-            need[item.device] = need.get(item.device, 0) + item.entry.numel * item.dtype.itemsize
+            held = held_numel(item.slot.tensor, item.entry.shape)
+            need[item.device] = need.get(item.device, 0) + held * item.dtype.itemsize
     return need
 
 

@@ -10,6 +10,8 @@ from torchload.core.text import format_bytes, format_seconds, group_names, plura
 
 __all__ = ["LoadReport"]
 
+_WORTH_SAYING_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
@@ -30,6 +32,9 @@ class LoadReport:
         tensors: Number of the model's tensors that were filled; tied ones count once.
         total: Number of tensors of the model; tied ones count once.
         nbytes: Bytes of tensor data taken from the file.
+        read_bytes: Bytes that were read for it by this process. More than `nbytes` where parts lie so close together in
+            the file that it is quicker to read over the gaps, as for row-wise tensor parallelism with short rows; less
+            where parameters became views of the file, or other ranks read for this one.
         casts: ``("float32", "float16")`` → number of tensors.
         ties: Groups of the model's names that share one tensor.
         missing_keys: Model names that nothing filled (empty after a strict load).
@@ -56,6 +61,7 @@ class LoadReport:
     tensors: int = 0
     total: int = 0
     nbytes: int = 0
+    read_bytes: int = 0
     casts: Mapping[tuple[str, str], int] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
     missing_keys: list[str] = field(default_factory=list)
@@ -95,6 +101,9 @@ class LoadReport:
         lines = [("file", self._file())]
         if self.rewrites:
             lines.append(("names", "; ".join(self.rewrites)))
+        if self.read_bytes - self.nbytes > max(self.nbytes // 10, _WORTH_SAYING_BYTES):
+            read, needed = format_bytes(self.read_bytes), format_bytes(self.nbytes)
+            lines.append(("read", f"{read} for {needed}: over the gaps between parts, which was quicker"))
         for (source, target), count in self.casts.items():
             lines.append(("cast", f"{source} → {target} in {plural(count, 'tensor')}"))
         if self.ties:

@@ -23,7 +23,7 @@ from torchload.model.target import Target, describe_model
 from torchload.model.unwrapping import module_within
 from torchload.plan import hooks
 from torchload.plan.account import notes_of, report_of
-from torchload.plan.execute import carry_out, compare_ties, extents_of
+from torchload.plan.execute import Moved, carry_out, compare_ties, extents_of
 from torchload.plan.plan import DtypeSpec, LoadPlan, Options, make_plan
 from torchload.plan.steps import select_for
 from torchload.training.optimizers import OptimizerPlan, Place, extents_in, plan_optimizer, read_states
@@ -37,6 +37,8 @@ from torchload.transfer import map_entry, verify_extents
 
 __all__ = ["Resumption"]
 
+_NOTHING = Moved(nbytes=0, read_bytes=0)
+
 
 @dataclass(slots=True, eq=False)
 class _Load:
@@ -46,7 +48,7 @@ class _Load:
     selection: Selection
     plan: LoadPlan
     options: Options
-    nbytes: int = 0
+    moved: Moved = _NOTHING
     seconds: float = 0.0
 
 
@@ -267,7 +269,7 @@ class Resumption:
             for load in self.loads:
                 started = time.perf_counter()
                 undo.steps.append(restorer(load.target, load.plan))
-                load.nbytes = carry_out(load.plan, load.target, load.selection, None, mmap=False)
+                load.moved = carry_out(load.plan, load.target, load.selection, None, mmap=False)
                 load.seconds = time.perf_counter() - started
             for plan, state in zip(self.optimizers, states):
                 undo.steps.append(partial(replace_attributes, plan.optimizer, dict(plan.optimizer.__dict__)))
@@ -309,7 +311,7 @@ class Resumption:
         for load in self.loads:
             notes = tuple(notes_of(self.checkpoint, load.selection, load.plan, False))
             reports.append(
-                report_of(load.target, self.checkpoint, load.selection, load.plan, load.nbytes, notes, load.seconds)
+                report_of(load.target, self.checkpoint, load.selection, load.plan, load.moved, notes, load.seconds)
             )
         parts = [*state.optimizers, *state.schedulers, *([state.scaler] if state.scaler else [])]
         known = {
