@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import sys
 import tempfile
 from doctest import ELLIPSIS
 from pathlib import Path
@@ -46,6 +48,29 @@ def run_example(source: str, path: str, namespace: dict[str, Any]) -> None:
     code = compile(_RaisingTry().visit(ast.parse(source, path)), path, "exec", dont_inherit=True)
     namespace["NothingRaised"] = NothingRaised
     exec(code, namespace)
+
+
+def record_prints(script: str, path: str, namespace: dict[str, Any] | None = None) -> tuple[list[str], dict[str, str]]:
+    """Run a script; returns all that it prints, and what each line of it that prints did so last."""
+    lines = script.splitlines()
+    printed: list[str] = []
+    by_line: dict[str, str] = {}
+
+    def remember(*values: object) -> None:
+        text = " ".join(map(str, values))
+        printed.append(text)
+        by_line[lines[sys._getframe(1).f_lineno - 1].strip()] = text
+
+    names = {} if namespace is None else namespace
+    names.update(print=remember, __name__="page")
+    run_example(script, path, names)
+    return printed, by_line
+
+
+def without_figures(report: str) -> str:
+    """A report without its times and speeds, which differ from run to run."""
+    report = re.sub(r"\d[\d.,]* (ms|s|µs|GiB/s)\b", r"… \1", report)
+    return "\n".join(line.rstrip() for line in report.strip().splitlines())
 
 
 class _Evaluator(PythonEvaluator):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.examples import run_example
+from tests.examples import record_prints, without_figures
 
 FOLDER = Path(__file__).parents[2] / "docs" / "fix"
 PAGES = sorted(page for page in FOLDER.glob("*.md") if page.stem != "index")
@@ -19,24 +18,10 @@ NEEDS_NO_GPU = {"deserialize-cuda-device"}
 
 
 def _printed(page: Path) -> tuple[str, dict[str, str]]:
-    """Run a page's script; all that it prints, and what each line that prints did so last."""
+    """What a page's script prints, as one line of words, and what each of its lines prints."""
     (script,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = script.splitlines()
-    printed: list[str] = []
-    by_line: dict[str, str] = {}
-
-    def remember(*values: object) -> None:
-        text = " ".join(map(str, values))
-        printed.append(text)
-        by_line[lines[sys._getframe(1).f_lineno - 1].strip()] = text
-
-    run_example(script, str(page), {"print": remember, "__name__": "page"})
+    printed, by_line = record_prints(script, str(page))
     return " ".join("\n".join(printed).split()), by_line
-
-
-def _without_figures(text: str) -> str:
-    text = re.sub(r"\d[\d.,]* (ms|s|µs|GiB/s)\b", r"… \1", text)
-    return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
 @pytest.mark.parametrize(
@@ -70,7 +55,7 @@ def test_what_the_page_shows_is_what_the_script_says(
             line = prompt[4:].strip()
             assert line in steps
             if output:
-                assert _without_figures(output) == _without_figures(by_line[line])
+                assert without_figures(output) == without_figures(by_line[line])
                 reports += "smart_load" in line
     assert reports or page.stem in {"invalid-load-key", "failed-finding-central-directory"}
 

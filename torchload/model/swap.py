@@ -56,17 +56,18 @@ def swap(
     if not changes:
         return None
     if not before:
-        _finish_kernels([tensor for _, tensor in _tensors(changes)])
+        _finish_kernels({tensor.device for _, tensor in _tensors(changes)})
     with guard if guard is not None else contextlib.nullcontext():
         interrupt = _uninterrupted(partial(_install, changes, before))
-    return _outlast(before) or interrupt
+    return _outlast(before, {data.device for _, _, data in before}) or interrupt
 
 
 def show_again(before: Sequence[Memory], guard: AbstractContextManager[object] | None = None) -> None:
     """Take a swap back; the memory that it showed must be kept until then."""
+    devices = {tensor.device for _, tensor, _ in before}
     with guard if guard is not None else contextlib.nullcontext():
         interrupt = _uninterrupted(partial(_reinstall, before))
-    if interrupt := _outlast(before) or interrupt:
+    if interrupt := _outlast(before, devices) or interrupt:
         raise interrupt
 
 
@@ -156,10 +157,14 @@ def _start(helper: threading.Thread, turn: list[Callable[[], object]]) -> BaseEx
     return None
 
 
-def _outlast(before: Sequence[Memory]) -> BaseException | None:
+def _outlast(before: Sequence[Memory], devices: Iterable[torch.device]) -> BaseException | None:
     """Wait until operators that other threads began before now, and their kernels, are done with these tensors.
 
     An operator holds a reference to each tensor it was given. Once no one but Python does, none is left.
+
+    Args:
+        before: The tensors.
+        devices: Where the memory is that they showed.
 
     Returns:
         An interrupt that ended the wait.
@@ -169,14 +174,15 @@ def _outlast(before: Sequence[Memory]) -> BaseException | None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (busy := [tensor for tensor in busy if tensor._use_count() > 1]) and time.monotonic() < deadline:
             time.sleep(_PAUSE_SECONDS)
-        _finish_kernels([data for _, _, data in before])
+        _finish_kernels(devices)
     except BaseException as error:  # noqa: BLE001 - left to the caller
         return error
     return None
 
 
-def _finish_kernels(tensors: Iterable[torch.Tensor]) -> None:
-    """Wait for the devices of tensors whose memory is to be given up: microseconds, where nothing is queued."""
-    for device in {tensor.device for tensor in tensors}:
-        if device.type not in ("cpu", "meta"):
-            getattr(torch, device.type).synchronize(device)
+def _finish_kernels(devices: Iterable[torch.device]) -> None:
+    """Wait for devices whose memory is to be given up: microseconds, where nothing is queued."""
+    for device in devices:
+        synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
+        if synchronize is not None:
+            synchronize(*[] if device.type == "mps" else [device])  # of which there is one

@@ -17,6 +17,7 @@ from torchload.errors import IncompatibleCheckpointError
 from torchload.formats.sets.deepspeed import MASTER_KEY
 from torchload.match import Selection
 from torchload.match.rename import Rename
+from torchload.match.tables import SWAPPED, Standing
 from torchload.model.placement import Placement
 from torchload.model.shards import is_sharded
 from torchload.model.target import Target, describe_model
@@ -92,6 +93,8 @@ class Resumption:
         if key is None and prefix is None and load.selection.averaged and load.selection.rivals:
             key, prefix = _split(load.selection.rivals[0], load.selection.key)
             load = self._plan(model, raw, skip, {"key": key, "prefix": prefix, "rename": rename})
+        if any(swap.is_in(root) and load.selection.segments[:1] == (swap.raw,) for swap in SWAPPED):
+            load.selection = replace(load.selection, standing=Standing.PLAIN)  # the average's name, but not the average
         self.loads.append(load)
 
     def plan_average(self, ema: Any, skip: Any, rename: Rename | None) -> None:

@@ -99,10 +99,11 @@ def _do(
             computes=not all(job.is_direct or job.can_scatter or job.device.type == "cuda" for job in jobs),
             cold=reader.is_cold,
         )
-    rings = _new_rings(jobs, threads)
+    rings: dict[torch.device, Ring] = {}
     crew = Crew(jobs, lambda: _Worker(reader, rings, arrivals), threads, report if progress is not None else None)
     try:
         check_unchanged(sources)
+        rings.update(_new_rings(jobs, threads))
         _run(crew, rings.values())
         check_unchanged(sources)
         if arrivals is not None:
