@@ -91,6 +91,8 @@ def resume(model: nn.Module) -> None:
     assert_type(found.step, int | None)
     assert_type(found.load, LoadReport)
     smart_resume(model, "last.pth", [optimizer, optimizer])
+    smart_resume(model, "last.pth", {"generator": optimizer})
+    smart_save(model, "last.pth", optimizer={"generator": optimizer}, scheduler=[scheduler], extra={"epoch": 3})
 
 
 def inspect() -> None:
