@@ -592,6 +592,20 @@ def test_what_only_looks_like_an_overflow(fake: FakeEngine) -> None:
     fake.stop()
 
 
+@pytest.mark.parametrize("by_device", [True, False])
+def test_real_numbers_for_a_complex_target(request: pytest.FixtureRequest, by_device: bool) -> None:
+    fake = request.getfixturevalue("fake") if by_device else None
+    values = torch.tensor([1.0, float("inf"), 3.0, -4.0, 5.0], dtype=torch.float64)
+    target = torch.zeros(5, dtype=torch.complex64)
+    run([copy_of(MemorySource(values.numpy().tobytes()), target, 0, "weight", torch.float64)])
+    assert torch.equal(target, values.to(torch.complex64))
+    values[3] = 1e300
+    with pytest.raises(CastOverflowError):
+        run([copy_of(MemorySource(values.numpy().tobytes()), target, 0, "weight", torch.float64)])
+    if fake is not None:
+        fake.stop()
+
+
 def test_what_overlaps_with_a_tensor_that_is_cut(fake: FakeEngine) -> None:
     """Views of one storage, the widest of which takes several lanes."""
     values = torch.randn(3 << 20)
