@@ -11,26 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from torchload.core.wrappers import WRAPPER_STATE
+from torchload.core.wrappers import WRAPPER_CLASSES, WRAPPER_STATE
 
-__all__ = ["State", "unwrapped_state", "wrapped_child"]
+__all__ = ["State", "module_within", "unwrapped_state", "wrapped_child"]
 
-# Qualified class name → the attribute that holds what it wraps. Named, not imported: most of them are never there.
-_WRAPPER_CLASSES: dict[str, str] = {
-    "torch.nn.parallel.data_parallel.DataParallel": "module",
-    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
-    "torch.optim.swa_utils.AveragedModel": "module",
-    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.OffloadWrapper": "_checkpoint_wrapped_module",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "lightning.fabric.wrappers._FabricModule": "_forward_module",
-    "lightning_fabric.wrappers._FabricModule": "_forward_module",
-    "opacus.grad_sample.grad_sample_module.GradSampleModule": "_module",
-    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
-    "timm.utils.model_ema.ModelEmaV2": "module",
-    "timm.utils.model_ema.ModelEmaV3": "module",
-}
 _FSDP1_ATTRIBUTE = "_fsdp_wrapped_module"
 
 
@@ -64,7 +48,15 @@ def wrapped_child(module: nn.Module) -> str | None:
 @lru_cache(maxsize=256)
 def _attribute_of(cls: Any) -> str | None:
     names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
-    return next((_WRAPPER_CLASSES[name] for name in names if name in _WRAPPER_CLASSES), None)
+    return next((WRAPPER_CLASSES[name] for name in names if name in WRAPPER_CLASSES), None)
+
+
+def module_within(holder: Any) -> nn.Module | None:
+    """The module that an object keeps averaged weights in, as ultralytics' and timm's averages do, if it has one."""
+    for attribute in ("module", "ema", "ema_model"):
+        if isinstance(module := getattr(holder, attribute, None), nn.Module):
+            return module
+    return None
 
 
 def unwrapped_state(model: nn.Module) -> State:

@@ -8,6 +8,7 @@ from typing import Any
 from torchload.core.checkpoint import Checkpoint, Extent, Record, TensorEntry
 from torchload.core.text import format_bytes, plural, short_dtype
 from torchload.match import Selection
+from torchload.match.containers import cut
 from torchload.model.target import Target
 from torchload.plan.execute import Moved, extents_of
 from torchload.plan.plan import LoadPlan
@@ -54,7 +55,7 @@ def report_of(
         mismatched=selection.mismatched,
         skipped=tuple(selection.skipped),
         outside=tuple(selection.outside),
-        tolerated=tuple(selection.tolerated),
+        ignored=tuple(selection.ignored),
         seconds=seconds,
         training=target.model.training,
         notes=notes,
@@ -99,11 +100,12 @@ def notes_of(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verif
     yield from checkpoint.notes
     if verify:
         yield from _unverified(extents_of(plan))
-    rivals = ", ".join(repr(rival) for rival in selection.rivals)
+    yield from selection.notes
+    rivals = cut([repr(rival) for rival in selection.rivals])
     if selection.averaged and rivals:
         yield f"took the averaged weights; {rivals} would fit too (key= chooses)"
     elif rivals:
-        yield f"{rivals} would fit too (key= or prefix= chooses)"
+        yield f"{rivals} would fit too (key= chooses)"
     yield from plan.notes
 
 

@@ -41,8 +41,8 @@ class LoadReport:
         unexpected_keys: Checkpoint names inside the model's modules without a place (empty after a strict load).
         mismatched: Model name → (shape in the file, shape in the model), left alone by ``strict=False``.
         skipped: Names left alone because of ``skip``: the model's, then those that only the file has.
-        outside: Checkpoint names that belong to other models beside this one.
-        tolerated: Names on either side whose absence or presence is known to be harmless.
+        outside: Checkpoint names of the container that are not below the prefix that was taken.
+        ignored: Names on either side whose absence or presence is known to be harmless.
         seconds: Time from the call to the return, in seconds.
         training: Whether the model is in training mode.
         notes: Sentences worth reading.
@@ -69,7 +69,7 @@ class LoadReport:
     mismatched: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
-    tolerated: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     seconds: float = 0.0
     training: bool = False
     notes: tuple[str, ...] = ()
@@ -116,7 +116,7 @@ class LoadReport:
                 ("unused", self.unexpected_keys),
                 ("skipped", self.skipped),
                 ("outside", self.outside),
-                ("fine", self.tolerated),
+                ("ignored", self.ignored),
             )
             if names
         ]

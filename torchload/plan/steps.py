@@ -34,7 +34,7 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
         transient=transient,
         skip_pattern=skipped,
     )
-    choice.update(path=checkpoint.path, size_bytes=checkpoint.size_bytes)
+    choice.update(path=checkpoint.path, size_bytes=checkpoint.size_bytes, read=map_entry)
     hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
     if not hooked:
         return select(checkpoint.root, wanted, strict=strict, **choice)
@@ -54,13 +54,12 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
         )
         selection = select(checkpoint.root, theirs, strict=strict, **choice)
     selection = hooks.run_pre_hooks(target, selection, map_entry)
-    selection.missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
-    selection.tolerated = list(dict.fromkeys([*selection.tolerated, *harmless]))
-    _leave_to_own_loaders(target, selection)
-    return selection
+    missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
+    ignored = list(dict.fromkeys([*selection.ignored, *harmless]))
+    return _left_to_own_loaders(target, replace(selection, missing=missing, ignored=ignored))
 
 
-def _leave_to_own_loaders(target: Target, selection: Selection) -> None:
+def _left_to_own_loaders(target: Target, selection: Selection) -> Selection:
     """What a module that loads itself lacks, it alone knows: what it is offered beside its names may stand for them."""
     for hooked, slots in own_loaders(target):
         leftover = {
@@ -69,8 +68,13 @@ def _leave_to_own_loaders(target: Target, selection: Selection) -> None:
             if selection.alignment.leftover.get(source, source).startswith(hooked.prefix)
         }
         if leftover:
-            selection.unexpected = [source for source in selection.unexpected if source not in leftover]
-            selection.missing = [name for name in selection.missing if not name.startswith(hooked.prefix)]
-            selection.claimed |= leftover
+            selection = replace(
+                selection,
+                unexpected=[source for source in selection.unexpected if source not in leftover],
+                missing=[name for name in selection.missing if not name.startswith(hooked.prefix)],
+                claimed=selection.claimed | leftover,
+            )
         elif filled := hooks.filled_by_itself(hooked, slots, selection, map_entry):
-            selection.missing = [name for name in selection.missing if name not in filled]
+            missing = [name for name in selection.missing if name not in filled]
+            selection = replace(selection, missing=missing)
+    return selection

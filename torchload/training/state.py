@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchload.core.checkpoint import Container, OpaqueTensor, Record, TensorEntry, record_fields
-from torchload.match.tables import Standing, container_standing
+from torchload.match.tables import SWAPPED, Standing, container_standing, words_of
 from torchload.training.flat_optimizer import is_flat
 
 __all__ = [
@@ -89,9 +89,10 @@ PATHS: dict[str, dict[str, str]] = {
     },
 }
 
-# Files beside the weights in a folder, the preferred name first: transformers' Trainer, accelerate's save_state.
+# What lies beside the weights in a folder, the preferred name first: transformers' Trainer, accelerate's save_state;
+# under FSDP they write sharded states into folders.
 COMPANIONS: dict[str, tuple[str, ...]] = {
-    "optimizer": ("optimizer.pt", "optimizer.bin", "optimizer.pth"),
+    "optimizer": ("optimizer.pt", "optimizer.bin", "optimizer.pth", "optimizer_0"),
     "scheduler": ("scheduler.pt", "scheduler.bin", "scheduler.pth"),
     "scaler": ("scaler.pt", "scaler.pth"),
     "trainer_state": ("trainer_state.json",),
@@ -101,19 +102,20 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
 RANDOM_STATES = ("random_states_{rank}.pkl", "rng_state_{rank}.pth")
 RANDOM_STATE = "rng_state.pth"
 
-# Files that exchange the two sets of weights when they are saved: (their mark, raw weights, averaged weights).
-SWAPPED: tuple[tuple[str, str, str], ...] = (
-    ("message_hub", "ema_state_dict", "state_dict"),  # mmengine's EMAHook
-    ("current_model_state", "current_model_state", "state_dict"),  # Lightning's WeightAveraging
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A part of the training state: where it stands, and what is there."""
+    """A part of the training state.
+
+    Attributes:
+        path: Where it stands.
+        value: What is there.
+        name: What the file calls it, where there are several under names.
+    """
 
     path: str
     value: Any
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +181,11 @@ def _states(found: Found, is_state: Any) -> list[Found]:
     if isinstance(value, Mapping):
         if is_state(value) and not all(isinstance(inner, Mapping) for inner in value.values()):
             return [found]
-        value = dict(value)
+        inner = [Found(f"{found.path}.{name}", state, str(name)) for name, state in value.items()]
     elif isinstance(value, (list, tuple)):
-        value = dict(enumerate(value))
+        inner = [Found(f"{found.path}.{index}", state) for index, state in enumerate(value)]
     else:
         return []
-    inner = [Found(f"{found.path}.{name}", state) for name, state in value.items()]
     return inner if inner and all(is_state(state.value) for state in inner) else []
 
 
@@ -205,11 +206,18 @@ def _is_number(value: Any) -> bool:
 
 
 def weights_of(root: Any) -> Any:
-    """The tree without averaged weights, for who wants the raw ones: training goes on from those."""
+    """The tree without averaged and best weights, for who wants the running ones: training goes on from those."""
     if not isinstance(root, Mapping):
         return root
-    averages = {name for name in root if _is_average(root, name)}
-    return Container({name: value for name, value in root.items() if name not in averages}) if averages else root
+    others = {name for name in root if _is_average(root, name) or _is_best(root, name)}
+    return Container({name: value for name, value in root.items() if name not in others}) if others else root
+
+
+def _is_best(root: Mapping[Any, Any], name: Any) -> bool:
+    """Whether a container holds the weights of the best epoch so far, which no optimizer's state goes with."""
+    if not isinstance(name, str) or isinstance(root[name], (TensorEntry, OpaqueTensor)) or "best" not in words_of(name):
+        return False
+    return any(other != name and not _is_average(root, other) and isinstance(root[other], Mapping) for other in root)
 
 
 def average_of(root: Any) -> Container:
@@ -223,9 +231,9 @@ def average_of(root: Any) -> Container:
 
 
 def _is_average(root: Mapping[Any, Any], name: Any) -> bool:
-    for mark, raw, average in SWAPPED:
-        if mark in root and raw in root and average in root:
-            return bool(name == average)
+    for swap in SWAPPED:
+        if swap.is_in(root):
+            return bool(name == swap.average)
     if isinstance(root[name], (TensorEntry, OpaqueTensor)) or not isinstance(name, str):
         return False
     return container_standing(name) is Standing.AVERAGE

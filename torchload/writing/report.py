@@ -15,12 +15,13 @@ class SaveReport:
     """The account of one save. `str()` gives it in a line or two.
 
     Attributes:
-        path: The file.
-        format: What it is: ``"zip checkpoint"`` or ``"safetensors"``.
-        tensors: Number of names in the file; tied ones count each.
-        nbytes: Bytes of tensor data in the file; tied tensors count once.
+        path: The file or the folder.
+        format: What it is: ``"zip checkpoint"``, ``"safetensors"``, ``"torch.distributed.checkpoint folder"``.
+        tensors: Number of names in the model's state dict; tied ones count each.
+        nbytes: Bytes of all tensor data in the file; tied tensors count once.
         casts: ``("float32", "float16")`` → number of blocks of data that were cast.
         ties: Groups of names that share data in the file.
+        beside: What stands beside the weights, by name: states of training, metadata.
         seconds: Time from the call to the return, in seconds.
     """
 
@@ -30,6 +31,7 @@ class SaveReport:
     nbytes: int
     casts: Mapping[tuple[str, str], int] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
+    beside: tuple[str, ...] = ()
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -39,4 +41,6 @@ class SaveReport:
         if self.ties:
             more = f" and {len(self.ties) - 3} more groups" if len(self.ties) > 3 else ""
             lines.append(f"  tied    {', '.join(' = '.join(group) for group in self.ties[:3])}{more}")
+        if self.beside:
+            lines.append(f"  beside  {', '.join(self.beside)}")
         return "\n".join(lines)

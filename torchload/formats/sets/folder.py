@@ -110,6 +110,15 @@ _WHOLE_FOLDERS: tuple[_WholeFolder, ...] = (
         opener=_open_distributed,
     ),
     _WholeFolder(
+        "DeepSpeed universal checkpoint",
+        lambda names: bool(
+            ("zero" in names and _any_match(r"mp_rank_\d+_model_states\.pt")(names))
+            or ("latest_universal" in names and not _any_match(r"global_step\d+")(names))
+        ),
+        "DeepSpeed's ds_to_universal.py made it from a folder global_stepN: give that one, or go on with DeepSpeed "
+        "itself and load_universal_checkpoint.",
+    ),
+    _WholeFolder(
         "DeepSpeed checkpoint folder",
         lambda names: bool(
             ("latest" in names and _any_match(r"global_step\d+|zero_to_fp32\.py|checkpoint")(names))
