@@ -11,7 +11,9 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+from torchload.core.budget import Budget
 from torchload.core.checkpoint import Checkpoint
 from torchload.errors import AmbiguousCheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from torchload.formats.locate import UNFINISHED_SUFFIXES
@@ -57,7 +59,18 @@ _TEXT_SUFFIX = re.compile(
 _NUMBERED = re.compile(r"(?:shard-\d+-)?(?P<stem>.*?)(?P<number>\d{2,6})-of-(?P<total>\d{2,6})(?P<suffix>\..+)")
 
 
-OpenMember = Callable[[str], Checkpoint]
+class OpenMember(Protocol):
+    """Opens a file or a folder that is a part of a folder.
+
+    Attributes:
+        budget: What the whole load may cost.
+    """
+
+    budget: Budget
+
+    def __call__(self, path: str) -> Checkpoint: ...
+
+
 Opener = Callable[[str, OpenMember], Checkpoint]
 
 
@@ -94,7 +107,7 @@ def _any_match(pattern: str) -> Callable[[frozenset[str]], bool]:
 def _open_distributed(path: str, open_member: OpenMember) -> Checkpoint:
     from torchload.formats.sets import distributed
 
-    return distributed.open_folder(path)
+    return distributed.open_folder(path, open_member.budget)
 
 
 def _open_deepspeed(path: str, open_member: OpenMember) -> Checkpoint:
