@@ -13,7 +13,7 @@ import torch
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint, OpaqueTensor, Record, Shape, TensorEntry, entries_in
 from torchload.core.collector import with_collector_paused
-from torchload.core.text import format_bytes, plural, short_dtype
+from torchload.core.text import format_bytes, plural, printable, short_dtype
 from torchload.core.wrappers import WRAPPERS
 from torchload.formats import open_checkpoint
 from torchload.match import Place, as_mapping, find_places
@@ -118,7 +118,7 @@ class CheckpointInfo:
         if (more := len(self.containers) - _SHOWN_CONTAINERS) > 0:
             lines.append(f"  … and {more:,} more containers")
         lines += [f"  {label:<9} {text}" for label, text in self._facts()]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _repr_html_(self) -> str:
         """A table for notebooks. Everything that comes from the file is escaped."""
@@ -164,7 +164,7 @@ class CheckpointInfo:
             yield "metadata", ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
         yield "checksums", "recorded" if self.checksums else "none"
         for note in self.notes:
-            yield "note", _printable(note, limit=1000)
+            yield "note", printable(note, 1000)
 
 
 @with_collector_paused
@@ -343,10 +343,5 @@ def _brief(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _printable(text: str, limit: int = _SHOWN_CHARACTERS) -> str:
-    """Text from a file, without control characters that would reach the terminal, and cut where it is endless."""
-    cut = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "replace").decode()
-        for character in cut
-    )
+def _printable(text: str) -> str:
+    return printable(text, _SHOWN_CHARACTERS)

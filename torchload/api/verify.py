@@ -13,7 +13,7 @@ from torch import nn
 
 from torchload.core.checkpoint import OpaqueTensor, TensorEntry, entries_in
 from torchload.core.collector import collector_paused
-from torchload.core.text import format_bytes, format_seconds, group_names, plural, short_dtype
+from torchload.core.text import format_bytes, format_seconds, group_names, plural, printable, short_dtype
 from torchload.formats import open_checkpoint
 from torchload.match import Selection
 from torchload.match.rename import Rename
@@ -87,7 +87,7 @@ class VerifyReport:
             if names
         ]
         lines += [f"  as cast  {a} → {b} in {plural(count, 'tensor')}" for (a, b), count in self.casts.items()]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def verify_weights(

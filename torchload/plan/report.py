@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torchload.core.checkpoint import Shape
-from torchload.core.text import format_bytes, format_seconds, group_names, plural
+from torchload.core.text import format_bytes, format_seconds, group_names, plural, printable
 
 __all__ = ["LoadReport"]
 
@@ -83,7 +83,7 @@ class LoadReport:
         lines = [self._headline()]
         for label, text in self._details():
             lines.append(f"  {label:<7} {text}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _headline(self) -> str:
         count = (

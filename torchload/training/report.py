@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torchload.core.text import printable
 from torchload.plan.report import LoadReport
 
 __all__ = ["ResumeReport"]
@@ -44,4 +45,4 @@ class ResumeReport:
         if self.ema is not None:
             lines.append(f"  average {self.ema.tensors:,} tensors from {self.ema.key or 'the top level'!r}")
         lines += [f"  note    {note}" for note in self.notes]
-        return "\n".join(lines)
+        return "\n".join([lines[0], *map(printable, lines[1:])])

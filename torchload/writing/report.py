@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torchload.core.text import format_bytes, format_seconds, plural
+from torchload.core.text import format_bytes, format_seconds, plural, printable
 
 __all__ = ["SaveReport"]
 
@@ -43,4 +43,4 @@ class SaveReport:
             lines.append(f"  tied    {', '.join(' = '.join(group) for group in self.ties[:3])}{more}")
         if self.beside:
             lines.append(f"  beside  {', '.join(self.beside)}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
