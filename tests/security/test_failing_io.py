@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.security._machine import anonymous_bytes, changed, descriptors, in_child, needs_proc, snapshot, tower
-from torchload import errors, smart_load, smart_save
+from torchload import errors, smart_load, smart_resume, smart_save
 from torchload.core import source as source_module
 from torchload.core.source import FileSource
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError, TorchLoadError
