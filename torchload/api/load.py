@@ -181,4 +181,4 @@ def _tell(report: LoadReport, strict: bool) -> None:
                 f"{plural(len(report.unexpected_keys), 'tensor')} of the file went unused: {', '.join(names[:8])}{more}"
             )
         text = f"{report.path} was loaded in part (strict=False). {'; '.join(parts)}"
-        warnings.warn(printable(text), stacklevel=4)
+        warnings.warn(printable(text, None), stacklevel=4)

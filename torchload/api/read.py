@@ -85,7 +85,7 @@ def read_state_dict(
         if chosen.rivals:
             _log.info(
                 "%s: read %r; beside it are %s",
-                printable(checkpoint.path),
+                printable(checkpoint.path, None),
                 chosen.key,
                 ", ".join(map(repr, chosen.rivals)),
             )

@@ -17,14 +17,14 @@ __all__ = [
 ]
 
 
-def printable(text: str, limit: int | None = None) -> str:
+def printable(text: str, limit: int | None = 120) -> str:
     r"""Text that may come from a file, as one line that does nothing to a terminal.
 
     Control characters, line breaks, and what changes the direction of writing are spelled out, as `repr` does.
 
     Args:
         text: Anything.
-        limit: Characters of it that are shown; the rest is cut off.
+        limit: Characters of it that are shown; the rest is cut off. ``None`` shows all.
 
     Example:
         >>> print(printable("fc\x1b[2K\nweight"), printable("weight", 4))
@@ -42,7 +42,7 @@ def printable(text: str, limit: int | None = None) -> str:
 
 def printable_lines(text: str) -> str:
     """`printable`, but lines stay lines."""
-    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
+    return text if text.isprintable() else "\n".join(printable(line, None) for line in text.split("\n"))
 
 
 def short_dtype(dtype: torch.dtype) -> str:
@@ -74,7 +74,7 @@ def group_names(names: Iterable[str]) -> list[str]:
     """
     modules: dict[str, list[str]] = {}
     for name in names:
-        module, _, leaf = printable(name).rpartition(".")
+        module, _, leaf = printable(name, None).rpartition(".")
         modules.setdefault(module, []).append(leaf)
     lines = []
     for module, leaves in modules.items():

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torchload.core.text import format_bytes, format_seconds, plural, printable
+from torchload.core.shown import Shown
+from torchload.core.text import format_bytes, format_seconds, plural
 
 __all__ = ["SaveReport"]
 
 
-@dataclass(frozen=True, slots=True)
-class SaveReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class SaveReport(Shown):
     """The account of one save. `str()` gives it in a line or two.
 
     Attributes:
@@ -34,13 +35,15 @@ class SaveReport:
     beside: tuple[str, ...] = ()
     seconds: float = 0.0
 
-    def __str__(self) -> str:
+    def _headline(self) -> str:
         size = f"{format_bytes(self.nbytes)} in {format_seconds(self.seconds)}"
-        lines = [f"{self.path}: {plural(self.tensors, 'tensor')} saved as {self.format} ({size})"]
-        lines += [f"  cast    {a} → {b} in {plural(count, 'tensor')}" for (a, b), count in self.casts.items()]
+        return f"{self.path}: {plural(self.tensors, 'tensor')} saved as {self.format} ({size})"
+
+    def _details(self) -> list[tuple[str, str]]:
+        lines = [("cast", f"{a} → {b} in {plural(count, 'tensor')}") for (a, b), count in self.casts.items()]
         if self.ties:
             more = f" and {len(self.ties) - 3} more groups" if len(self.ties) > 3 else ""
-            lines.append(f"  tied    {', '.join(' = '.join(group) for group in self.ties[:3])}{more}")
+            lines.append(("tied", f"{', '.join(' = '.join(group) for group in self.ties[:3])}{more}"))
         if self.beside:
-            lines.append(f"  beside  {', '.join(self.beside)}")
-        return "\n".join(map(printable, lines))
+            lines.append(("beside", ", ".join(self.beside)))
+        return lines

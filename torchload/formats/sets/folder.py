@@ -281,7 +281,7 @@ def _ambiguous(path: str, groups: list[tuple[str, ...]]) -> AmbiguousCheckpointE
     listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     return AmbiguousCheckpointError(
         f"{path} holds {len(groups)} checkpoints: {listed}. Give the path of the one you mean, such as "
-        f"{printable(os.path.join(path, groups[0][0]))}.",
+        f"{printable(os.path.join(path, groups[0][0]), None)}.",
         path=path,
         candidates=[os.path.join(path, group[0]) for group in groups],
         argument="path",
