@@ -14,7 +14,7 @@ from torch import nn
 
 from torchload.core.collector import with_collector_paused
 from torchload.core.progress import progress_reporter
-from torchload.core.text import group_names, plural
+from torchload.core.text import group_names, plural, printable
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
 from torchload.formats.files import archives, torch_zip  # the commonest one: imported before its first use
 from torchload.match.rename import Rename
@@ -180,4 +180,5 @@ def _tell(report: LoadReport, strict: bool) -> None:
             parts.append(
                 f"{plural(len(report.unexpected_keys), 'tensor')} of the file went unused: {', '.join(names[:8])}{more}"
             )
-        warnings.warn(f"{report.path} was loaded in part (strict=False). {'; '.join(parts)}", stacklevel=4)
+        text = f"{report.path} was loaded in part (strict=False). {'; '.join(parts)}"
+        warnings.warn(printable(text, None), stacklevel=4)
