@@ -48,7 +48,7 @@ class Ranks:
         if any(meant != answers[0] for meant in answers):
             raise RuntimeError(
                 "The ranks hold different tensors, or save to different paths: one file can't hold them all. Save to a "
-                "folder (a name without a suffix), or each rank's part under a name of its own, with distributed=False. "
+                "folder (a name without a suffix), or each rank's part under a name of its own with distributed=False. "
                 "Nothing was saved."
             )
 
