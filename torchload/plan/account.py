@@ -9,7 +9,6 @@ from torchload.core.checkpoint import Checkpoint, Extent, Record, TensorEntry
 from torchload.core.text import format_bytes, plural, short_dtype
 from torchload.match import Selection
 from torchload.model.target import Target
-from torchload.plan.execute import extents_of
 from torchload.plan.plan import LoadPlan
 from torchload.plan.report import LoadReport
 
@@ -97,7 +96,7 @@ def notes_of(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verif
     """The sentences that are worth reading, whatever was done."""
     yield from checkpoint.notes
     if verify:
-        yield from _unverified(extents_of(plan))
+        yield from _unverified(plan.extents)
     rivals = ", ".join(repr(rival) for rival in selection.rivals)
     if selection.averaged and rivals:
         yield f"took the averaged weights; {rivals} would fit too (key= chooses)"

@@ -18,7 +18,7 @@ from torchload.core.sharing import Layout, shared_runs
 from torchload.core.text import group_names, short_dtype
 from torchload.model.shards import is_hollow, is_sharded
 from torchload.model.unwrapping import State
-from torchload.plan.plan import glob_matcher
+from torchload.plan.globs import glob_matcher
 from torchload.writing.blocks import Block, Content, StoredTensor
 from torchload.writing.formats import FileFormat
 from torchload.writing.report import SaveReport
