@@ -1,16 +1,16 @@
-"""What the pages say, beyond the code in them (which runs as tests of its own, see the root's conftest.py)."""
+"""What the pages say, beyond the code in them (which runs as tests of its own, see `tests/examples.py`)."""
 
 from __future__ import annotations
 
+import pickle
 import re
-from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from torchload import smart_load
+from tests.examples import NothingRaised, record_prints, run_example, without_figures
 from torchload.core import wrappers
 from torchload.match import tables
 
@@ -21,7 +21,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 def test_every_known_name_is_on_its_page() -> None:
     page = (ROOT / "docs" / "reference" / "names.md").read_text(encoding="utf-8")
     known = [*wrappers.WRAPPERS, *wrappers.WRAPPER_STATE, *tables.BENIGN_MISSING, *tables.BENIGN_UNEXPECTED]
-    known += sorted(tables._CONVENTIONAL)
+    known += [*tables.NEVER_THE_MODELS, *tables.GENERIC, *tables.NOT_WEIGHTS, *sorted(tables.USUAL_CONTAINERS)]
+    known += [*tables.UNTOUCHED, *sorted(tables.AVERAGED_WORDS)]
+    known += [name for swap in tables.SWAPPED for name in (swap.average, swap.raw, *swap.marks)]
     missing = [name for name in known if f"`{name}`" not in page]
     missing += [rename.what for rename in tables.RENAMES if rename.what not in page]
     assert missing == []
@@ -34,6 +36,26 @@ def test_links_between_files_lead_somewhere(page: Path) -> None:
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
+def test_the_set_up_is_the_same_on_every_page_that_folds_it() -> None:
+    code = (ROOT / "docs" / "examples" / "set_up.py").read_text(encoding="utf-8")
+    shown = {
+        str(page.relative_to(ROOT)): block
+        for page in PAGES
+        for block in re.findall(
+            r"<summary>Set-up[^\n]*\n\n```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+        )
+    }
+    assert len(shown) > 10
+    assert [page for page, block in shown.items() if block != code] == []
+
+
+def test_an_example_that_promises_an_error_has_to_raise_it() -> None:
+    with pytest.raises(NothingRaised, match="line 2"):
+        run_example("def fine(): pass\ntry:\n    fine()\nexcept Exception:\n    pass", "page.md", {})
+    run_example("try:\n    raise ValueError\nexcept ValueError:\n    pass", "page.md", {})
+    run_example("try:\n    pass\nexcept ValueError:\n    pass\nelse:\n    pass", "page.md", {})
+
+
 def test_readme_commands_are_the_ones_that_are_tested() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^(?:\$ )?(python.*(?:quickstart\.py|pytest).*)$", readme, flags=re.MULTILINE)
@@ -43,21 +65,30 @@ def test_readme_commands_are_the_ones_that_are_tested() -> None:
         assert "pip install" in command
 
 
-def test_readme_report_is_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_shows_what_its_script_and_torch_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.search(r"```text\n(model\.pth → .*?)```", readme, flags=re.DOTALL)
-    assert shown
+    (script,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    before, after = re.findall(r"```pycon\n(.*?)```", readme, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    saved = nn.DataParallel(nn.Linear(3, 2))
-    training = {"state_dict": saved.state_dict(), "optimizer": {}, "epoch": 37, "args": Namespace()}
-    torch.save(training, "model.pth")
-    printed = str(smart_load(nn.Linear(3, 2), "model.pth", "cpu", dtype=torch.float16))
+    names: dict[str, Any] = {}
+    _, by_line = record_prints(script, "README.md", names)
+    prompt, _, report = after.partition("\n")
+    assert without_figures(report) == without_figures(by_line[prompt.removeprefix(">>> ")])
 
-    def without_figures(report: str) -> list[str]:
-        headline, *details = report.strip().splitlines()
-        headline = re.sub(r"→ \w+ on", "→ … on", headline)
-        headline = re.sub(r"[\d.]+ (tensors|[KM]?i?B|ms|s)\b", r"… \1", headline)
-        headline = re.sub(r"\(.*\)", "(…)", headline)
-        return [headline, *(re.sub(r"in \d+ tensors", "in … tensors", line) for line in details)]
+    with pytest.raises(pickle.UnpicklingError) as refused:
+        torch.load("model.pth", weights_only=True)
+    with pytest.raises(RuntimeError) as failed:
+        names["model"].load_state_dict(torch.load("model.pth", weights_only=False)["model"])
+    said = " ".join(f"{refused.value} {failed.value}".split())
+    shown = [line.partition("Error: ")[2] or line for line in before.splitlines() if not line.startswith(">>>")]
+    parts = [part.strip() for line in shown for part in line.split("…") if part.strip()]
+    assert len(parts) >= 4
+    assert [part for part in parts if part not in said] == []
 
-    assert without_figures(shown[1]) == without_figures(printed)
+
+def test_readme_and_the_index_of_errors_have_the_same_list() -> None:
+    def rows(page: str) -> list[str]:
+        text = (ROOT / page).read_text(encoding="utf-8").replace("](docs/fix/", "](")
+        return [line for line in text.splitlines() if re.match(r"\| \[.*\]\([\w-]+\.md\) \|", line)]
+
+    assert rows("README.md") == rows("docs/fix/index.md") != []

@@ -278,7 +278,7 @@ def test_heads_that_a_model_left_out(tmp_path):
     torch.save(whole.state_dict(), tmp_path / "whole.pth")
     torch.save(without.state_dict(), tmp_path / "without.pth")
     report = smart_load(without, tmp_path / "whole.pth")
-    assert report.outside == ("aux1.weight", "aux1.bias")
+    assert report.ignored == ("aux1.weight", "aux1.bias")
     assert torch.equal(without.fc.weight, whole.fc.weight)
     before = snapshot(whole)
     with pytest.raises(errors.IncompatibleCheckpointError, match=r"aux1\.\{weight, bias\}"):

@@ -125,10 +125,10 @@ def test_neighbours_in_one_file(
 def test_pieces_cover_a_copy_once_and_stay_small(data: st.DataObject) -> None:
     shape = data.draw(shapes)
     strides = data.draw(layouts(shape))
-    limit = data.draw(st.integers(1, 40))
+    limit, gap = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
     values = torch.arange(box_end_bytes(0, shape, strides, 1) + 1)
     target = torch.full(shape, -1)
-    for part, start, part_shape in pieces._split(target, shape, strides, limit):
+    for part, start, part_shape in pieces._split(target, shape, strides, limit, gap):
         assert box_end_bytes(0, part_shape, strides, 1) <= limit
         assert bool((part == -1).all())
         part.copy_(values.as_strided(part_shape, strides, start))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from tests.security._machine import anonymous_bytes, changed, descriptors, in_child, needs_proc, snapshot, tower
 from torchload import smart_load
+from torchload.model.swap import _finish_kernels
 from torchload.model.target import Slot
 
 RELOADS = 100
@@ -213,6 +215,32 @@ def test_a_swap_that_fails_is_taken_back(versions: list[str], after: int, monkey
         smart_load(model, versions[1], atomic=True)
     assert not changed(model, before)
     assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_a_device_is_waited_for_before_memory_on_it_goes(
+    versions: list[str], monkeypatch: pytest.MonkeyPatch, atomic: bool
+) -> None:
+    """As long as a model shows its memory, kernels that read it may be queued; that ends with the swap."""
+    model = tower(0.0, LAYERS)
+    weight = next(model.parameters())
+    address, memory = weight.data_ptr(), weakref.ref(weight.untyped_storage())
+    seen: list[tuple[torch.device, bool, bool]] = []
+
+    def synchronize(device: torch.device) -> None:
+        seen.append((device, weight.data_ptr() != address, memory() is not None))
+
+    monkeypatch.setattr(torch.cpu, "synchronize", synchronize)
+    smart_load(model, versions[0], dtype=None if atomic else torch.float64, atomic=atomic)
+    assert seen == [(torch.device("cpu"), atomic, True)]
+    assert memory() is None
+
+
+def test_a_device_of_which_there_is_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[str] = []
+    monkeypatch.setattr(torch._C, "_mps_deviceSynchronize", lambda: waits.append("mps"), raising=False)
+    _finish_kernels([torch.device("mps:0"), torch.device("meta"), torch.device("vulkan")])
+    assert waits == ["mps"]
 
 
 def test_an_interrupt_before_the_swap_leaves_the_model(versions: list[str]) -> None:

@@ -7,13 +7,15 @@ import gc
 import io
 import re
 import sys
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from torchload.transfer import allocate
-from torchload.transfer.arena import ALIGNMENT_BYTES, HUGE_PAGE_BYTES, LARGE_BYTES, _pooled_bytes, _reserve
+from torchload.transfer.arena import ALIGNMENT_BYTES, HUGE_PAGE_BYTES, LARGE_BYTES, _pooled_bytes
 
 CPU = torch.device("cpu")
 DTYPES = [
@@ -139,33 +141,88 @@ def test_what_a_gpu_reserves_for_a_tensor() -> None:
     assert _pooled_bytes(((0, 1 << 30), torch.float32)) == 0
 
 
+class FakeGpu:
+    """torch's CUDA allocator: the smallest free block that is large enough, cut; else a new one from the driver."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[int] = []
+        self.segments: list[list[Block]] = []
+        self._empty = torch.empty
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: sum(self.asked))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
+        monkeypatch.setattr("torchload.transfer.arena.torch.empty", self.empty)
+        for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            monkeypatch.delenv(name, raising=False)
+
+    @property
+    def allocated(self) -> int:
+        return sum(block.size for segment in self.segments for block in segment if not block.is_free)
+
+    def empty(self, shape: tuple[int, ...] | int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        shape = (shape,) if isinstance(shape, int) else shape
+        tensor = self._empty(shape, dtype=dtype, device="meta")
+        if nbytes := _pooled_bytes((shape, dtype)):
+            weakref.finalize(tensor, self._give_back, *self._take(nbytes))
+        return tensor
+
+    def _take(self, nbytes: int) -> tuple[list[Block], Block]:
+        fitting = [(b.size, n, s) for s in self.segments for n, b in enumerate(s) if b.is_free and b.size >= nbytes]
+        if not fitting:
+            self.asked.append(nbytes)
+            self.segments.append([Block(nbytes)])
+            fitting = [(nbytes, 0, self.segments[-1])]
+        size, number, segment = min(fitting, key=lambda one: one[0])
+        segment[number : number + 1] = [Block(nbytes, is_free=False), Block(size - nbytes)]
+        return segment, segment[number]
+
+    @staticmethod
+    def _give_back(segment: list[Block], block: Block) -> None:
+        block.is_free = True
+        merged = [Block(0)]
+        for one in segment:
+            if one.is_free and merged[-1].is_free:
+                merged[-1].size += one.size
+            else:
+                merged.append(one)
+        segment[:] = merged
+
+
+@dataclass(eq=False)
+class Block:
+    size: int
+    is_free: bool = True
+
+
 @pytest.mark.parametrize(
-    ("conf", "expected"),
+    ("sizes", "most"),
     [
-        ({}, [512 << 20, 512 << 20, 100 << 20]),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native,expandable_segments:True"}, []),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, []),
+        ([4] * 281, 3),
+        ([600, 2, 600, 3], 4),
+        ([300] * 10, 10),
+        ([300, 200, 250, 200] * 3, 6),
+        ([1002, *[112, 112, 112, 32, 32, 8, 8] * 8, 1002], 10),
+        ([0, 1] * 50, 0),
     ],
 )
-def test_how_a_gpu_is_asked(monkeypatch: pytest.MonkeyPatch, conf: dict[str, str], expected: list[int]) -> None:
-    asked: list[int] = []
+def test_a_gpu_holds_no_more_than_the_tensors_need(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], most: int
+) -> None:
+    gpu = FakeGpu(monkeypatch)
+    tensors = allocate([((size << 20,), torch.uint8) for size in sizes], torch.device("cuda"))
+    assert [tensor.numel() >> 20 for tensor in tensors] == sizes
+    assert sum(gpu.asked) == gpu.allocated == sum(size << 20 for size in sizes if size > 1)
+    assert len(gpu.asked) <= most
+    del tensors
+    allocate([((size << 20,), torch.uint8) for size in sizes if size < 300], torch.device("cuda"))
+    assert len(gpu.asked) <= most, "there is enough in stock"
 
-    def empty(nbytes: int, **_: object) -> torch.Tensor:
-        asked.append(nbytes)
-        return torch.zeros(0)
 
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in conf.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70 << 20)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 << 20)
-    monkeypatch.setattr("torchload.transfer.arena.torch.empty", empty)
-    _reserve(1124 << 20, torch.device("cuda"))
-    assert asked == expected
-    asked.clear()
-    _reserve(50 << 20, torch.device("cuda"))
-    assert asked == [], "there is enough in stock"
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_segments_that_grow_need_no_help(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    gpu = FakeGpu(monkeypatch)
+    monkeypatch.setenv(name, "backend:native,expandable_segments:True")
+    tensors = allocate([((40 << 20,), torch.uint8)] * 3, torch.device("cuda"))
+    assert gpu.asked == [tensor.numel() for tensor in tensors]
 
 
 @pytest.mark.gpu

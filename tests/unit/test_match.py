@@ -42,7 +42,7 @@ def test_names_are_matched_in_their_order(source, model):
 def test_a_wrappers_own_state_is_nobodys_business():
     found = align(tree_of(["n_averaged", "module.fc.w"]), tree_of(["fc.w"]))
     assert found.pairs == {"fc.w": "module.fc.w"}
-    assert found.outside == ["n_averaged"]
+    assert found.wrapper_state == ["n_averaged"]
     there = align(tree_of(["fc.w"]), tree_of(["n_averaged", "module.fc.w"]))
     assert there.pairs == {"module.fc.w": "fc.w"}
     assert there.spare == ["n_averaged"]
@@ -54,16 +54,14 @@ def test_two_wrappers_that_offer_the_same_name_are_ambiguous_not_chosen():
     assert sorted(found.ambiguous["a.w"]) == ["_orig_mod.a.w", "module.a.w"]
 
 
-def test_top_level_siblings_are_outside_and_leftovers_within_a_module_are_not():
+def test_siblings_at_the_root_are_leftovers_as_those_within_a_module_are():
     found = align(tree_of(["loss.w", "layers.0.w", "layers.1.w"]), tree_of(["layers.0.w"]))
-    assert found.outside == ["loss.w"]
     assert found.leftover == {"loss.w": "loss.w", "layers.1.w": "layers.1.w"}
 
 
 def test_a_further_layer_of_a_sequence_is_a_leftover_even_at_the_root():
-    found = align(tree_of(["0.w", "1.w", "2.w", "loss.w"]), tree_of(["0.w", "1.w"]))
-    assert found.outside == ["loss.w"]
-    assert found.leftover["2.w"] == "2.w"
+    found = align(tree_of(["0.w", "1.w", "2.w"]), tree_of(["0.w", "1.w"]))
+    assert found.leftover == {"2.w": "2.w"}
 
 
 def test_leftovers_carry_the_name_the_model_would_use():

@@ -192,7 +192,7 @@ UNWRAPPED = {name.removeprefix("module."): value for name, value in OTHER.items(
         ({"model": PLAIN, "ema": PART}, "model"),
         ({"model": PLAIN, "ema": {"shadow_params": [torch.ones(3)]}}, "model"),
         ({"model": None, "ema": OTHER}, "ema"),
-        ({"student": PLAIN, "teacher": OTHER}, "teacher"),
+        ({"student": PLAIN, "teacher": OTHER, "dino_loss": {}}, "teacher"),
         ({"state_dict": PLAIN, "ema_state_dict": OTHER, "message_hub": {}}, "state_dict"),
         ({"model": {"encoder": {"w": torch.ones(1)}, "decoder": {"w": torch.ones(1)}}}, "model"),
         ({"model": {"encoder": {"w": torch.ones(1)}}}, "model"),

@@ -47,7 +47,7 @@ def test_each_detail_has_its_line():
             unexpected_keys=["old.scale"],
             skipped=("aux.weight",),
             outside=("loss.weight",),
-            tolerated=("bn.num_batches_tracked",),
+            ignored=("bn.num_batches_tracked",),
             notes=("a remark",),
             training=True,
         )
@@ -61,7 +61,7 @@ def test_each_detail_has_its_line():
         "  unused  old.scale",
         "  skipped aux.weight",
         "  outside loss.weight",
-        "  fine    bn.num_batches_tracked",
+        "  ignored bn.num_batches_tracked",
         "  note    a remark",
         "  note    the model is in training mode: call model.eval() before inference",
     ]

@@ -88,8 +88,9 @@ def test_nested_dictionaries_of_tensors_are_one_state_dict():
         ("model", "model_ema"),
         ("params", "params_ema"),
         ("g", "g_ema"),
-        ("encoder", "target_encoder"),
         ("model", "swa_model"),
+        ("net", "ema_0.9999"),
+        ("generator", "g_ema"),
     ],
 )
 def test_averaged_weights_are_preferred_and_said(plain, average):
@@ -152,19 +153,37 @@ def test_two_prefixes_of_equal_standing_are_ambiguous():
     assert caught.value.argument == "prefix"
 
 
-def test_a_student_and_a_teacher_of_different_make_are_ambiguous_and_twins_are_not():
-    twins = {"student": prefixed(fresh(), "module."), "teacher": fresh()}
-    assert choose(twins).key == "teacher"
-    unlike = {"student": {**fresh(), "loss.w": torch.zeros(1)}, "teacher": fresh()}
-    with pytest.raises(AmbiguousCheckpointError):
-        choose(unlike)
+MARKS = [{"dino_loss": {}}, {"ibot_loss": {}}, {"args": {"momentum_teacher": 0.996}}, {"cfg": {"ema_decay": 0.99}}]
 
 
-def test_a_student_and_a_teacher_as_prefixes():
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_teacher_is_an_average_where_something_says_that_it_is_one(mark):
+    both = {"student": prefixed(fresh(), "module."), "teacher": fresh()}
+    assert choose({**both, **mark}).key == "teacher"
+    with pytest.raises(AmbiguousCheckpointError) as caught:
+        choose(both)
+    assert set(caught.value.candidates) == {"student", "teacher"}
+    for key in caught.value.candidates:
+        assert choose(both, key=key).key == key
+
+
+@pytest.mark.parametrize("head", ["head.mlp.0.weight", "head.last_layer.weight_g", "projector.0.weight"])
+def test_a_projection_head_below_both_is_such_a_mark(head):
     state = {**prefixed(fresh(), "student.module.backbone."), **prefixed(fresh(), "teacher.backbone.")}
-    assert choose({"model": state}).prefix == "teacher.backbone"
     with pytest.raises(AmbiguousCheckpointError):
-        choose({"model": {**state, "student.head.w": torch.zeros(1)}})
+        choose({"model": state})
+    heads = {f"student.module.{head}": torch.zeros(2), f"teacher.{head}": torch.zeros(2)}
+    found = choose({"model": {**state, **heads}})
+    assert (found.prefix, found.averaged) == ("teacher.backbone", True)
+    with pytest.raises(AmbiguousCheckpointError):  # a student of another make
+        choose({"model": {**state, f"student.{head}": torch.zeros(2)}})
+
+
+def test_a_target_encoder_is_an_average_beside_a_predictor():
+    jepa = {"encoder": fresh(), "predictor": {"w": torch.zeros(2)}, "target_encoder": fresh()}
+    assert choose(jepa).key == "target_encoder"
+    del jepa["predictor"]
+    assert choose(jepa).key == "encoder"
 
 
 def test_the_same_data_under_two_names_is_no_ambiguity():
@@ -240,22 +259,22 @@ def test_shapes_decide_between_equal_names():
     assert choose({"a": other, "b": fresh()}).key == "b"
 
 
-def test_a_missing_batch_counter_is_tolerated_and_listed():
+def test_a_missing_batch_counter_is_ignored_and_listed():
     state = fresh()
     del state["body.1.num_batches_tracked"]
     found = choose(state)
     assert found.fits
-    assert found.tolerated == ["body.1.num_batches_tracked"]
+    assert found.ignored == ["body.1.num_batches_tracked"]
 
 
 @pytest.mark.parametrize("last", sorted(BENIGN_UNEXPECTED))
-def test_every_benign_leftover_is_tolerated_in_its_shape_only(last):
+def test_every_benign_leftover_is_ignored_in_its_shape_only(last):
     row = BENIGN_UNEXPECTED[last]
-    name = f"body.{row.parent}.{last}" if row.parent else f"body.{last}"
+    name = f"body.{last}"
     shape = [3 if size is None else size for size in row.shape or ()]
     found = choose({**fresh(), name: torch.zeros(shape)})
     assert found.fits
-    assert found.tolerated == [name]
+    assert found.ignored == [name]
     if row.shape is not None:
         assert choose({**fresh(), name: torch.zeros([*shape, 2])}).unexpected == [name]
 
@@ -265,7 +284,7 @@ def test_a_constant_buffer_may_be_missing_and_a_parameter_of_its_name_may_not(la
     model = Net()
     state = fresh()
     model.body.register_buffer(last, torch.zeros(2))
-    assert choose(state, model).tolerated == [f"body.{last}"]
+    assert choose(state, model).ignored == [f"body.{last}"]
     assert choose(state, model).fits
     other = Net()
     other.body.register_parameter(last, nn.Parameter(torch.zeros(2)))
@@ -310,10 +329,10 @@ def test_a_base_model_takes_its_part_of_a_larger_one():
     assert (found.prefix, found.outside) == ("transformer", ["lm_head.weight"])
 
 
-def test_index_buffers_of_older_versions_are_tolerated_and_listed():
+def test_index_buffers_of_older_versions_are_ignored_and_listed():
     found = choose({**fresh(), "body.position_ids": torch.arange(3)})
     assert found.fits
-    assert found.tolerated == ["body.position_ids"]
+    assert found.ignored == ["body.position_ids"]
 
 
 def test_key_and_prefix_choose():

@@ -56,6 +56,24 @@ class FaultySource(MemorySource):
         super().readinto(offset, buffer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["as it is", "cast"])
+@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("rows", [5, 64])
+def test_columns_are_read_over_gaps_only_where_these_are_short(
+    tmp_path: Path, dtype: torch.dtype, parts: int, rows: int
+) -> None:
+    for part_bytes, is_exact in ((1 << 10, False), (64 << 10, True)):
+        columns = part_bytes // 4
+        values = torch.randn(rows, parts * columns)
+        source = write(tmp_path / "f", values)
+        box = Box(Extent(source, 0, values.nbytes), part_bytes, (rows, columns), (parts * columns, 1), (0, columns))
+        target = torch.zeros(rows, columns, dtype=dtype)
+        read = run([Copy("t", box, torch.float32, target)])
+        assert torch.equal(target, values[:, columns : 2 * columns].to(dtype))
+        needed = rows * part_bytes
+        assert read == (needed if is_exact else needed + (rows - 1) * (parts - 1) * part_bytes)
+
+
 # --- strategies -----------------------------------------------------------------------------------------------------
 
 

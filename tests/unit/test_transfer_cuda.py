@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import os
 import queue
+import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +39,7 @@ from torchload.transfer.cuda import (
     cuda_ring,
     send_pieces,
 )
+from torchload.transfer.memory import memory_at
 from torchload.transfer.pieces import _fill_lanes, schedule
 from torchload.transfer.reader import Reader
 
@@ -208,7 +213,7 @@ def test_a_device_that_fails_half_way(tmp_path: Path, fake: FakeEngine, monkeypa
     with pytest.raises(RuntimeError, match="the device is gone"):
         run(copies, threads=2)
     assert fake.lanes
-    assert not fake.closed
+    assert fake.closed == fake.lanes, "else memory goes back to the system that the driver takes for pinned"
     assert fake.is_idle
     fake.stop()
 
@@ -357,6 +362,64 @@ def test_what_was_sent_in_part_is_waited_for(
     assert "synchronize" in [word for stream in fake_cuda.streams for word in stream.told]
 
 
+def test_pinned_memory_outlives_a_load_that_fails(
+    tmp_path: Path, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freed while it is registered, its address would stand for the old pages: the next to get it loads from those."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    unregistered: list[int] = []
+    pinned = [torch.zeros(LANE_BYTES, dtype=torch.uint8) for _ in range(MAX_LANES + 2)]
+    kept = deque(pinned)
+    monkeypatch.setattr("torchload.transfer.cuda._kept", kept)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostUnregister=unregistered.append))
+    monkeypatch.setattr(torch, "_foreach_copy_", fail)
+    copies, _ = model(tmp_path, [torch.float16])
+    with pytest.raises(torch.OutOfMemoryError):
+        run(copies, threads=2)
+    assert {memory.data_ptr() for memory in kept}.union(unregistered) == {memory.data_ptr() for memory in pinned}
+    assert len(kept) >= MAX_LANES
+
+
+def test_too_little_memory_for_staging(
+    fake_cuda: FakeCuda, lanes_for_all: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(engine, "_new_rings", fail)
+    source = MemorySource(bytes(40))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run([copy_of(source, torch.zeros(10), 0, "weight")])
+    assert caught.value.written == (), "nothing was begun"
+
+
+def test_a_system_without_anonymous_memory(
+    tmp_path: Path, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MAP_PRIVATE", "MAP_ANONYMOUS", "MAP_ANON"):
+        monkeypatch.delattr(mmap, name)
+    copies, expected = model(tmp_path, [torch.float32])
+    run(copies, threads=2)
+    assert all(torch.equal(copy.target, value) for copy, value in zip(copies, expected))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the advice is Linux's")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_child_process_can_give_up_the_memory(fake_cuda: FakeCuda) -> None:
+    """It has pages of its own there, else what it maps next would lie there, and go when the memory goes."""
+    lane = cuda_ring(CPU, schedule([copy_of(MemorySource(bytes(40)), torch.zeros(10), 0, "weight")]), 1).borrow()
+    lane.memory.fill_(7)
+    start, size = lane.memory.data_ptr(), lane.memory.numel()
+    child = os.fork()
+    if child == 0:  # no Python beyond what is needed, and no way back into the tests
+        os._exit(int(bytes(memory_at(start, size)) != bytes(size)))
+    assert os.waitpid(child, 0)[1] == 0
+    assert lane.memory.eq(7).all()
+
+
 @pytest.mark.parametrize("threads", [1, 8, 12])
 def test_what_is_held_is_bounded(fake_cuda: FakeCuda, threads: int) -> None:
     """64 MiB on either side, however much there is to load, and no more than there is."""
@@ -378,12 +441,16 @@ def test_an_interrupt_while_waiting_leaves_nothing_under_way(monkeypatch: pytest
     copies = [copy_of(MemorySource(values.numpy().tobytes()), torch.zeros(1 << 18), 0, "weight")]
     real, interrupts = threading.Thread.join, [KeyboardInterrupt("first"), KeyboardInterrupt("second")]
 
+    def is_alive(thread: threading.Thread) -> bool:
+        raise KeyboardInterrupt("asked in vain")
+
     def join(thread: threading.Thread, *args: Any) -> None:
         if interrupts and thread.name == "torchload-sender":
             raise interrupts.pop(0)
         real(thread, *args)
 
     monkeypatch.setattr(threading.Thread, "join", join)
+    monkeypatch.setattr(threading.Thread, "is_alive", is_alive)
     [job] = schedule(copies)
 
     def load() -> None:
@@ -478,6 +545,19 @@ def test_one_pair_of_dtypes_at_a_time(fake: FakeEngine, monkeypatch: pytest.Monk
     fake.stop()
 
 
+def test_targets_that_show_another_sign(fake: FakeEngine) -> None:
+    """Of views that are negated or conjugated lazily torch can't write several at once."""
+    values = torch.randn(20, dtype=torch.complex128)
+    source = MemorySource(values.numpy().tobytes())
+    memory: list[torch.Tensor] = [torch.zeros(20, dtype=dtype) for dtype in (torch.complex128, torch.complex64)]
+    conjugates = [copy_of(source, one.conj(), 0, "conjugate", torch.complex128) for one in memory]
+    run([*conjugates, copy_of(source, torch._neg_view(negative := torch.zeros(40)), 0, "negative", torch.float64)])
+    assert torch.equal(memory[0], values.conj().resolve_conj())
+    assert torch.equal(memory[1], values.conj().resolve_conj().to(torch.complex64))
+    assert torch.equal(negative, -torch.view_as_real(values).reshape(-1).float())
+    fake.stop()
+
+
 @pytest.mark.parametrize("offset", [0, 1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_bytes_arrive_as_they_are(tmp_path: Path, fake: FakeEngine, offset: int, dtype: torch.dtype) -> None:
@@ -534,12 +614,11 @@ def test_memory_that_can_not_be_pinned(fake_cuda: FakeCuda, monkeypatch: pytest.
 
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr("torchload.transfer.cuda.advise", lambda *_: True)
     memory = torch.empty(4096, dtype=torch.uint8)
     assert _pin(memory)
     monkeypatch.setattr(torch, "ones", lambda *_, device: None)  # takes the error away
-    runtime.code = 2
-    assert not _pin(memory)
+    for runtime.code in (2, 801):  # there is too little of it, or none at all
+        assert not _pin(memory)
     monkeypatch.setattr(torch.cuda, "check_error", lambda code: (_ for _ in ()).throw(RuntimeError(f"error {code}")))
     runtime.code = 700
     with pytest.raises(RuntimeError, match="error 700"):

@@ -113,7 +113,8 @@ def test_reads_of_slices_begin_at_the_slice(forced: None, source: FileSource) ->
 def test_a_cold_file_is_noticed_and_so_is_a_warm_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: FileSource
 ) -> None:
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("TORCHLOAD_DIRECT_IO", raising=False)
     with Reader() as small:
         drop_from_cache(source.name)

@@ -112,11 +112,11 @@ def smart_load(
         >>> torch.equal(plain.weight, model.module.weight)
         True
     """
-    started = time.perf_counter()
-    check_arguments(model, dtype, skip, keep_fp32, atomic)
-    placement = Placement(device)
     changes = Changes()
     try:
+        started = time.perf_counter()
+        check_arguments(model, dtype, skip, keep_fp32, atomic)
+        placement = Placement(device)
         with open_checkpoint(path) as checkpoint:
             with collector_paused():
                 options = Options(
@@ -131,7 +131,7 @@ def smart_load(
             if not strict:
                 _warn_of_a_part(selection, checkpoint.path)
             verdict = Verdict(target, selection, plan, options)
-            nbytes = carry_out(
+            moved = carry_out(
                 plan,
                 target,
                 selection,
@@ -142,7 +142,7 @@ def smart_load(
             )
             notes = tuple(notes_of(checkpoint, verdict.selection, plan, verify))
             seconds = time.perf_counter() - started
-            report = report_of(target, checkpoint, verdict.selection, plan, nbytes, notes, seconds)
+            report = report_of(target, checkpoint, verdict.selection, plan, moved, notes, seconds)
         with contextlib.suppress(Exception):  # a filter or handler of the caller's
             _log.info("%s", report)
         return report

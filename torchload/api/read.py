@@ -81,7 +81,7 @@ def read_state_dict(
         raise TypeError("device must be one device: 'auto', a torch.device, a string or an index")
     place = resolve_device(device)
     with open_checkpoint(path) as checkpoint:
-        chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes)
+        chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes, map_entry)
         if chosen.rivals:
             _log.info("%s: read %r; beside it are %s", checkpoint.path, chosen.key, ", ".join(map(repr, chosen.rivals)))
         entries = _tensors(chosen, checkpoint.path)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Shape
 from torchload.core.wrappers import WRAPPER_STATE, WRAPPERS
+from torchload.match.company import is_copy_of
 from torchload.match.containers import Leaf, Place, shape_of
+from torchload.match.leftovers import Leftovers
 from torchload.match.names import Alignment, Node, align, tree_of
 from torchload.match.paths import joined, last
-from torchload.match.rename import Rename, renamer
+from torchload.match.rename import Rename, renamed_from
 from torchload.match.selection import Selection, Wanted
-from torchload.match.tables import BENIGN_UNEXPECTED, Standing, container_standing
+from torchload.match.tables import AVERAGED_WORDS, GENERIC, NEVER_THE_MODELS, container_standing, words_of
+from torchload.match.values import Read
 
-__all__ = ["find_candidates", "needed_tensors"]
+__all__ = ["Search", "needed_tensors"]
 
 # A part of the model is looked at if it is at least this share of the whole, and a sub-tree that may fill it, if it is
 # of the part: to try every part with every sub-tree takes time as the cube of their number.
@@ -22,42 +26,80 @@ _SHARE = 1 / 8
 _BYTES_PER_LEAF = 16  # what a candidate says of each name of its container
 
 
-def find_candidates(
-    places: Sequence[Place],
-    wanted: Wanted,
-    prefix: str | None,
-    rename: Rename | None,
-    least: int,
-    strict: bool,
-    allowance: Allowance,
-) -> Iterator[Selection]:
-    """Every sub-tree with at least `least` tensors that shares names with the model, judged."""
-    views = _model_views(wanted, strict)
-    searched = len(places) > 1  # not chosen by key, which hides what is above
-    for place in places:
-        if len(place.leaves) < least:
-            continue
-        leaves = renamer(rename, place.leaves) if rename is not None else place.leaves
-        tree = tree_of(leaves, allowance)
-        if prefix is None and "model" in place.inner:  # OpenNMT: 'model' and 'generator' together are the model
-            allowance.spend(0, _BYTES_PER_LEAF * len(leaves))
-            alignment = align(tree, views[0][1], lift=("model",))
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The model's names as they are, or below a prefix that the file may lack."""
+
+    added: str
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What is looked for, and where.
+
+    Attributes:
+        places: The containers.
+        wanted: The model.
+        allowance: What looking may cost.
+        read: What reads a few values where names leave a question open; ``None`` if there are none.
+        prefix: The prefix that the caller named, or ``None``.
+        rename: The caller's renaming, or ``None``.
+        guess: Whether to look below prefixes too that nothing but shapes speaks for.
+    """
+
+    places: Sequence[Place]
+    wanted: Wanted
+    allowance: Allowance
+    read: Read | None = None
+    prefix: str | None = None
+    rename: Rename | None = None
+    guess: bool = False
+
+    def candidates(self, least: int, *, parts: bool = False) -> Iterator[Selection]:
+        """Every sub-tree with at least `least` tensors that shares names with the model, judged.
+
+        Args:
+            least: How many tensors it has to have.
+            parts: Whether to try it on parts of the model too.
+        """
+        views = _model_views(self.wanted, parts)
+        is_bare = self.wanted.is_bare
+        for place in self.places:
+            if len(place.leaves) >= least:
+                yield from self._in(place, views, least, is_bare=is_bare)
+
+    def _in(self, place: Place, views: list[_View], least: int, *, is_bare: bool) -> Iterator[Selection]:
+        """The candidates in one container."""
+        original: Mapping[str, str] = {}
+        leaves = place.leaves
+        if self.rename is not None:
+            original = renamed_from(self.rename, leaves)
+            leaves = {new: leaves[old] for new, old in original.items()}
+        tree = tree_of(leaves, self.allowance)
+        judge = _Judge(self, place, leaves, original)
+        if self.prefix is None and "model" in place.inner:  # OpenNMT: 'model' and 'generator' together are the model
+            self.allowance.spend(0, _BYTES_PER_LEAF * len(leaves))
+            alignment = align(tree, views[0].node, lift=("model",))
             if ("file", "model") in alignment.dropped:
-                yield _judge(place, "", leaves, tree, alignment, wanted, "")
+                yield judge("", tree, alignment, "")
+        searched = len(self.places) > 1  # not chosen by key, which hides what is above
         spare = len(leaves)
-        for below, node in _nodes(tree, least, place.inner if rename is None else frozenset()):
-            if prefix is not None and not _is_prefix(below, prefix.rstrip(".")):
+        for below, node in _nodes(tree, least, place.inner if self.rename is None else frozenset()):
+            if self.prefix is not None and not _is_prefix(below, self.prefix.rstrip(".")):
                 continue
-            for added, view in views:
-                if added and last(joined(place.path if searched else "", below)) == last(added):
+            for view in views:
+                if view.added and last(joined(place.path if searched else "", below)) == last(view.added):
                     continue  # the file has the prefix too: the same pair one level down, seen without its siblings
-                if len(node.names) < len(view.names) * _SHARE and view is not views[0][1]:
+                if len(node.names) < len(view.node.names) * _SHARE and view is not views[0]:
                     continue
-                alignment = align(node, view)
+                if self.prefix is None and not self.guess and not _may_be_meant(tree, below, view, is_bare=is_bare):
+                    continue
+                alignment = align(node, view.node)
                 if alignment.pairs:
                     spelled = alignment.leftover.values()
-                    allowance.spend(len(spelled), sum(map(len, spelled)) + _BYTES_PER_LEAF * len(leaves))
-                    candidate = _judge(place, below, leaves, node, alignment, wanted, added)
+                    self.allowance.spend(len(spelled), sum(map(len, spelled)) + _BYTES_PER_LEAF * len(leaves))
+                    candidate = judge(below, node, alignment, view.added)
                     yield candidate
                     if candidate.fits:
                         spare -= len(candidate.pairs)
@@ -77,22 +119,60 @@ def _nodes(tree: Node, least: int, own_places: frozenset[str]) -> Iterator[tuple
                     todo.append((f"{path}.{label}" if path else label, inner))
 
 
-def _model_views(wanted: Wanted, strict: bool) -> list[tuple[str, Node]]:
+def _may_be_meant(tree: Node, below: str, view: _View, *, is_bare: bool) -> bool:
+    """Whether a prefix of the file may stand for one of the model, or for none, although nobody says so.
+
+    Two names that each say something (``ctx_encoder``, ``question_encoder``) are not the same part of a model. Nor is a
+    part that happens to have the shapes of a model whose names say nothing, unless there is nothing beside it.
+    """
+    if not below:
+        return True
+    specific = [segment for segment in below.split(".") if not _is_generic(segment)]
+    if view.added:
+        if specific and not all(_is_generic(segment) for segment in view.added.split(".")):
+            return False
+        return _is_alone(tree, below)
+    return not (specific and is_bare) or _is_alone(tree, below)
+
+
+def _is_generic(segment: str) -> bool:
+    """Whether a segment says nothing of what is below it, but perhaps that it is an average or the running weights."""
+    if segment in GENERIC:
+        return True
+    words = [word for word in words_of(segment) if word not in AVERAGED_WORDS and word != "online"]
+    return not words or "_".join(words) in GENERIC
+
+
+def _is_alone(tree: Node, below: str) -> bool:
+    """Whether a prefix is that of every name, but for what no model has and for copies of what is below it."""
+    node = tree
+    for label in below.split("."):
+        for sibling in node.children:
+            if sibling != label and sibling not in NEVER_THE_MODELS and sibling not in WRAPPER_STATE:
+                if not is_copy_of(sibling, label):
+                    return False
+        node = node.children[label]
+    return True
+
+
+def _model_views(wanted: Wanted, parts: bool) -> list[_View]:
     """The model's names, whole and below a prefix that all of them share (the file may lack it).
 
     A name outside the prefix counts as below it if it is tied to one there (GPT-2's ``lm_head`` beside
     ``transformer``), or need not be filled.
     """
     node = tree_of(name for name in wanted.shapes if name not in wanted.skipped)
-    views = [("", node)]
+    views = [_View("", node)]
     path = ""
     while (label := _only_child(node, wanted)) is not None:
         node = node.children[label]
         path = joined(path, label)
-        views.append((path, node))
-    if not strict:  # a part of the model may be what the file has: a base model without its head
+        views.append(_View(path, node))
+    if parts:  # a part of the model may be what the file has: a base model without its head
         least = max(2, len(node.names) * _SHARE)
-        views += [(joined(path, label), inner) for label, inner in node.children.items() if len(inner.names) >= least]
+        views += [
+            _View(joined(path, label), inner) for label, inner in node.children.items() if len(inner.names) >= least
+        ]
     return views
 
 
@@ -114,63 +194,54 @@ def _only_child(node: Node, wanted: Wanted) -> str | None:
     return label
 
 
-def _judge(
-    place: Place,
-    prefix: str,
-    leaves: dict[str, Leaf],
-    node: Node,
-    alignment: Alignment,
-    wanted: Wanted,
-    added: str,
-) -> Selection:
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Says of sub-trees of one container what they fill and what they leave."""
+
+    search: Search
+    place: Place
+    leaves: dict[str, Leaf]
+    original: Mapping[str, str]
+
+    def __call__(self, prefix: str, node: Node, alignment: Alignment, added: str) -> Selection:
+        wanted = self.search.wanted
+        missing, harmless = wanted.lacks(alignment.pairs, alignment.spare)
+        leftovers = Leftovers(
+            self.leaves, node, prefix, alignment, wanted, self.search.read, self.search.allowance, added
+        ).sorted()
+        segments = (*self.place.segments, *(prefix.split(".") if prefix else ()))
+        return Selection(
+            key=self.place.path,
+            prefix=prefix,
+            segments=segments,
+            container=self.place.container,
+            leaves=self.leaves,
+            pairs=alignment.pairs,
+            missing=missing,
+            mismatched=_mismatched(wanted, alignment.pairs, self.leaves),
+            unexpected=leftovers.unexpected,
+            outside=leftovers.outside,
+            ignored=[*harmless, *leftovers.ignored],
+            constants=tuple(leftovers.constants),
+            alignment=alignment,
+            standing=container_standing(*segments),
+            crossed=not prefix
+            and any(side == "file" and label in self.place.inner for side, label in alignment.dropped),
+            skipped=[*(name for name in wanted.shapes if name in wanted.skipped), *leftovers.skipped],
+            transient=leftovers.transient,
+            added=added,
+            original=self.original,
+        )
+
+
+def _mismatched(wanted: Wanted, pairs: Mapping[str, str], leaves: Mapping[str, Leaf]) -> dict[str, tuple[Shape, Shape]]:
     mismatched: dict[str, tuple[Shape, Shape]] = {}
     for name, shape in wanted.shapes.items():
-        if name in alignment.pairs:
-            found = shape_of(leaves[alignment.pairs[name]])
+        if name in pairs:
+            found = shape_of(leaves[pairs[name]])
             if shape is not None and found is not None and shape != found and not (shape == () and found == (1,)):
                 mismatched[name] = (found, shape)
-    missing, tolerated = wanted.lacks(alignment.pairs, alignment.spare)
-    used = set(alignment.pairs.values())
-    elsewhere = set(alignment.outside)
-    unexpected: list[str] = []
-    outside: list[str] = []
-    transient: dict[str, str] = {}
-    skipped = [name for name in wanted.shapes if name in wanted.skipped]
-    inside = set(node.names.values())
-    for name, leaf in leaves.items():
-        if name in used:
-            continue
-        here = alignment.leftover.get(name, name)
-        if wanted.skips(here) or wanted.skips(name):
-            if here not in wanted.skipped:
-                skipped.append(name)
-        elif name not in inside or name in elsewhere:
-            outside.append(name)
-        elif here in wanted.transient and wanted.transient[here] == getattr(leaf, "shape", None):
-            transient[here] = name
-            tolerated.append(name)
-        elif (row := BENIGN_UNEXPECTED.get(last(name))) and row.covers(name, getattr(leaf, "shape", None)):
-            tolerated.append(name)
-        else:
-            unexpected.append(name)
-    return Selection(
-        key=place.path,
-        prefix=prefix,
-        container=place.container,
-        leaves=leaves,
-        pairs=alignment.pairs,
-        missing=missing,
-        mismatched=mismatched,
-        unexpected=unexpected,
-        outside=outside,
-        tolerated=tolerated,
-        alignment=alignment,
-        standing=_standing(place.path, prefix),
-        crossed=not prefix and any(side == "file" and label in place.inner for side, label in alignment.dropped),
-        skipped=skipped,
-        transient=transient,
-        added=added,
-    )
+    return mismatched
 
 
 def needed_tensors(wanted: Wanted) -> int:
@@ -189,12 +260,3 @@ def needed_tensors(wanted: Wanted) -> int:
 def _is_prefix(below: str, prefix: str) -> bool:
     """Whether a path in the file is the prefix that the caller gave, wrappers aside."""
     return below == prefix or [part for part in below.split(".") if part not in WRAPPERS] == prefix.split(".")
-
-
-def _standing(key: str, prefix: str) -> Standing:
-    path = joined(key, prefix)
-    standings = [container_standing(segment) for segment in path.split(".")] if path else []
-    worst = max(standings, default=Standing.CONVENTIONAL)
-    if worst <= Standing.CONVENTIONAL and Standing.AVERAGE in standings:
-        return Standing.AVERAGE
-    return max(worst, Standing.CONVENTIONAL)

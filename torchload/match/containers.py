@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +11,22 @@ from torchload.core.checkpoint import OpaqueTensor, Record, Shape, TensorEntry, 
 from torchload.errors import IncompatibleCheckpointError
 from torchload.match.paths import last
 
-__all__ = ["Leaf", "Place", "as_mapping", "find_places", "shape_of"]
+__all__ = ["Leaf", "Place", "as_mapping", "cut", "find_places", "shape_of"]
 
 Leaf = TensorEntry | OpaqueTensor | Any
 _DEEPEST = 64  # containers inside each other, within one state dict
 _EXTRA_STATE = "_extra_state"
+_LISTED = 10  # of many names
+_SHOWN = 200  # characters of a name
 _OTHER_CHARACTERS = 20  # of a name that is a number, or something rarer: formats keep those short
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A container and where it stands."""
+    """A container and where it stands: the names on the way to it, and the same as one dotted path."""
 
     path: str
+    segments: tuple[str, ...]
     container: Mapping[Any, Any]
     leaves: dict[str, Leaf]
     inner: frozenset[str]  # names of nested containers, which are places of their own
@@ -63,57 +66,95 @@ def find_places(root: Any, key: str | None, allowance: Allowance, whole: frozens
         CorruptCheckpointError: The containers expand to far too many names.
     """
     path = allowance.path
-    containers = _containers(root, whole, allowance)
+    containers = _Search(whole, allowance).containers(root)
     found: list[Place] = []
-    for here, inside in containers.values():
+    for segments, inside in containers.values():
         if leaves := _flatten(inside, containers, allowance, whole):
             inner = frozenset(str(name) for name, value in inside.items() if id(value) in containers)
-            found.append(Place(here, inside, leaves, inner))
+            found.append(Place(".".join(segments), segments, inside, leaves, inner))
     if key is None:
         return found
     chosen = [place for place in found if place.path == key]
     if not chosen:
-        known = ", ".join(repr(place.path) for place in found if place.path) or "no containers with tensors"
+        known = cut([repr(place.path) for place in found if place.path]) or "no containers with tensors"
         raise IncompatibleCheckpointError(
-            f"{path} has no container {key!r} that holds tensors. It has: {known}.", path=path
+            f"{path} has no container {key[:_SHOWN]!r} that holds tensors. It has: {known}.", path=path
         )
     return chosen
 
 
-def _containers(root: Any, whole: frozenset[str], allowance: Allowance) -> dict[int, tuple[str, Mapping[Any, Any]]]:
-    """All containers of a tree below which tensors are: identity → (dotted path, what it holds), outermost first."""
-    wide: dict[int, bool] = {}
-    barren: set[int] = set()
-    top = _below(root, wide)
-    if top is None:
-        return {}
-    known: dict[int, tuple[str, Mapping[Any, Any]]] = {id(root): ("", top)}
-    above: dict[int, list[int]] = {id(root): []}
-    holding: list[int] = []
-    todo = [(id(root), "", top)]
-    for identity, here, inside in todo:
-        has_leaves = False
-        for name, value in inside.items():
-            if _is_leaf(name, value, whole):
-                has_leaves = True
-            elif id(value) not in barren:
-                if id(value) not in known:
-                    below = _below(value, wide)
-                    if not below:  # leads nowhere
-                        if below is not None:
-                            barren.add(id(value))
-                        continue
-                    known[id(value)] = (f"{here}.{name}" if here else str(name), below)
-                    allowance.spend(1, len(known[id(value)][0]))
-                    above[id(value)] = []
-                    todo.append((id(value), *known[id(value)]))
-                above[id(value)].append(identity)
-        if has_leaves:
-            holding.append(identity)
-    for identity in holding:  # grows upwards from where tensors are
-        holding.extend(parent for parent in above.pop(identity, ()) if parent in above)
-    held = set(holding)
-    return {identity: place for identity, place in known.items() if identity in held}
+def cut(names: Sequence[str]) -> str:
+    """Names as a list for a message, cut where there are many.
+
+    Example:
+        >>> cut(["'a'", "'b'"])
+        "'a', 'b'"
+    """
+    listed = [name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…" for name in names[:_LISTED]]
+    return ", ".join([*listed, *([f"and {len(names) - _LISTED:,} more"] if len(names) > _LISTED else [])])
+
+
+_Known = tuple[tuple[str, ...], Mapping[Any, Any]]
+"""A container: the names on the way to it, and what it holds."""
+
+
+class _Search:
+    """One walk through a tree that finds the containers below which tensors are."""
+
+    def __init__(self, whole: frozenset[str], allowance: Allowance) -> None:
+        self._whole = whole
+        self._allowance = allowance
+        self._known: dict[int, _Known] = {}
+        self._above: dict[int, list[int]] = {}
+        self._wide: dict[int, bool] = {}
+        self._barren: set[int] = set()
+
+    def containers(self, root: Any) -> dict[int, _Known]:
+        """All such containers of a tree, by identity, outermost first."""
+        top = _below(root, self._wide)
+        if top is None:
+            return {}
+        todo = [self._note(root, (), top)]
+        holding: list[int] = []
+        for identity in todo:
+            segments, inside = self._known[identity]
+            has_leaves = False
+            for name, value in inside.items():
+                if _is_leaf(name, value, self._whole):
+                    has_leaves = True
+                    continue
+                if id(value) not in self._known and (found := self._enter(value, segments, name)):
+                    todo.append(found)
+                if id(value) in self._known:
+                    self._above[id(value)].append(identity)
+            if has_leaves:
+                holding.append(identity)
+        return self._held(holding)
+
+    def _note(self, value: Any, segments: tuple[str, ...], inside: Mapping[Any, Any]) -> int:
+        self._known[id(value)] = (segments, inside)
+        self._above[id(value)] = []
+        return id(value)
+
+    def _enter(self, value: Any, above: tuple[str, ...], name: Any) -> int | None:
+        """The identity of a container that is met for the first time; ``None`` for what leads nowhere."""
+        if id(value) in self._barren:
+            return None
+        below = _below(value, self._wide)
+        if not below:
+            if below is not None:
+                self._barren.add(id(value))
+            return None
+        segments = (*above, str(name))
+        self._allowance.spend(1, sum(map(len, segments)) + len(segments))
+        return self._note(value, segments, below)
+
+    def _held(self, holding: list[int]) -> dict[int, _Known]:
+        """Those with tensors of their own, and all above them."""
+        for identity in holding:  # grows upwards from where tensors are
+            holding.extend(parent for parent in self._above.pop(identity, ()) if parent in self._above)
+        held = set(holding)
+        return {identity: place for identity, place in self._known.items() if identity in held}
 
 
 def _below(value: Any, wide: dict[int, bool]) -> Mapping[Any, Any] | None:
@@ -168,7 +209,7 @@ def _is_above(identity: int, above: _Above) -> bool:
 
 def _flatten(
     container: Mapping[Any, Any],
-    containers: Mapping[int, tuple[str, Mapping[Any, Any]]],
+    containers: Mapping[int, _Known],
     allowance: Allowance,
     whole: frozenset[str],
 ) -> dict[str, Leaf]:

@@ -90,17 +90,16 @@ class Alignment:
 
     Attributes:
         pairs: Model name → checkpoint name.
-        outside: Checkpoint names that are not the model's business: top-level siblings that it does not have at all,
-            and what wrappers keep for themselves.
+        wrapper_state: Checkpoint names that wrappers keep for themselves.
         spare: Model names that a wrapper keeps for itself and the checkpoint lacks.
         ambiguous: Model name → checkpoint names that claim it equally well.
         dropped: Wrapper segments that were stepped over, and on which side (``"file"``, ``"model"``), with how often.
         renamed: Checkpoint name → the rule that gave it its model name.
-        leftover: Checkpoint name without a counterpart in a module that the model has → what the model would call it.
+        leftover: Checkpoint name without a counterpart → what the model would call it.
     """
 
     pairs: dict[str, str] = field(default_factory=dict)
-    outside: list[str] = field(default_factory=list)
+    wrapper_state: list[str] = field(default_factory=list)
     spare: list[str] = field(default_factory=list)
     ambiguous: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -154,13 +153,7 @@ def _at_root(result: Alignment, source: Node, model: Node, lift: frozenset[str])
     if not _may_agree(source, model, liftable):
         return
     extra, theirs = _pair_children(result, source, model, work, liftable)
-    # A tensor right at the root would be part of the root module itself, which the model has: that is unexpected.
-    # So is a further layer of a Sequential or ModuleList, whose children are numbers.
-    numbered = any(label.isdecimal() for label in theirs)
-    for label, node in extra.items():
-        if not (numbered and label.isdecimal()):
-            result.outside += [name for rest, name in node.names.items() if rest]
-    if not work:
+    if not work and not result.pairs:
         return  # nothing in common: not the same module, and no use in naming what it lacks
     _note_leftover(result, extra, theirs)
     while work:
@@ -260,7 +253,7 @@ def _agree(result: Alignment, source: _Chain, model: _Chain) -> tuple[dict[str, 
             else:
                 result.pairs[name] = ours
                 passed.remove((label, ours))
-    result.outside += [name for _, name in passed]
+    result.wrapper_state += [name for _, name in passed]
     # A wrapper that both sides have was not dropped from either.
     dropped_here, dropped_there = source.labels[:i], model.labels[:j]
     for label in source.labels[:i]:

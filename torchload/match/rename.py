@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from torchload.errors import AmbiguousCheckpointError
 
-__all__ = ["Rename", "renamer"]
+__all__ = ["Rename", "renamed_from", "renamer"]
 
 Rename = Mapping[str, str] | Callable[[str], "str | None"]
 """Regular expression → replacement (applied in order, each with `re.sub`), or a callable; ``None`` drops the name."""
 
 Value = TypeVar("Value")
+
+
+def renamed_from(rename: Rename, names: Iterable[str]) -> dict[str, str]:
+    r"""New name → old name, in the same order, without what was dropped; raises as `renamer` does.
+
+    Example:
+        >>> renamed_from({r"^net\.": "backbone."}, ["net.fc.weight"])
+        {'backbone.fc.weight': 'net.fc.weight'}
+    """
+    return renamer(rename, {name: name for name in names})
 
 
 def renamer(rename: Rename, values: Mapping[str, Value]) -> dict[str, Value]:

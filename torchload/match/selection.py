@@ -13,7 +13,23 @@ from torchload.match.names import Alignment
 from torchload.match.paths import joined, last
 from torchload.match.tables import BENIGN_MISSING, Standing
 
-__all__ = ["Selection", "Wanted"]
+__all__ = ["Selection", "Wanted", "is_bare"]
+
+
+_EVERY_LAYERS = frozenset(
+    {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "weight_g", "weight_v"}
+)
+
+
+def is_bare(name: str) -> bool:
+    """Whether a name says nothing of what it belongs to.
+
+    Example:
+        >>> is_bare("2.0.weight"), is_bare("fc.weight")
+        (True, False)
+    """
+    *above, leaf = name.split(".")
+    return leaf in _EVERY_LAYERS and all(segment.isdecimal() for segment in above)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +59,7 @@ class Wanted:
 
     def may_lack(self, name: str) -> bool:
         """Whether it is known to be harmless if nothing fills a name."""
-        return name in self.buffers and (row := BENIGN_MISSING.get(last(name))) is not None and row.covers(name, None)
+        return name in self.buffers and (row := BENIGN_MISSING.get(last(name))) is not None and row.covers(None)
 
     def lacks(self, pairs: Mapping[str, str], spare: Iterable[str] = ()) -> tuple[list[str], list[str]]:
         """What is left unfilled by `pairs`: the names that matter, and those that are known to be harmless."""
@@ -60,34 +76,49 @@ class Wanted:
         """Whether the caller wants a name, of either side, left alone."""
         return self.skip_pattern is not None and self.skip_pattern.match(name) is not None
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether its names say nothing of what it is: numbers, and what every layer calls its tensors.
 
-@dataclass(slots=True)
+        Example:
+            >>> Wanted({"0.weight": (2, 2), "2.bias": (2,)}).is_bare, Wanted({"fc.weight": (2, 2)}).is_bare
+            (True, False)
+        """
+        return all(is_bare(name) for name in self.shapes)
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
-    """The chosen sub-tree and how its names correspond to the model's.
+    """The chosen sub-tree and how its names correspond to the model's. Who knows better makes another (`replace`).
 
     Attributes:
         key: Path of the container in the file, dotted; empty for the root.
         prefix: Dotted prefix inside that container; empty if the whole of it is meant.
+        segments: The names on the way to the container and through the prefix.
         container: The container itself.
         leaves: Every name inside the container (after `rename`) → what it holds.
         pairs: Model name → name in `leaves`.
         missing: Model names that nothing fills.
         mismatched: Model name → (shape in the file, shape in the model).
-        unexpected: Names inside modules that the model has, without a place in it.
-        outside: Names of the container that are not this model's business.
-        tolerated: Differences known to be harmless: names of either side.
+        unexpected: Names below the prefix without a place in the model, which no table and no value explains.
+        outside: Names of the container that are not below the prefix.
+        ignored: Differences known to be harmless: names of either side.
+        constants: Of the ignored names of the file, those of constants that the model computes.
         rivals: Paths of other candidates that would have fitted as well.
+        notes: What is worth knowing of how it was chosen.
         crossed: Whether names were taken out of a container inside this one, which is a candidate of its own.
         skipped: Names that the caller wanted left alone: the model's, then those that only the file has.
         transient: Non-persistent buffer of the model → name in `leaves`, where the file has it all the same.
         claimed: Names without a place in the model that a module which loads itself is offered all the same.
         added: Prefix that all of the model's names have and the file's lack.
+        original: Name in `leaves` → name in the file, where `rename` changed it.
         alignment: The matcher's account.
-        standing: How strongly the path speaks for these weights.
+        standing: What the path says of these weights.
     """
 
     key: str
     prefix: str
+    segments: tuple[str, ...]
     container: Mapping[Any, Any]
     leaves: dict[str, Leaf]
     pairs: dict[str, str]
@@ -95,15 +126,18 @@ class Selection:
     mismatched: dict[str, tuple[Shape, Shape]]
     unexpected: list[str]
     outside: list[str]
-    tolerated: list[str]
+    ignored: list[str]
     alignment: Alignment
-    standing: Standing = Standing.CONVENTIONAL
+    constants: tuple[str, ...] = ()
+    standing: Standing = Standing.PLAIN
     crossed: bool = False
     skipped: list[str] = field(default_factory=list)
     transient: dict[str, str] = field(default_factory=dict)
-    claimed: set[str] = field(default_factory=set)
+    claimed: frozenset[str] = frozenset()
     added: str = ""
+    original: Mapping[str, str] = field(default_factory=dict)
     rivals: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -112,7 +146,7 @@ class Selection:
 
     @property
     def averaged(self) -> bool:
-        """Whether these are averaged (EMA, SWA) weights, by their name."""
+        """Whether these are averaged (EMA, SWA) weights."""
         return self.standing is Standing.AVERAGE
 
     @property
@@ -124,3 +158,13 @@ class Selection:
     def fits(self) -> bool:
         """Whether a strict load may take it."""
         return self.fills and not self.unexpected and not self.alignment.ambiguous
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every name is the model's to the letter."""
+        return not (self.prefix or self.added) and all(name == source for name, source in self.pairs.items())
+
+    @property
+    def used_up(self) -> bool:
+        """Whether nothing of the container is left over."""
+        return not (self.unexpected or self.outside or self.mismatched)

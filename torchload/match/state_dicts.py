@@ -1,27 +1,28 @@
 """Which container of a checkpoint is the weights, where no model says so.
 
-With a model, containers are judged by how they fit it (`choice`). Without one there are only their names: averaged
-weights before plain ones of the same network, conventional names before others, and never an optimizer's state. Where
-that leaves several, nobody but the caller can know.
+With a model, containers are judged by how they fit it (`choice`). Without one there are only their names and what they
+hold: an average before the raw weights of the same network, one of two equal sets, never an optimizer's state. A usual
+name before an odd one of another layout is a guess, and told. Where that leaves several, only the caller can know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import OpaqueTensor, TensorEntry
 from torchload.core.wrappers import WRAPPERS
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError
-from torchload.match.choice import standing_in_company
+from torchload.match.company import is_average_of, lags_behind, standing_in_company
 from torchload.match.containers import Leaf, Place, find_places
-from torchload.match.tables import Standing, container_standing
+from torchload.match.tables import NEVER_THE_MODELS, USUAL_CONTAINERS, Standing
+from torchload.match.values import Read, hold_same_values, was_never_updated
 
 __all__ = ["StateDict", "find_state_dict", "is_optimizer_state"]
 
-_LISTED = 20
+_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,37 +34,44 @@ class StateDict:
         container: The container itself.
         leaves: Dotted name inside it → what the file holds there.
         rivals: Paths of other containers that could have been meant.
+        is_guess: Whether nothing but its name speaks for it and against those.
     """
 
     key: str
     container: Mapping[Any, Any]
     leaves: dict[str, Leaf]
     rivals: tuple[str, ...] = ()
+    is_guess: bool = False
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Candidate:
     """A container among its siblings."""
 
     place: Place
-    label: str
-    standing: Standing = Standing.ARBITRARY
-    data: frozenset[object] = field(default_factory=frozenset)
+    standing: Standing = Standing.PLAIN
 
     @property
     def key(self) -> str:
         return self.place.path
 
     @property
-    def path(self) -> str:
-        return self.place.path
+    def segments(self) -> tuple[str, ...]:
+        return self.place.segments
 
     @property
     def leaves(self) -> dict[str, Leaf]:
         return self.place.leaves
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether it is called as containers of weights are."""
+        return self.standing is Standing.AVERAGE or self.segments[-1].lower() in USUAL_CONTAINERS
 
-def find_state_dict(root: Any, path: str, key: str | None = None, size_bytes: int = 0) -> StateDict:
+
+def find_state_dict(
+    root: Any, path: str, key: str | None = None, size_bytes: int = 0, read: Read | None = None
+) -> StateDict:
     """Find the weights of a checkpoint.
 
     Args:
@@ -71,6 +79,7 @@ def find_state_dict(root: Any, path: str, key: str | None = None, size_bytes: in
         path: The checkpoint, for messages.
         key: Dotted path of the container to take; ``""`` takes the whole file; ``None`` looks for it.
         size_bytes: Length of the checkpoint's files, which bounds what its names may cost.
+        read: What reads values where two containers may hold the same.
 
     Returns:
         The container. Tensors in containers inside it count as its own, under dotted names.
@@ -90,25 +99,18 @@ def find_state_dict(root: Any, path: str, key: str | None = None, size_bytes: in
     """
     if isinstance(root, TensorEntry) and not key:
         return StateDict("", {"": root}, {"": root})
-    places = find_places(root, key, Allowance(path, size_bytes))
+    allowance = Allowance(path, size_bytes)
+    places = find_places(root, key, allowance)
     if not places:
         raise IncompatibleCheckpointError(f"{path} holds no tensors.", path=path)
     here = places[0]
     if key is not None:
         return StateDict(here.path, here.container, here.leaves)
-    by_path = {place.path: place for place in places}
-    here = by_path.get("", here)
-    rivals: list[str] = []
-    while True:
-        inner = [
-            _Candidate(by_path[inside], label)
-            for label in map(str, here.container)
-            if (inside := f"{here.path}.{label}" if here.path else label) in by_path
-        ]
-        chosen = _step_down(here, inner, root, path, rivals)
-        if chosen is None:
-            return StateDict(here.path, here.container, here.leaves, tuple(rivals))
-        here = chosen
+    descent = _Descent(root, places, allowance, read)
+    here = descent.by_segments.get((), here)
+    while (below := descent.step_down(here)) is not None:
+        here = below
+    return StateDict(here.path, here.container, here.leaves, tuple(descent.rivals), descent.is_guess)
 
 
 def is_optimizer_state(container: Any) -> bool:
@@ -116,58 +118,101 @@ def is_optimizer_state(container: Any) -> bool:
     return isinstance(container, Mapping) and "param_groups" in container and "state" in container
 
 
-def _step_down(here: Place, inner: list[_Candidate], root: Any, path: str, rivals: list[str]) -> Place | None:
-    """The container to go on with, or ``None`` where this one is the state dict."""
-    likely = _likely(here, inner, root)
-    if not likely:
-        return None
-    best = min(candidate.standing for candidate in likely)
-    equals = [candidate for candidate in likely if candidate.standing == best]
-    loose = sum(isinstance(value, (TensorEntry, OpaqueTensor)) for value in here.container.values())
-    if loose and (here.path or best > Standing.CONVENTIONAL or loose >= len(equals[0].leaves)):
-        return None  # tensors of its own beside modules: a nested state dict, or one with an odd buffer
-    if len(equals) > 1:
-        if here.path and best > Standing.CONVENTIONAL:
+class _Descent:
+    """The way from a file's root down to its weights."""
+
+    def __init__(self, root: Any, places: list[Place], allowance: Allowance, read: Read | None) -> None:
+        self._root = root
+        self._allowance = allowance
+        self._read = read
+        self.by_segments = {place.segments: place for place in places}
+        self.rivals: list[str] = []
+        self.is_guess = False
+
+    def step_down(self, here: Place) -> Place | None:
+        """The container to go on with, or ``None`` where this one is the state dict."""
+        likely = self._likely(here)
+        if not likely:
+            return None
+        left = self._by_company(likely)
+        usual = [candidate for candidate in left if candidate.is_usual]
+        first = (usual or left)[0]
+        loose = sum(isinstance(value, (TensorEntry, OpaqueTensor)) for value in here.container.values())
+        if loose and (here.path or not usual or loose >= len(first.leaves)):
+            return None  # tensors of its own beside modules: a nested state dict, or one with an odd buffer
+        if here.path and not usual and (len(left) > 1 or here.segments[-1].lower() in USUAL_CONTAINERS):
             return None  # 'model' with 'encoder' and 'decoder' inside: the modules of one model
-        raise _ambiguous(equals, path)
-    (chosen,) = equals
-    if here.path and best > Standing.CONVENTIONAL and container_standing(here.path.rpartition(".")[2]) < best:
-        return None  # 'model' with nothing but 'encoder' inside
-    rivals += [candidate.path for candidate in likely if candidate is not chosen]
-    return chosen.place
+        if len(left) > 1 and (len(usual) != 1 or any(_alike(first, other) for other in left if other is not first)):
+            raise _ambiguous(left, self._allowance.path)
+        self.is_guess |= len(left) > 1
+        self.rivals += [candidate.key for candidate in likely if candidate is not first]
+        return first.place
+
+    def _likely(self, here: Place) -> list[_Candidate]:
+        """The containers that could be weights, each set of data once, with what their names mean here."""
+        if is_optimizer_state(here.container):
+            return []
+        likely: list[_Candidate] = []
+        seen: set[frozenset[object]] = set()
+        for label in map(str, here.container):
+            place = self.by_segments.get((*here.segments, label))
+            if place is None or label in NEVER_THE_MODELS or is_optimizer_state(place.container):
+                continue
+            data = frozenset(
+                leaf.location if isinstance(leaf, TensorEntry) and leaf.boxes else id(leaf)
+                for leaf in place.leaves.values()
+            )
+            if data not in seen:
+                seen.add(data)
+                likely.append(_Candidate(place))
+        standings = [standing_in_company(candidate, likely, self._root) for candidate in likely]
+        return [
+            _Candidate(candidate.place, standing)
+            for candidate, standing in zip(likely, standings)
+            if standing is not Standing.NOT_WEIGHTS
+        ]
+
+    def _by_company(self, likely: list[_Candidate]) -> list[_Candidate]:
+        """Without copies that lag, raw weights that have a whole average, averages that aren't whole, and equals."""
+        left = [candidate for candidate in likely if not any(lags_behind(candidate, other) for other in likely)]
+        raw = [candidate for candidate in left if candidate.standing is not Standing.AVERAGE]
+        averages = [
+            candidate
+            for candidate in left
+            if candidate.standing is Standing.AVERAGE and (not raw or self._stands_for_raw(candidate, raw))
+        ]
+        only = len(raw) == 1
+        raw = [
+            one
+            for one in raw
+            if not any(is_average_of(average, one, only=only) and _covers(average, one) for average in averages)
+        ]
+        found: list[_Candidate] = []
+        for candidate in [one for one in left if one in averages or one in raw]:
+            if not any(self._is_equal(candidate, other) for other in found):
+                found.append(candidate)
+        return found
+
+    def _stands_for_raw(self, average: _Candidate, raw: list[_Candidate]) -> bool:
+        """Whether averaged weights have all the tensors that some raw ones have, and were ever updated."""
+        if self._read is not None and was_never_updated(average.place.container, self._read):
+            return False
+        return any(_covers(average, one) for one in raw)
+
+    def _is_equal(self, one: _Candidate, other: _Candidate) -> bool:
+        if self._read is None or one.leaves.keys() != other.leaves.keys():
+            return False
+        pairs = ((leaf, other.leaves[name]) for name, leaf in one.leaves.items())
+        return hold_same_values(pairs, self._read, self._allowance)
 
 
-def _likely(here: Place, inner: list[_Candidate], root: Any) -> list[_Candidate]:
-    """The containers that could be weights, each set of data once, with what their names are worth here."""
-    if is_optimizer_state(here.container):
-        return []
-    likely: list[_Candidate] = []
-    seen: set[frozenset[object]] = set()
-    for candidate in inner:
-        candidate.standing = container_standing(candidate.label)
-        if candidate.standing is Standing.UNLIKELY or is_optimizer_state(candidate.place.container):
-            continue
-        candidate.data = frozenset(
-            leaf.location if isinstance(leaf, TensorEntry) and leaf.boxes else id(leaf)
-            for leaf in candidate.leaves.values()
-        )
-        if candidate.data not in seen:
-            seen.add(candidate.data)
-            likely.append(candidate)
-    for candidate in likely:
-        candidate.standing = standing_in_company(candidate, likely, root)
-        if candidate.standing is Standing.AVERAGE and not _averages(candidate, likely):
-            candidate.standing = Standing.ARBITRARY
-    return likely
+def _covers(average: _Candidate, raw: _Candidate) -> bool:
+    return _signature(raw.leaves) <= _signature(average.leaves)
 
 
-def _averages(average: _Candidate, siblings: list[_Candidate]) -> bool:
-    """Whether averaged weights can stand for the plain ones: alone, or with all the tensors that those have."""
-    others = [other for other in siblings if other is not average]
-    if not others:
-        return True
-    ours = _signature(average.leaves)
-    return any(_signature(other.leaves) <= ours for other in others)
+def _alike(one: _Candidate, other: _Candidate) -> bool:
+    """Whether two containers have one layout, so that either could be the weights of one model."""
+    return _signature(one.leaves) == _signature(other.leaves)
 
 
 def _signature(leaves: Mapping[str, Leaf]) -> set[tuple[str, object]]:
@@ -179,7 +224,7 @@ def _signature(leaves: Mapping[str, Leaf]) -> set[tuple[str, object]]:
 
 
 def _ambiguous(equals: list[_Candidate], path: str) -> AmbiguousCheckpointError:
-    names = [candidate.path for candidate in equals]
+    names = [candidate.key for candidate in equals]
     listing = "\n".join(
         f"    key={name!r}    {len(candidate.leaves):,} tensors" for name, candidate in zip(names[:_LISTED], equals)
     )

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
+from typing import Any
 
 from torchload.core.wrappers import WRAPPERS
 
 __all__ = [
+    "AVERAGED_WORDS",
     "BENIGN_MISSING",
     "BENIGN_UNEXPECTED",
+    "GENERIC",
+    "NEVER_THE_MODELS",
+    "NOT_WEIGHTS",
     "RENAMES",
+    "SWAPPED",
+    "UNTOUCHED",
+    "USUAL_CONTAINERS",
     "Benign",
     "Rename",
     "Standing",
+    "Swap",
     "container_standing",
+    "words_of",
 ]
 
 
@@ -28,17 +39,13 @@ class Benign:
         source: Who writes it, and why it doesn't matter.
         shape: What its shape must be for that to be so; a size of ``None`` stands for any, ``None`` alone
             for any shape.
-        parent: Last segment of the module that it must be in, or ``""`` for any.
     """
 
     source: str
     shape: tuple[int | None, ...] | None = None
-    parent: str = ""
 
-    def covers(self, name: str, shape: tuple[int, ...] | None) -> bool:
-        """Whether a tensor of this name, whose last segment is that of the row, and shape is meant."""
-        if self.parent and name.split(".")[-2:-1] != [self.parent]:
-            return False
+    def covers(self, shape: tuple[int, ...] | None) -> bool:
+        """Whether a tensor of this shape, in whose name the row's word comes last, is meant."""
         if self.shape is None or shape is None:
             return self.shape is None
         return len(shape) == len(self.shape) and all(want in (None, have) for want, have in zip(self.shape, shape))
@@ -62,8 +69,6 @@ BENIGN_UNEXPECTED: dict[str, Benign] = {
     "inv_freq": Benign("rotary embedding constants, non-persistent since transformers 4.32"),
     "relative_position_index": Benign("Swin, BEiT: constant index, non-persistent in newer timm"),
     "relative_coords_table": Benign("Swin v2: constant table, non-persistent in newer timm"),
-    "attn_mask": Benign("the causal mask of CLIP's text tower, Swin's window mask"),
-    "bias": Benign("GPT-2, nanoGPT: the causal mask that old versions saved as attn.bias", (1, 1, None, None), "attn"),
     "masked_bias": Benign("constant of GPT-2's attention, dropped in transformers 4.28", ()),
     "input_resolution": Benign("OpenAI's CLIP archives carry their configuration as scalars", ()),
     "context_length": Benign("OpenAI's CLIP archives", ()),
@@ -112,50 +117,210 @@ RENAMES: tuple[Rename, ...] = (
 )
 
 
+# First segments, below the container and prefix that were chosen, of what a file holds beside a model and no model is
+# missed for: whole words, each with who writes it.
+NEVER_THE_MODELS: dict[str, str] = {
+    "train_state": "torchtitan: the trainer's state at the root of the weights' folder",
+    "trainer_state": "transformers' Trainer",
+    "dataloader": "torchtitan, torchdata's StatefulDataLoader",
+    "lr_scheduler": "torchtitan, torchvision's references",
+    "lr_schedulers": "Lightning",
+    "scheduler": "fvcore and scripts",
+    "optimizer": "nearly all: the optimizer's state",
+    "optimizers": "lists of them",
+    "optimizer_state": "OpenPCDet",
+    "optimizer_states": "Lightning",
+    "optimizer_state_dict": "PyTorch's tutorial",
+    "optim": "OpenNMT, torchtitan's older folders",
+    "scaler": "ultralytics, torchvision's references: the gradient scaler's state",
+    "grad_scaler": "detectron2, scripts",
+    "amp": "NVIDIA's apex: the state of its loss scalers",
+    "rng_state": "scripts: the state of the random number generator",
+    "rng_states": "DeepSpeed, Composer",
+    "random_rng_state": "DeepSpeed",
+    "cuda_rng_state": "Megatron",
+    "callbacks": "Lightning",
+    "loops": "Lightning",
+    "message_hub": "mmengine",
+    "criterion": "Lightning modules that keep their loss, with its class weights, as a child",
+    "criterions": "the same, several of them",
+    "loss": "the same",
+    "losses": "the same",
+    "loss_fn": "the same",
+    "loss_fct": "the same, in transformers' spelling",
+    "loss_func": "the same, in fastai's spelling",
+    "loss_function": "the same",
+    "dino_loss": "DINO, DINOv2: its centre",
+    "ibot_loss": "iBOT: its centre",
+    "ibot_patch_loss": "DINOv2: its centre",
+    "perceptual_loss": "VQGAN and its kin: LPIPS with its VGG",
+    "metric": "Lightning modules that keep torchmetrics' state",
+    "metrics": "the same",
+    "train_metrics": "the same",
+    "val_metrics": "the same",
+    "valid_metrics": "the same",
+    "test_metrics": "the same",
+    "train_acc": "Lightning's own examples: torchmetrics' state",
+    "val_acc": "the same",
+    "test_acc": "the same",
+    "aux_classifier": "torchvision's segmentation models: a head for training only",
+    "aux1": "torchvision's GoogLeNet: a head for training only",
+    "aux2": "torchvision's GoogLeNet: a head for training only",
+    "AuxLogits": "torchvision's Inception v3: a head for training only",
+    "auxiliary_head": "mmsegmentation, DARTS: a head for training only",
+    "aux_head": "BiSeNet, STDC: a head for training only",
+    "auxlayer": "PSPNet, PSANet: a head for training only",
+}
+
+# A container or prefix with one of these words holds no weights, nor does anything inside it: whole words of a segment
+# (`momentum_backbone` is a network), then whole segments.
+NOT_WEIGHTS: dict[str, str] = {
+    "optimizer": "an optimizer's state",
+    "optimizers": "optimizers' states",
+    "optim": "an optimizer's state",
+    "scheduler": "a scheduler's state",
+    "schedulers": "schedulers' states",
+    "callbacks": "Lightning: what callbacks keep, averages among them",
+    "grad": "gradients",
+    "grads": "gradients",
+    "gradient": "gradients",
+    "gradients": "gradients",
+}
+_NOT_WEIGHTS_AS_A_WHOLE = frozenset(
+    {
+        *("opt", "opt_state", "opt_state_dict", "loops", "scaler", "amp", "message_hub", "rng_state"),
+        *("hyper_parameters", "moment", "moments", "momentum", "momentum_buffer", "momentum_buffers", "exp_avg"),
+        *("exp_avg_sq", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sq", "square_avg", "acc_delta", "adam_m", "adam_v"),
+    }
+)
+
+# Prefixes that say nothing of what stands below them: one of these may be exchanged for another name.
+GENERIC: dict[str, str] = {
+    "model": "Lightning, mmengine, timm and countless scripts",
+    "net": "Lightning modules, scripts",
+    "network": "scripts",
+    "backbone": "detectron2, mmdetection, DINO",
+    "base_model": "transformers, peft",
+    "pytorch_model": "scripts",
+    "pl_module": "wrappers around Lightning modules",
+    **WRAPPERS,
+}
+
+AVERAGED_WORDS = frozenset({"ema", "swa", "avg", "average", "averaged"})
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A framework that exchanges the two sets of weights when it saves.
+
+    Attributes:
+        source: The framework.
+        average: Where the average stands then.
+        raw: Where the raw weights stand.
+        marks: Dotted paths, any of which tells that it was this framework.
+    """
+
+    source: str
+    average: str
+    raw: str
+    marks: tuple[str, ...]
+
+    def is_in(self, root: Any) -> bool:
+        """Whether a file was saved so.
+
+        Example:
+            >>> SWAPPED[1].is_in({"state_dict": {}, "current_model_state": {}})
+            True
+        """
+        if not (isinstance(root, Mapping) and self.average in root and self.raw in root):
+            return False
+        return any(_holds(root, mark.split(".")) for mark in self.marks)
+
+
+def _holds(root: Any, path: list[str]) -> bool:
+    for segment in path:
+        if not (isinstance(root, Mapping) and segment in root):
+            return False
+        root = root[segment]
+    return True
+
+
+SWAPPED: tuple[Swap, ...] = (
+    Swap(
+        "mmengine's EMAHook",
+        average="state_dict",
+        raw="ema_state_dict",
+        marks=("message_hub", "meta.mmengine_version", "meta.dataset_meta", "param_schedulers", "ema_state_dict.steps"),
+    ),
+    Swap(
+        "Lightning's WeightAveraging",
+        average="state_dict",
+        raw="current_model_state",
+        marks=("current_model_state",),
+    ),
+)
+
+# Counters that an average keeps beside it, as long as it was never updated: then it is still what training began with.
+UNTOUCHED: dict[str, str] = {
+    "n_averaged": "torch.optim.swa_utils.AveragedModel, Lightning's WeightAveraging",
+    "num_updates": "latent diffusion's LitEma",
+    "initted": "ema_pytorch",
+    "steps": "mmengine's averaged models",
+    "updates": "ultralytics, YOLOX",
+}
+
+
+# What a container of weights is called where it holds a model and nobody says which. For `read_state_dict`, which has
+# no model to tell: names of roles (generator, actor, student) are not among them.
+USUAL_CONTAINERS = frozenset(
+    {
+        *("state_dict", "state_dicts", "model_state_dict", "net_state_dict", "network_state_dict", "weights", "weight"),
+        *("model", "models", "model_state", "model_states", "model_dict", "model_weights", "model_params", "net"),
+        *("net_dict", "network", "network_weights", "params", "param", "parameters", "state", "base_model"),
+        *("pytorch_model", "bare_model", *WRAPPERS),
+    }
+)
+
+
 class Standing(IntEnum):
-    """How strongly a path of container names says "this is the model". Smaller is stronger."""
+    """What a path of container names says of the weights there. It proves nothing but what they are not."""
 
     AVERAGE = 0
-    CONVENTIONAL = 1
-    ARBITRARY = 2
-    UNLIKELY = 3
+    PLAIN = 1
+    NOT_WEIGHTS = 2
 
 
-# fmt: off
-_CONVENTIONAL = frozenset({
-    "state_dict", "model", "model_state_dict", "module", "net", "network", "network_weights", "model_state",
-    "model_states", "net_dict", "net_state_dict", "network_state_dict", "params", "param", "weight", "weights",
-    "model_weights", "state", "model_dict", "state_dicts", "generator", "g", "net_g", "netg", "params_g",
-    "encoder_q", "online", "online_model", "online_network", "online_encoder", "q_net", "policy", "actor",
-    "_forward_module", "base_model", "pytorch_model", "model_params", "parameters", "bare_model",
-})
-# fmt: on
-_AVERAGED_WORDS = frozenset({"ema", "swa", "avg", "average", "averaged"})
-_AVERAGED = frozenset({"target_encoder"})  # I-JEPA, V-JEPA: the exponential average of 'encoder', used downstream
-# fmt: off
-_UNLIKELY = frozenset({
-    "optimizer", "optimizers", "optimizer_state_dict", "optimizer_states", "optim", "opt", "opt_state", "callbacks",
-    "loops", "lr_schedulers", "lr_scheduler", "scheduler", "scaler", "amp", "message_hub", "rng_state",
-    "hyper_parameters", "ema_optimizer",
-})
-# fmt: on
-_DELAYED_WORD = (
-    "target"  # reinforcement learning's q_net_target, critic_target: a copy that lags behind the network meant
-)
 _WORD = re.compile(r"[_\W]+")
+_RAW_WORDS = frozenset({"online", "raw"})
 
 
-def container_standing(segment: str) -> Standing:
-    """How much a single container name or prefix segment speaks for what lies under it.
+@lru_cache(maxsize=4096)
+def words_of(segment: str) -> tuple[str, ...]:
+    """The words of a container's name.
 
     Example:
-        >>> container_standing("state_dict_ema"), container_standing("state_dict"), container_standing("teacher")
-        (<Standing.AVERAGE: 0>, <Standing.CONVENTIONAL: 1>, <Standing.ARBITRARY: 2>)
+        >>> words_of("ema_0.9999"), words_of("Q-net_target")
+        (('ema', '0', '9999'), ('q', 'net', 'target'))
     """
-    name = segment.lower()
-    words = _WORD.split(name)
-    if name in _CONVENTIONAL or name in WRAPPERS:
-        return Standing.CONVENTIONAL
-    if name in _AVERAGED or not _AVERAGED_WORDS.isdisjoint(words):
-        return Standing.UNLIKELY if name in _UNLIKELY else Standing.AVERAGE
-    return Standing.UNLIKELY if name in _UNLIKELY or _DELAYED_WORD in words else Standing.ARBITRARY
+    return tuple(word for word in _WORD.split(segment.lower()) if word)
+
+
+def container_standing(*segments: str) -> Standing:
+    """What the names on the way to some weights say of them.
+
+    Example:
+        >>> container_standing("state_dict_ema"), container_standing("teacher")
+        (<Standing.AVERAGE: 0>, <Standing.PLAIN: 1>)
+        >>> container_standing("ema", "online_model")  # inside an average's own container, the raw weights
+        <Standing.PLAIN: 1>
+    """
+    standing = Standing.PLAIN
+    for segment in segments:
+        words = words_of(segment)
+        if segment.lower() in _NOT_WEIGHTS_AS_A_WHOLE or not NOT_WEIGHTS.keys().isdisjoint(words):
+            return Standing.NOT_WEIGHTS
+        if not AVERAGED_WORDS.isdisjoint(words):
+            standing = Standing.AVERAGE
+        elif not _RAW_WORDS.isdisjoint(words):
+            standing = Standing.PLAIN
+    return standing

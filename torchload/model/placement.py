@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torchload.core.launch import has_siblings, local_rank
 from torchload.errors import DeviceError
 
 __all__ = ["DeviceSpec", "Placement", "available_devices", "best_device", "check_room", "resolve_device"]
@@ -122,7 +123,9 @@ def resolve_device(device: torch.device | str | int) -> torch.device:
 def best_device() -> torch.device:
     """The accelerator with the most free memory, else the CPU. This is what ``device="auto"`` uses.
 
-    ``CUDA_VISIBLE_DEVICES`` and its like are honoured, since only visible devices are counted.
+    Where several ranks share a machine (torchrun, srun, mpirun, `torch.multiprocessing.spawn` with a process group),
+    each has an accelerator of its own: that of its local rank. ``CUDA_VISIBLE_DEVICES`` and its like are honoured,
+    since only visible devices are counted.
 
     Returns:
         A device with its index, such as ``device(type='cuda', index=1)``, or ``device(type='cpu')``.
@@ -132,6 +135,9 @@ def best_device() -> torch.device:
         True
     """
     found = [torch.device(kind, index) for kind in _accelerators() for index in range(_count(kind))]
+    rank = local_rank()
+    if found and rank is not None and has_siblings():  # all of them would see the same free memory
+        return found[rank % len(found)]
     return max(found, key=lambda device: free_bytes(device) or 0, default=torch.device("cpu"))
 
 

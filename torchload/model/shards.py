@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torchload.model.walk import modules_of
 __all__ = [
     "Region",
     "empty_part",
+    "held_numel",
     "home_of",
     "is_hollow",
     "is_ordinary",
@@ -92,6 +94,16 @@ def local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
     shape, origin = layout.compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
     local: torch.Tensor = sharded._local_tensor.detach()
     return local, Region(tuple(origin), tuple(shape))
+
+
+def held_numel(tensor: torch.Tensor, shape: Shape) -> int:
+    """How many elements of a tensor this process holds.
+
+    Args:
+        tensor: A tensor of a model.
+        shape: The whole tensor's shape, which a lazy one doesn't know.
+    """
+    return math.prod(shape if is_ordinary(tensor) or is_lazy(tensor) else local_region(tensor)[1].shape)
 
 
 def empty_part(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -60,33 +60,37 @@ class Exchange:
         self._keeps_old = keeps_old
         self._guard = _Guard(guard)
 
-    def make(self) -> None:
+    def make(self) -> BaseException | None:
         """Let all slots show their new memory.
 
-        An interrupt that comes before that leaves all as it was. One that comes during it is raised afterwards.
+        Returns:
+            An interrupt that came meanwhile, which the caller has yet to raise. One that comes before is raised, and
+            all is as it was.
         """
         if not self._changes:
-            return
+            return None
         if not self._keeps_old:
-            _finish_kernels(tensor for _, tensor, _ in _tensors(self._changes, True))
-        self._guarded(self._install)
+            _finish_kernels({tensor.device for _, tensor, _ in _tensors(self._changes, True)})
+        return self._guarded(self._install)
 
     def take_back(self) -> None:
         """Let all slots show what they showed before, if that was kept; does nothing where they do."""
         if not (self.shown and self._keeps_old):
             return
         try:
-            self._guarded(self._reinstall)
+            interrupt = self._guarded(self._reinstall)
         except BaseException:
             if self.shown:  # the guard failed, which is left out from now on
                 self._guarded(self._reinstall)
             raise
+        if interrupt is not None:
+            raise interrupt
 
-    def _guarded(self, action: Callable[[], object]) -> None:
+    def _guarded(self, action: Callable[[], object]) -> BaseException | None:
+        devices = {tensor.device for _, tensor, _ in self._before}
         with self._guard:
             interrupt = _uninterrupted(action)
-        if interrupt := _outlast([(tensor, data) for _, tensor, data in self._before]) or interrupt:
-            raise interrupt
+        return _outlast([tensor for _, tensor, _ in self._before], devices) or interrupt
 
     def _install(self) -> None:
         try:
@@ -190,29 +194,32 @@ def _uninterrupted(action: Callable[[], object]) -> BaseException | None:
     return interrupt
 
 
-def _outlast(before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> BaseException | None:
+def _outlast(before: Iterable[torch.Tensor], devices: Iterable[torch.device]) -> BaseException | None:
     """Wait until operators that other threads began before now, and their kernels, are done with these tensors.
 
     An operator holds a reference to each tensor it was given. Once no one but Python does, none is left.
+
+    Args:
+        before: The tensors.
+        devices: Where the memory is that they showed.
 
     Returns:
         An interrupt that ended the wait.
     """
     try:
-        busy: list[Any] = (
-            [tensor for tensor, _ in before if not is_lazy(tensor)] if threading.active_count() > 1 else []
-        )
+        busy: list[Any] = [tensor for tensor in before if not is_lazy(tensor)] if threading.active_count() > 1 else []
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (busy := [tensor for tensor in busy if tensor._use_count() > 1]) and time.monotonic() < deadline:
             time.sleep(_PAUSE_SECONDS)
-        _finish_kernels(data for _, data in before)
+        _finish_kernels(devices)
     except BaseException as error:  # noqa: BLE001 - left to the caller
         return error
     return None
 
 
-def _finish_kernels(tensors: Iterable[torch.Tensor]) -> None:
-    """Wait for the devices of tensors whose memory is to be given up: microseconds, where nothing is queued."""
-    for device in {tensor.device for tensor in tensors}:
-        if device.type not in ("cpu", "meta"):
-            getattr(torch, device.type).synchronize(device)
+def _finish_kernels(devices: Iterable[torch.device]) -> None:
+    """Wait for devices whose memory is to be given up: microseconds, where nothing is queued."""
+    for device in devices:
+        synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
+        if synchronize is not None:
+            synchronize(*[] if device.type == "mps" else [device])  # of which there is one

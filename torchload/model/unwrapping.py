@@ -11,27 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from torchload.core.wrappers import WRAPPER_STATE
+from torchload.core.wrappers import WRAPPER_CLASSES, WRAPPER_STATE
 from torchload.model.walk import modules_of, tensors_of
 
 __all__ = ["State", "unwrapped_state", "wrapped_child"]
 
-# Qualified class name → the attribute that holds what it wraps. Named, not imported: most of them are never there.
-_WRAPPER_CLASSES: dict[str, str] = {
-    "torch.nn.parallel.data_parallel.DataParallel": "module",
-    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
-    "torch.optim.swa_utils.AveragedModel": "module",
-    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.OffloadWrapper": "_checkpoint_wrapped_module",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "lightning.fabric.wrappers._FabricModule": "_forward_module",
-    "lightning_fabric.wrappers._FabricModule": "_forward_module",
-    "opacus.grad_sample.grad_sample_module.GradSampleModule": "_module",
-    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
-    "timm.utils.model_ema.ModelEmaV2": "module",
-    "timm.utils.model_ema.ModelEmaV3": "module",
-}
 _FSDP1_ATTRIBUTE = "_fsdp_wrapped_module"
 
 
@@ -65,7 +49,7 @@ def wrapped_child(module: nn.Module) -> str | None:
 @lru_cache(maxsize=256)
 def _attribute_of(cls: Any) -> str | None:
     names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
-    return next((_WRAPPER_CLASSES[name] for name in names if name in _WRAPPER_CLASSES), None)
+    return next((WRAPPER_CLASSES[name] for name in names if name in WRAPPER_CLASSES), None)
 
 
 def unwrapped_state(model: nn.Module) -> State:

@@ -8,7 +8,9 @@ from typing import Any
 from torchload.core.checkpoint import Checkpoint, Extent, Record, TensorEntry
 from torchload.core.text import format_bytes, plural, short_dtype
 from torchload.match import Selection
+from torchload.match.containers import cut
 from torchload.model.target import Target
+from torchload.plan.execute import Moved
 from torchload.plan.plan import LoadPlan
 from torchload.plan.report import LoadReport
 
@@ -20,7 +22,7 @@ def report_of(
     checkpoint: Checkpoint,
     selection: Selection,
     plan: LoadPlan,
-    nbytes: int,
+    moved: Moved,
     notes: tuple[str, ...],
     seconds: float,
 ) -> LoadReport:
@@ -44,7 +46,8 @@ def report_of(
         rewrites=tuple(_rewrites(selection)),
         tensors=loaded + len(own),
         total=len(filled) + len(target.own_state),
-        nbytes=nbytes,
+        nbytes=moved.nbytes,
+        read_bytes=moved.read_bytes,
         casts={(short_dtype(a), short_dtype(b)): count for (a, b), count in plan.casts.items()},
         ties=tuple(tuple(slot.names) for slot in filled if len(slot.names) > 1),
         missing_keys=selection.missing,
@@ -52,7 +55,7 @@ def report_of(
         mismatched=selection.mismatched,
         skipped=tuple(selection.skipped),
         outside=tuple(selection.outside),
-        tolerated=tuple(selection.tolerated),
+        ignored=tuple(selection.ignored),
         seconds=seconds,
         training=target.model.training,
         notes=notes,
@@ -97,11 +100,12 @@ def notes_of(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verif
     yield from checkpoint.notes
     if verify:
         yield from _unverified(plan.extents)
-    rivals = ", ".join(repr(rival) for rival in selection.rivals)
+    yield from selection.notes
+    rivals = cut([repr(rival) for rival in selection.rivals])
     if selection.averaged and rivals:
         yield f"took the averaged weights; {rivals} would fit too (key= chooses)"
     elif rivals:
-        yield f"{rivals} would fit too (key= or prefix= chooses)"
+        yield f"{rivals} would fit too (key= chooses)"
     yield from plan.notes
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from torchload.core.copies import Copy
 from torchload.core.undo import Undo
 from torchload.errors import TorchLoadError
 from torchload.match import Selection
-from torchload.model.shards import empty_part, is_ordinary, is_sharded, local_region, refresh_shards
+from torchload.model.shards import empty_part, held_numel, is_sharded, refresh_shards
 from torchload.model.swap import Exchange
 from torchload.model.target import Slot, Target
 from torchload.plan import hooks
@@ -25,9 +25,22 @@ from torchload.plan.pairing import copies_of
 from torchload.plan.plan import Assignment, Check, Conversion, LoadPlan, Way
 from torchload.transfer import allocate, map_entries, map_entry, read_entries, run
 
-__all__ = ["Changes", "carry_out", "compare_landed"]
+__all__ = ["Changes", "Moved", "carry_out", "compare_landed"]
 
 Progress = Callable[[int, int], None]
+
+
+class Moved(NamedTuple):
+    """What a load took from the file, in bytes.
+
+    Attributes:
+        nbytes: What the model took, in the file's dtypes.
+        read_bytes: What was read for it: more where parts lie so close together that reading over the gaps is quicker,
+            less where parameters became views of the file.
+    """
+
+    nbytes: int
+    read_bytes: int
 
 
 @dataclass(slots=True)
@@ -65,7 +78,7 @@ def carry_out(
     guard: AbstractContextManager[object] | None = None,
     finish: Callable[[], object] = lambda: None,
     changes: Changes | None = None,
-) -> int:
+) -> Moved:
     """Move the bytes. Fresh memory is shown to the model only when everything has arrived.
 
     What can fail because of the data itself (a cast that overflows) goes into fresh memory first; memory of the model's
@@ -82,19 +95,19 @@ def carry_out(
         changes: Kept up to date, whatever happens.
 
     Returns:
-        Number of bytes that the model took from the file, in the file's dtypes.
+        How much that was.
 
     Raises:
         CastOverflowError, CorruptCheckpointError, OSError: As the transfer does; the attribute ``written`` names the
             model's tensors that have changed, which are none where old memory is kept.
         IncompatibleCheckpointError: A module that loads itself refused.
     """
-    undo = Undo()
+    undo, is_kept = Undo(), False
     changes = changes if changes is not None else Changes()
     try:
         _hand_over(plan, target, selection, undo, changes)
         fresh = _fresh_memory(plan.assignments)
-        _move(plan, fresh, progress if progress is not None else contextlib.nullcontext(), changes)
+        read_bytes = _move(plan, fresh, progress if progress is not None else contextlib.nullcontext(), changes)
         shown = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
         shown += [(item.slot, _converted(item)) for item in plan.conversions]
         refresh = partial(refresh_shards, target.model) if any(is_sharded(slot.tensor) for slot, _ in shown) else None
@@ -102,14 +115,18 @@ def carry_out(
         if plan.keeps_old:
             undo.steps += [refresh] if refresh is not None else []
             undo.steps.append(exchange.take_back)
-        exchange.make()
+        interrupt = exchange.make()
         if refresh is not None:
             refresh()
+        if interrupt is not None:
+            is_kept = not plan.is_tentative  # it came too late: all of the model is new, and stays so
+            raise interrupt
         finish()
-        return sum(_held_bytes(item) for item in plan.assignments) + sum(entry.nbytes for entry in plan.given)
+        held = (held_numel(item.slot.tensor, item.entry.shape) * item.entry.dtype.itemsize for item in plan.assignments)
+        return Moved(sum(held) + sum(entry.nbytes for entry in plan.given), read_bytes)
     except BaseException as error:
-        failures = undo.roll_back()
-        if not failures:
+        failures = [] if is_kept else undo.roll_back()
+        if not (is_kept or failures):
             changes.by_themselves.clear()
         changes.tell(error)
         if failures and not isinstance(failures[0], Exception) and isinstance(error, Exception):
@@ -134,13 +151,6 @@ def _read_entry(entry: TensorEntry) -> torch.Tensor:
     return read_entries([entry])[0]
 
 
-def _held_bytes(item: Assignment) -> int:
-    """Bytes of the file's tensor that this process holds: all of them, or a shard's."""
-    if is_ordinary(item.slot.tensor):
-        return item.entry.nbytes
-    return math.prod(local_region(item.slot.tensor)[1].shape) * item.entry.dtype.itemsize
-
-
 def _converted(conversion: Conversion) -> torch.Tensor:
     """What a slot holds, elsewhere or in another dtype."""
     tensor = conversion.slot.tensor.detach()
@@ -154,8 +164,8 @@ def _move(
     fresh: Mapping[int, torch.Tensor],
     progress: AbstractContextManager[Progress | None],
     changes: Changes,
-) -> None:
-    """Into fresh memory first, then in place with a cast, which may overflow, then as it is."""
+) -> int:
+    """Into fresh memory first, then in place with a cast, which may overflow, then as it is; returns bytes read."""
     moved = [item for item in plan.assignments if item.way is not Way.MAPPED]
     phases: tuple[list[Assignment], list[Assignment], list[Assignment]] = ([], [], [])
     for item in moved:
@@ -178,6 +188,7 @@ def _move(
                 ]
             done += _run(plan, items, copies, report if tell is not None else None, changes)
         report(total, total)
+    return done
 
 
 def _run(plan: LoadPlan, items: list[Assignment], copies: list[Copy], report: Progress | None, changes: Changes) -> int:
@@ -186,7 +197,7 @@ def _run(plan: LoadPlan, items: list[Assignment], copies: list[Copy], report: Pr
     before = len(changes.in_place)
     changes.in_place += slots.values()  # until it is known better: an interrupt may come at any moment
     try:
-        return run(copies, check=plan.verify, progress=report)
+        return run(copies, check=plan.verify, progress=report, notes=plan.notes)
     except BaseException as error:
         if (written := getattr(error, "written", None)) is not None:
             changes.in_place[before:] = [slots[name] for name in dict.fromkeys(written) if name in slots]

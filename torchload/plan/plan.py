@@ -19,7 +19,7 @@ from torchload.core.copies import Copy
 from torchload.core.in_memory import TensorSource
 from torchload.match import Selection
 from torchload.model.placement import Placement, check_room
-from torchload.model.shards import home_of, is_hollow, is_ordinary, is_sharded
+from torchload.model.shards import held_numel, home_of, is_hollow, is_ordinary, is_sharded
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
 from torchload.plan.dtypes import DtypeSpec, final_dtype, impossible_cast
 from torchload.plan.explain import incompatible
@@ -390,5 +390,6 @@ def _fresh_bytes(plan: LoadPlan) -> dict[torch.device, int]:
     need: dict[torch.device, int] = {}
     for item in plan.assignments:
         if item.way is Way.FRESH:
-            need[item.device] = need.get(item.device, 0) + item.entry.numel * item.dtype.itemsize
+            held = held_numel(item.slot.tensor, item.entry.shape)
+            need[item.device] = need.get(item.device, 0) + held * item.dtype.itemsize
     return need

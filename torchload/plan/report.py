@@ -10,6 +10,8 @@ from torchload.core.text import format_bytes, format_seconds, group_names, plura
 
 __all__ = ["LoadReport"]
 
+_WORTH_SAYING_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
@@ -30,14 +32,17 @@ class LoadReport:
         tensors: Number of the model's tensors that were filled; tied ones count once.
         total: Number of tensors of the model; tied ones count once.
         nbytes: Bytes of tensor data taken from the file.
+        read_bytes: Bytes that were read for it by this process. More than `nbytes` where parts lie so close together in
+            the file that it is quicker to read over the gaps, as for row-wise tensor parallelism with short rows; less
+            where parameters became views of the file, or other ranks read for this one.
         casts: ``("float32", "float16")`` → number of tensors.
         ties: Groups of the model's names that share one tensor.
         missing_keys: Model names that nothing filled (empty after a strict load).
         unexpected_keys: Checkpoint names inside the model's modules without a place (empty after a strict load).
         mismatched: Model name → (shape in the file, shape in the model), left alone by ``strict=False``.
         skipped: Names left alone because of ``skip``: the model's, then those that only the file has.
-        outside: Checkpoint names that belong to other models beside this one.
-        tolerated: Names on either side whose absence or presence is known to be harmless.
+        outside: Checkpoint names of the container that are not below the prefix that was taken.
+        ignored: Names on either side whose absence or presence is known to be harmless.
         seconds: Time from the call to the return, in seconds.
         training: Whether the model is in training mode.
         notes: Sentences worth reading.
@@ -56,6 +61,7 @@ class LoadReport:
     tensors: int = 0
     total: int = 0
     nbytes: int = 0
+    read_bytes: int = 0
     casts: Mapping[tuple[str, str], int] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
     missing_keys: list[str] = field(default_factory=list)
@@ -63,7 +69,7 @@ class LoadReport:
     mismatched: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
-    tolerated: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     seconds: float = 0.0
     training: bool = False
     notes: tuple[str, ...] = ()
@@ -95,6 +101,9 @@ class LoadReport:
         lines = [("file", self._file())]
         if self.rewrites:
             lines.append(("names", "; ".join(self.rewrites)))
+        if self.read_bytes - self.nbytes > max(self.nbytes // 10, _WORTH_SAYING_BYTES):
+            read, needed = format_bytes(self.read_bytes), format_bytes(self.nbytes)
+            lines.append(("read", f"{read} for {needed}: over the gaps between parts, which was quicker"))
         for (source, target), count in self.casts.items():
             lines.append(("cast", f"{source} → {target} in {plural(count, 'tensor')}"))
         if self.ties:
@@ -107,7 +116,7 @@ class LoadReport:
                 ("unused", self.unexpected_keys),
                 ("skipped", self.skipped),
                 ("outside", self.outside),
-                ("fine", self.tolerated),
+                ("ignored", self.ignored),
             )
             if names
         ]

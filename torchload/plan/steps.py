@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint
 from torchload.errors import IncompatibleCheckpointError
-from torchload.match import Selection, Wanted, select
+from torchload.match import Selection, Wanted, find_places, select
+from torchload.match.names import Alignment
 from torchload.match.paths import last
 from torchload.model.target import Target, own_loaders
 from torchload.plan import hooks
@@ -34,7 +36,9 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
         transient=transient,
         skip_pattern=skipped,
     )
-    choice.update(path=checkpoint.path, size_bytes=checkpoint.size_bytes)
+    if not shapes:
+        return _nothing_wanted(checkpoint, choice["key"], wanted)
+    choice.update(path=checkpoint.path, size_bytes=checkpoint.size_bytes, read=map_entry)
     hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
     if not hooked:
         return select(checkpoint.root, wanted, strict=strict, **choice)
@@ -54,13 +58,34 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
         )
         selection = select(checkpoint.root, theirs, strict=strict, **choice)
     selection = hooks.run_pre_hooks(target, selection, map_entry)
-    selection.missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
-    selection.tolerated = list(dict.fromkeys([*selection.tolerated, *harmless]))
-    _leave_to_own_loaders(target, selection)
-    return selection
+    missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
+    ignored = list(dict.fromkeys([*selection.ignored, *harmless]))
+    return _left_to_own_loaders(target, replace(selection, missing=missing, ignored=ignored))
 
 
-def _leave_to_own_loaders(target: Target, selection: Selection) -> None:
+def _nothing_wanted(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selection:
+    """For a model without any state, what the file has is unexpected, and nothing is what it should have."""
+    places = find_places(checkpoint.root, key, Allowance(checkpoint.path, checkpoint.size_bytes))
+    leaves = places[0].leaves if places else {}
+    skipped = [name for name in leaves if wanted.skips(name)]
+    return Selection(
+        key=places[0].path if places else "",
+        prefix="",
+        segments=(),
+        container=places[0].container if places else {},
+        leaves=leaves,
+        pairs={},
+        missing=[],
+        mismatched={},
+        unexpected=[name for name in leaves if not wanted.skips(name)],
+        outside=[],
+        ignored=[],
+        alignment=Alignment(),
+        skipped=skipped,
+    )
+
+
+def _left_to_own_loaders(target: Target, selection: Selection) -> Selection:
     """What a module that loads itself lacks, it alone knows: what it is offered beside its names may stand for them."""
     for hooked, slots in own_loaders(target):
         leftover = {
@@ -69,8 +94,13 @@ def _leave_to_own_loaders(target: Target, selection: Selection) -> None:
             if selection.alignment.leftover.get(source, source).startswith(hooked.prefix)
         }
         if leftover:
-            selection.unexpected = [source for source in selection.unexpected if source not in leftover]
-            selection.missing = [name for name in selection.missing if not name.startswith(hooked.prefix)]
-            selection.claimed |= leftover
+            selection = replace(
+                selection,
+                unexpected=[source for source in selection.unexpected if source not in leftover],
+                missing=[name for name in selection.missing if not name.startswith(hooked.prefix)],
+                claimed=selection.claimed | leftover,
+            )
         elif filled := hooks.filled_by_itself(hooked, slots, selection, map_entry):
-            selection.missing = [name for name in selection.missing if name not in filled]
+            missing = [name for name in selection.missing if name not in filled]
+            selection = replace(selection, missing=missing)
+    return selection

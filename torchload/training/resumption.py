@@ -19,13 +19,14 @@ from torchload.errors import IncompatibleCheckpointError
 from torchload.formats.sets.deepspeed import MASTER_KEY
 from torchload.match import Selection
 from torchload.match.rename import Rename
+from torchload.match.tables import SWAPPED, Standing
 from torchload.model.placement import Placement
 from torchload.model.shards import is_sharded
 from torchload.model.target import Target, describe_model
 from torchload.plan import hooks
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.dtypes import DtypeSpec
-from torchload.plan.execute import carry_out
+from torchload.plan.execute import Moved, carry_out
 from torchload.plan.plan import LoadPlan, Options, make_plan
 from torchload.plan.steps import select_for
 from torchload.training.optimizers import OptimizerPlan, Place, extents_in, plan_optimizer, read_states
@@ -37,6 +38,8 @@ from torchload.transfer import map_entry, verify_extents
 
 __all__ = ["Resumption"]
 
+_NOTHING = Moved(nbytes=0, read_bytes=0)
+
 
 @dataclass(slots=True, eq=False)
 class _Load:
@@ -46,7 +49,7 @@ class _Load:
     selection: Selection
     plan: LoadPlan
     options: Options
-    nbytes: int = 0
+    moved: Moved = _NOTHING
     seconds: float = 0.0
 
 
@@ -89,6 +92,8 @@ class Resumption:
         if key is None and prefix is None and load.selection.averaged and load.selection.rivals:
             key, prefix = _split(load.selection.rivals[0], load.selection.key)
             load = self._plan(model, raw, skip, {"key": key, "prefix": prefix, "rename": rename})
+        if any(swap.is_in(root) and load.selection.segments[:1] == (swap.raw,) for swap in SWAPPED):
+            load.selection = replace(load.selection, standing=Standing.PLAIN)  # the average's name, but not the average
         self.loads.append(load)
 
     def plan_average(self, ema: Any, skip: Any, rename: Rename | None) -> None:
@@ -230,7 +235,7 @@ class Resumption:
             for load in self.loads:
                 started = time.perf_counter()
                 undo.steps.append(restorer(load.target, load.plan))
-                load.nbytes = carry_out(load.plan, load.target, load.selection)
+                load.moved = carry_out(load.plan, load.target, load.selection)
                 load.seconds = time.perf_counter() - started
             for plan, state in zip(self.optimizers, states):
                 undo.steps.append(partial(replace_attributes, plan.optimizer, dict(plan.optimizer.__dict__)))
@@ -273,7 +278,7 @@ class Resumption:
         for load in self.loads:
             notes = tuple(notes_of(self.checkpoint, load.selection, load.plan, False))
             reports.append(
-                report_of(load.target, self.checkpoint, load.selection, load.plan, load.nbytes, notes, load.seconds)
+                report_of(load.target, self.checkpoint, load.selection, load.plan, load.moved, notes, load.seconds)
             )
         parts = [*state.optimizers, *state.schedulers, *([state.scaler] if state.scaler else [])]
         known = {

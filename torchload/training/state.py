@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchload.core.checkpoint import Container, OpaqueTensor, Record, TensorEntry, record_fields
-from torchload.match.tables import Standing, container_standing
+from torchload.match.tables import SWAPPED, Standing, container_standing, words_of
 from torchload.training.flat_optimizer import is_flat
 
 __all__ = [
@@ -100,12 +100,6 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
 # Files with the states of random number generators, one for each rank (accelerate, Trainer), or for the only one.
 RANDOM_STATES = ("random_states_{rank}.pkl", "rng_state_{rank}.pth")
 RANDOM_STATE = "rng_state.pth"
-
-# Files that exchange the two sets of weights when they are saved: (their mark, raw weights, averaged weights).
-SWAPPED: tuple[tuple[str, str, str], ...] = (
-    ("message_hub", "ema_state_dict", "state_dict"),  # mmengine's EMAHook
-    ("current_model_state", "current_model_state", "state_dict"),  # Lightning's WeightAveraging
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +199,18 @@ def _is_number(value: Any) -> bool:
 
 
 def weights_of(root: Any) -> Any:
-    """The tree without averaged weights, for who wants the raw ones: training goes on from those."""
+    """The tree without averaged and best weights, for who wants the running ones: training goes on from those."""
     if not isinstance(root, Mapping):
         return root
-    averages = {name for name in root if _is_average(root, name)}
-    return Container({name: value for name, value in root.items() if name not in averages}) if averages else root
+    others = {name for name in root if _is_average(root, name) or _is_best(root, name)}
+    return Container({name: value for name, value in root.items() if name not in others}) if others else root
+
+
+def _is_best(root: Mapping[Any, Any], name: Any) -> bool:
+    """Whether a container holds the weights of the best epoch so far, which no optimizer's state goes with."""
+    if not isinstance(name, str) or isinstance(root[name], (TensorEntry, OpaqueTensor)) or "best" not in words_of(name):
+        return False
+    return any(other != name and not _is_average(root, other) and isinstance(root[other], Mapping) for other in root)
 
 
 def average_of(root: Any) -> Container:
@@ -223,9 +224,9 @@ def average_of(root: Any) -> Container:
 
 
 def _is_average(root: Mapping[Any, Any], name: Any) -> bool:
-    for mark, raw, average in SWAPPED:
-        if mark in root and raw in root and average in root:
-            return bool(name == average)
+    for swap in SWAPPED:
+        if swap.is_in(root):
+            return bool(name == swap.average)
     if isinstance(root[name], (TensorEntry, OpaqueTensor)) or not isinstance(name, str):
         return False
     return container_standing(name) is Standing.AVERAGE

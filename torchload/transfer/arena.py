@@ -10,7 +10,7 @@ import contextlib
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -30,7 +30,7 @@ ALIGNMENT_BYTES = 64
 _CUDA_ROUNDING_BYTES = 512
 _CUDA_SMALL_BYTES = 1 << 20
 _WORTH_RESERVING_BYTES = 20 << 20
-_RESERVED_BYTES = 512 << 20  # at once: more might not be had in one piece, or be held back in one piece later
+_BLOCK_BYTES = 512 << 20  # more might not be had in one piece, or be held back in one piece later
 
 Request = tuple[Shape, torch.dtype]
 
@@ -60,8 +60,8 @@ def allocate(requests: Sequence[Request], device: torch.device) -> list[torch.Te
     # Ordinary tensors even under `inference_mode`: they become a model's parameters and outlive it.
     with torch.inference_mode(False):
         if device.type == "cuda":
-            _reserve(sum(map(_pooled_bytes, requests)), device)
-        if device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
+            return _allocate_in_blocks(requests, device)
+        if device.type != "cpu":
             return [_empty(request, device) for request in requests]
         tensors: list[torch.Tensor | None] = [None] * len(requests)
         for members, size_bytes in _layout(requests):
@@ -75,18 +75,37 @@ def allocate(requests: Sequence[Request], device: torch.device) -> list[torch.Te
         ]
 
 
-def _reserve(nbytes: int, device: torch.device) -> None:
-    """Let torch's allocator ask the driver for large blocks, which it then hands out piece by piece.
+def _allocate_in_blocks(requests: Sequence[Request], device: torch.device) -> list[torch.Tensor]:
+    """Tensors on a GPU, for which torch's allocator asks the driver for large blocks and hands them out in pieces.
 
-    Each request takes a tenth of a millisecond and more. Segments that can grow need no such help.
+    Each request to the driver takes a tenth of a millisecond and more. Segments that can grow need no such help. Each
+    block is used up before the next is asked for, so that nothing is held that no tensor needs.
     """
     in_stock = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if nbytes < max(_WORTH_RESERVING_BYTES, in_stock) or _has_growing_segments():
-        return
-    with contextlib.suppress(torch.cuda.OutOfMemoryError):
-        blocks = [_RESERVED_BYTES] * (nbytes // _RESERVED_BYTES) + [nbytes % _RESERVED_BYTES]
-        # All of them at once: one that is given back would be handed out again for the next.
-        _ = [torch.empty(block, dtype=torch.uint8, device=device) for block in blocks]
+    tensors: list[torch.Tensor] = []
+    for members in _blocks(requests):
+        nbytes = sum(map(_pooled_bytes, members))
+        if nbytes <= in_stock:
+            in_stock -= nbytes
+        elif nbytes >= _WORTH_RESERVING_BYTES and len(members) > 1 and not _has_growing_segments():
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                torch.empty(nbytes, dtype=torch.uint8, device=device)
+        tensors += [_empty(request, device) for request in members]
+    return tensors
+
+
+def _blocks(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    """Neighbours that fit into one block together; a tensor that is larger has one of its own."""
+    members: list[Request] = []
+    used_bytes = 0
+    for request in requests:
+        nbytes = _pooled_bytes(request)
+        if members and used_bytes + nbytes > _BLOCK_BYTES:
+            yield members
+            members, used_bytes = [], 0
+        members.append(request)
+        used_bytes += nbytes
+    yield members
 
 
 def _has_growing_segments() -> bool:
@@ -125,7 +144,7 @@ def map_memory(nbytes: int) -> memoryview | None:
     """Private anonymous memory that begins on a huge page, or None where the system refuses."""
     try:
         mapping = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # the last where there is no such memory: Windows
         return None
     start = -address_of(mapping) % HUGE_PAGE_BYTES
     # Only whole huge pages: one that reached beyond the tensor would be memory that nobody asked for.

@@ -49,8 +49,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CAST_TOGETHER = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 """Dtypes that the same kernel casts into one another, in all versions of torch."""
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
-_NO_MEMORY = 2  # cudaErrorMemoryAllocation
-_DONTFORK = 10  # MADV_DONTFORK
+_UNAVAILABLE = (2, 801)  # cudaErrorMemoryAllocation; cudaErrorNotSupported, as on small boards
+_FORK_ADVICE = (18, 10)  # MADV_WIPEONFORK; MADV_DONTFORK, before Linux 4.14
 
 
 class Suspicion(NamedTuple):
@@ -109,7 +109,7 @@ class Device(Protocol):
         """
 
     def close(self, lanes: Sequence[Lane]) -> None:
-        """Take back the lanes that were made, all of whose bytes have left."""
+        """Take back the lanes that were made, after an error as well: nothing is under way from them any more."""
 
 
 class Ring:
@@ -179,10 +179,12 @@ class Ring:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         interrupt: BaseException | None = None
-        while self._sender.is_alive():
+        is_done = False
+        while not is_done:
             try:
                 self._loads.put(None)
                 self._sender.join()
+                is_done = True
             except BaseException as late:  # noqa: BLE001 - raised when nothing is under way any more
                 interrupt = late
         failure, self._failure = interrupt or self._failure, None
@@ -207,8 +209,7 @@ class Ring:
                 self._finish(*under_way.popleft())
             self.lacks_pinned_memory = any(lane.is_pinned is False for lane in self._lanes)
             with self._failing():
-                if self._failure is None:
-                    self._device.close(self._lanes)
+                self._device.close(self._lanes)
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -297,14 +298,7 @@ class CudaDevice:
         if self._nbytes == LANE_BYTES:
             with contextlib.suppress(IndexError):
                 return Lane(_kept.pop(), staging, is_pinned=True)
-        memory = map_memory(self._nbytes)
-        return Lane(
-            torch.empty(self._nbytes, dtype=torch.uint8, device="cpu")
-            if memory is None
-            else torch.frombuffer(memory, dtype=torch.uint8),
-            staging,
-            is_pinned=None,
-        )
+        return Lane(_host_memory(self._nbytes), staging, is_pinned=None)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -353,19 +347,32 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
+def _host_memory(nbytes: int) -> torch.Tensor:
+    """Memory to pin, uint8, on huge pages where there are such.
+
+    A fork would give the process other pages than the device reads, so a child gets pages of its own, empty ones. Were
+    there none, what the child maps there would go when it gives up this memory.
+    """
+    buffer = map_memory(nbytes)
+    if buffer is None:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    memory = torch.frombuffer(buffer, dtype=torch.uint8)
+    any(advise(memory.data_ptr(), nbytes, advice) for advice in _FORK_ADVICE)  # the first that the system has
+    return memory
+
+
 def _pin(memory: torch.Tensor) -> bool:
-    """Let devices read memory by themselves; False where the system has a limit on that.
+    """Let devices read memory by themselves; False where the system has a limit on that, or can't do it at all.
 
     It takes a third of the time that `pin_memory` takes, for the memory is on huge pages, which those who read have
-    touched before. A fork would give the process other pages than the device reads: children don't get these.
+    touched before.
     """
-    advise(memory.data_ptr(), memory.numel(), _DONTFORK)
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))
     if code == 0:
         return True
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")  # the error would be reported by the next kernel that is started: this one
-    if code != _NO_MEMORY:
+    if code not in _UNAVAILABLE:
         torch.cuda.check_error(code)
     return False
 
@@ -403,7 +410,7 @@ def send_pieces(loads: Iterable[Load]) -> list[Suspicion]:
     Returns:
         What may have overflowed.
     """
-    together: dict[tuple[torch.dtype, torch.dtype], _Group] = {}
+    together: dict[tuple[torch.dtype, torch.dtype, bool], _Group] = {}
     for job, lane, start in loads:
         shift = start - job.offset
         for straight, group in itertools.groupby(job.pieces, _goes_straight):
@@ -417,14 +424,15 @@ def send_pieces(loads: Iterable[Load]) -> list[Suspicion]:
             lane.staging.memory[first:end].copy_(lane.memory[first:end], non_blocking=True)
             for piece in pieces:
                 target, value = _sides(piece, piece.offset + shift, lane.staging)
-                members = together.get((value.dtype, target.dtype))
+                kind = (value.dtype, target.dtype, target.is_neg() or target.is_conj())
+                members = together.get(kind)
                 if members is None:
-                    members = together[value.dtype, target.dtype] = _Group([], [], [])
+                    members = together[kind] = _Group([], [], [])
                 members.targets.append(target)
                 members.values.append(value)
                 if not members.jobs or members.jobs[-1] is not job:
                     members.jobs.append(job)
-    return [suspicion for dtypes, members in together.items() for suspicion in _copy(dtypes, members)]
+    return [suspicion for kind, members in together.items() for suspicion in _copy(*kind, members)]
 
 
 class _Group(NamedTuple):
@@ -459,19 +467,25 @@ def _sides(piece: Piece, at: int, staging: Staging) -> tuple[torch.Tensor, torch
     return target, staging.view(dtype, at, piece.shape, piece.strides)
 
 
-def _copy(dtypes: tuple[torch.dtype, torch.dtype], group: _Group) -> Iterator[Suspicion]:
+def _copy(source: torch.dtype, result: torch.dtype, is_changed: bool, group: _Group) -> Iterator[Suspicion]:
     """Copy tensors of one pair of dtypes, together if possible, and see what may not fit.
 
     One pair at a time: up to version 2.10 torch takes all targets for the first one's dtype (its issue 173383).
+
+    Args:
+        source, result: The dtypes.
+        is_changed: Whether the targets' memory holds the negative or the conjugate of what they show, which torch
+            can't write to together.
+        group: The tensors.
     """
-    is_cast = dtypes[0] is not dtypes[1]
-    together = _CAST_TOGETHER.issuperset(dtypes) if is_cast else dtypes[0] in _COPIED_EXACTLY
+    kinds = _CAST_TOGETHER if source is not result else _COPIED_EXACTLY
+    together = not is_changed and source in kinds and result in kinds
     if together:
         torch._foreach_copy_(group.targets, group.values)
     else:
         for target, value in zip(group.targets, group.values):
             target.copy_(value)
-    limit = limit_of(*dtypes)
+    limit = limit_of(source, result)
     if limit is None:
         return
     if together:

@@ -15,6 +15,7 @@ from collections import deque
 
 import torch
 
+from torchload.core.launch import has_siblings
 from torchload.core.source import Descriptor
 from torchload.transfer.arena import allocate
 from torchload.transfer.memory import address_of, is_resident, memory_at, move_much
@@ -52,8 +53,8 @@ class DirectFile:
         wish = direct_io()
         if sys.platform != "linux" or wish is False:
             return None
-        if wish is None and (_is_shared() or not is_cold(descriptor)):
-            return None
+        if wish is None and (has_siblings() or not is_cold(descriptor)):
+            return None  # several processes read a file from the device once, by way of the page cache
         with contextlib.suppress(OSError, ValueError):
             direct = Descriptor()
             direct.take(os.open, f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -143,11 +144,3 @@ def _is_absent(probe: mmap.mmap, position: int, nbytes: int, samples: int) -> bo
     step = max(nbytes - 1, 0) / max(samples - 1, 1)
     absent = sum(not is_resident(start + position + int(index * step), 1) for index in range(samples))
     return 2 * absent > samples
-
-
-def _is_shared() -> bool:
-    """Whether a launcher started several processes on this machine, which most likely read the same file.
-
-    Then it is better read from the device once, by way of the page cache.
-    """
-    return os.environ.get("LOCAL_WORLD_SIZE", "1") not in ("", "0", "1")

@@ -32,6 +32,8 @@ MAX_THREADS = 8
 BYTES_PER_THREAD = 8 << 20
 """A thread is worth starting for this much work."""
 
+_UNPINNED = "the system gave too little pinned memory: copies to the GPU were slower than they could be"
+
 Progress = Callable[[int, int], None]
 
 
@@ -97,10 +99,11 @@ def _do(
             computes=not all(job.is_direct or job.can_scatter or job.device.type == "cuda" for job in jobs),
             cold=reader.is_cold,
         )
-    rings = _new_rings(jobs, threads)
+    rings: dict[torch.device, Ring] = {}
     crew = Crew(jobs, lambda: _Worker(reader, rings, arrivals), threads, report if progress is not None else None)
     try:
         check_unchanged(sources)
+        rings.update(_new_rings(jobs, threads))
         _run(crew, rings.values())
         check_unchanged(sources)
         if arrivals is not None:
@@ -114,8 +117,8 @@ def _do(
         error.written = tuple(copy.name for copy in written)  # type: ignore[attr-defined]
         raise
     _note_writes(copies)
-    if notes is not None and any(ring.lacks_pinned_memory for ring in rings.values()):
-        notes.append("the system gave too little pinned memory, so that copies to the GPU were slower")
+    if notes is not None and _UNPINNED not in notes and any(ring.lacks_pinned_memory for ring in rings.values()):
+        notes.append(_UNPINNED)
     return crew.done_bytes
 
 

@@ -126,7 +126,7 @@ def _largest_rounded_down(dtype: torch.dtype) -> float:
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _computable(tensor: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,8 @@ DEVICE_BYTES = (4 << 20) - (8 << 10)
 SMALL_BYTES = 64 << 10
 """Below this size a plain tensor shares a read with its neighbours."""
 GAP_BYTES = 64 << 10
-"""Reading over a gap of this size costs as much as another read."""
+"""Reading over a gap of this size costs as much as another read: from the page cache, from a cold disk by way of it,
+and past it alike."""
 MAX_SHARING = 500
 """Pieces that share a read at most: the kernel scatters to 1024 places, of which half are for gaps."""
 CUT_BYTES = 4096
@@ -74,8 +75,8 @@ class Piece(NamedTuple):
         kind: `RAW`, `CAST` or `VIEW`.
         offset: Position of the piece's first byte in the source.
         nbytes: Bytes from its first element to the end of its last.
-        target: Where it goes: for `RAW` the whole copy's target, else a view of just the piece.
-        skip_bytes: For `RAW`, position in the target's memory.
+        target: Where it goes: a view of just the piece, or for `RAW` something larger.
+        skip_bytes: For `RAW`, where in the target's memory the piece begins.
         shape, strides: How the elements of a `CAST` or `VIEW` lie in those bytes, in elements.
     """
 
@@ -190,9 +191,12 @@ def cut(copy: Copy, pieces: list[Piece]) -> None:
         return
     if flat:
         target, shape, strides = target.reshape(-1), (nbytes // itemsize,), (1,)
-    for part, start, part_shape in _split(target, shape, strides, limit // itemsize):
+    is_same_kind = kind == VIEW and target.is_cpu and target.dtype == dtype and not needs_swap(extent, dtype)
+    may_hold_rows = is_same_kind and not target.is_neg() and not target.is_conj()
+    for part, start, part_shape in _split(target, shape, strides, limit // itemsize, GAP_BYTES // itemsize):
         span = box_end_bytes(0, part_shape, strides, itemsize)
-        pieces.append(Piece(copy, kind, offset + start * itemsize, span, part, 0, part_shape, strides))
+        part_kind = RAW if may_hold_rows and _is_run(part, part_shape, strides) else kind
+        pieces.append(Piece(copy, part_kind, offset + start * itemsize, span, part, 0, part_shape, strides))
 
 
 def _classify(copy: Copy) -> tuple[int, bool]:
@@ -222,27 +226,45 @@ def _covers_memory(shape: Shape, strides: Shape) -> bool:
     return True
 
 
-def _split(target: torch.Tensor, shape: Shape, strides: Shape, limit: int) -> Iterator[tuple[torch.Tensor, int, Shape]]:
+def _is_run(part: torch.Tensor, shape: Shape, strides: Shape) -> bool:
+    """Whether a part lies in one piece on both sides, in the same order: a row of what is cut by columns."""
+    return part.is_contiguous() and all(
+        size == 1 or stride == here for size, stride, here in zip(shape, strides, part.stride(), strict=True)
+    )
+
+
+def _split(
+    target: torch.Tensor, shape: Shape, strides: Shape, limit: int, gap: int
+) -> Iterator[tuple[torch.Tensor, int, Shape]]:
     """Cut a strided region until each part spans at most `limit` elements of its source.
+
+    Args:
+        target: Where the region goes.
+        shape, strides: How it lies in the source, in elements.
+        limit: How many elements a part may span.
+        gap: Rows that are at least so many elements apart are parts of their own.
 
     Yields:
         The part of the target, its first element's distance from the region's, and its shape.
     """
     dimension = max(range(len(shape)), key=lambda index: strides[index] if shape[index] > 1 else -1, default=-1)
-    inner = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if inner <= limit or dimension < 0 or shape[dimension] == 1:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if dimension < 0 or shape[dimension] == 1:
         # Dimensions of stride 0 need no more bytes however large they are.
         yield target, 0, shape
         return
     size, stride = shape[dimension], strides[dimension]
-    inner -= (size - 1) * stride
-    wide = (stride - inner) * target.element_size() > GAP_BYTES  # more gap than data: fetch one by one
-    step = 1 if wide or inner > limit else 1 + (limit - inner) // stride
+    inner = span - (size - 1) * stride
+    is_wide = stride - inner >= gap
+    if span <= limit and not is_wide:
+        yield target, 0, shape
+        return
+    step = 1 if is_wide or inner > limit else 1 + (limit - inner) // stride
     for first in range(0, size, step):
         count = min(step, size - first)
         part_shape = (*shape[:dimension], count, *shape[dimension + 1 :])
         part = target.narrow(dimension, first, count)
-        for piece, start, piece_shape in _split(part, part_shape, strides, limit):
+        for piece, start, piece_shape in _split(part, part_shape, strides, limit, gap):
             yield piece, first * stride + start, piece_shape
 
 
@@ -261,7 +283,8 @@ def _batch(device: torch.device, source: Source, pieces: Sequence[Piece], cold: 
         if kind == RAW and nbytes >= small:
             yield Job(device, source, offset, nbytes, [piece])
             continue
-        if members and (offset - end > GAP_BYTES or max(end, piece_end) - start > limit or len(members) == MAX_SHARING):
+        is_far = offset - end >= GAP_BYTES or max(end, piece_end) - start > limit
+        if members and (is_far or len(members) == MAX_SHARING):
             yield Job(device, source, start, end - start, members, can_scatter)
             members, can_scatter = [], True
         if not members:
@@ -282,7 +305,7 @@ def _fill_lanes(device: torch.device, source: Source, pieces: Iterable[Piece]) -
         piece: Piece | None = whole
         while piece is not None:
             before = piece.offset < start  # what overlaps with a tensor that was cut may begin earlier
-            if members and (before or piece.offset - end > GAP_BYTES or len(members) == MAX_SHARING):
+            if members and (before or piece.offset - end >= GAP_BYTES or len(members) == MAX_SHARING):
                 yield Job(device, source, start, end - start, members)
                 members = []
             if not members:
