@@ -7,8 +7,9 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
 from torchload.plan.account import notes_of, report_of
+from torchload.plan.agreement import agree_on
 from torchload.plan.arguments import check_arguments
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Changes, carry_out
@@ -30,7 +32,10 @@ from torchload.plan.plan import Options, make_plan
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
 from torchload.plan.verdict import Verdict
-from torchload.transfer import verify_extents
+from torchload.transfer import Replicas, read_together, verify_extents
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["smart_load"]
 
@@ -54,6 +59,7 @@ def smart_load(
     verify: bool = False,
     atomic: bool | AbstractContextManager[object] = False,
     mmap: bool = False,
+    process_group: ProcessGroup | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> LoadReport:
     """Load a checkpoint's weights into a model, in place.
@@ -86,6 +92,10 @@ def smart_load(
             threads may go on using it. A lock that these take for each forward pass may be given instead of ``True``:
             it is held for the swap alone, so that no pass sees old and new weights side by side.
         mmap: Parameters on the CPU become private views of the file: no copy, memory shared between processes.
+        process_group: Replicas on shared or slow storage read together: each rank of this group reads its share of the
+            bytes, and has the rest from the others. All of them must call, with the same file and models that hold the
+            same parts; if one can't go on, all raise what it raises. Not with ``mmap=True``; with ``verify=True`` each
+            rank reads everything.
         progress: ``True`` draws a bar where `tqdm` is installed; a callable receives ``(bytes_done, bytes_total)``.
 
     Returns:
@@ -115,9 +125,13 @@ def smart_load(
     changes = Changes()
     try:
         started = time.perf_counter()
-        check_arguments(model, dtype, skip, keep_fp32, atomic)
-        placement = Placement(device)
-        with open_checkpoint(path) as checkpoint:
+        with ExitStack() as stack:
+            replicas = stack.enter_context(Replicas(process_group))
+            check_arguments(model, dtype, skip, keep_fp32, atomic)
+            if mmap and process_group is not None:
+                raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
+            placement = Placement(device)
+            checkpoint = stack.enter_context(open_checkpoint(path))
             with collector_paused():
                 options = Options(
                     placement, dtype, tuple(keep_fp32), strict, atomic is not False, checkpoint.path, mmap, verify
@@ -130,7 +144,8 @@ def smart_load(
                 verify_extents(plan.extents_to_check_first)
             if not strict:
                 _warn_of_a_part(selection, checkpoint.path)
-            verdict = Verdict(target, selection, plan, options)
+            agree_on(plan, replicas, checkpoint.path)
+            verdict = Verdict(target, selection, plan, options, replicas)
             moved = carry_out(
                 plan,
                 target,
@@ -138,6 +153,7 @@ def smart_load(
                 progress=progress_reporter(progress, checkpoint.path),
                 guard=None if isinstance(atomic, bool) else atomic,
                 finish=verdict.ask,
+                move=partial(read_together, replicas),
                 changes=changes,
             )
             notes = tuple(notes_of(checkpoint, verdict.selection, plan, verify))

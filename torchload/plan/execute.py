@@ -13,7 +13,6 @@ import torch
 
 from torchload.core.checkpoint import TensorEntry
 from torchload.core.collector import collector_paused
-from torchload.core.copies import Copy
 from torchload.core.undo import Undo
 from torchload.errors import TorchLoadError
 from torchload.match import Selection
@@ -77,6 +76,7 @@ def carry_out(
     progress: AbstractContextManager[Progress | None] | None = None,
     guard: AbstractContextManager[object] | None = None,
     finish: Callable[[], object] = lambda: None,
+    move: Callable[..., int] = run,
     changes: Changes | None = None,
 ) -> Moved:
     """Move the bytes. Fresh memory is shown to the model only when everything has arrived.
@@ -92,6 +92,7 @@ def carry_out(
         guard: What to hold while the model shows its new memory.
         finish: What else has to succeed once it does. If it fails and the plan keeps old memory, the model shows that
             again.
+        move: Carries out copies, as `torchload.transfer.run` does.
         changes: Kept up to date, whatever happens.
 
     Returns:
@@ -107,7 +108,7 @@ def carry_out(
     try:
         _hand_over(plan, target, selection, undo, changes)
         fresh = _fresh_memory(plan.assignments)
-        read_bytes = _move(plan, fresh, progress if progress is not None else contextlib.nullcontext(), changes)
+        read_bytes = _move(plan, fresh, progress if progress is not None else contextlib.nullcontext(), move, changes)
         shown = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
         shown += [(item.slot, _converted(item)) for item in plan.conversions]
         refresh = partial(refresh_shards, target.model) if any(is_sharded(slot.tensor) for slot, _ in shown) else None
@@ -163,6 +164,7 @@ def _move(
     plan: LoadPlan,
     fresh: Mapping[int, torch.Tensor],
     progress: AbstractContextManager[Progress | None],
+    move: Callable[..., int],
     changes: Changes,
 ) -> int:
     """Into fresh memory first, then in place with a cast, which may overflow, then as it is; returns bytes read."""
@@ -186,18 +188,19 @@ def _move(
                     for item in items
                     for copy in copies_of(item.name, item.entry, fresh.get(id(item), item.slot.tensor))
                 ]
-            done += _run(plan, items, copies, report if tell is not None else None, changes)
+            carried = partial(move, copies, check=plan.verify, progress=report if tell is not None else None)
+            done += _noting(partial(carried, notes=plan.notes), items, changes)
         report(total, total)
     return done
 
 
-def _run(plan: LoadPlan, items: list[Assignment], copies: list[Copy], report: Progress | None, changes: Changes) -> int:
+def _noting(move: Callable[[], int], items: list[Assignment], changes: Changes) -> int:
     """Carry out one phase, and note what it wrote to the model's own memory."""
     slots = {item.name: item.slot for item in items if item.way is Way.IN_PLACE}
     before = len(changes.in_place)
     changes.in_place += slots.values()  # until it is known better: an interrupt may come at any moment
     try:
-        return run(copies, check=plan.verify, progress=report, notes=plan.notes)
+        return move()
     except BaseException as error:
         if (written := getattr(error, "written", None)) is not None:
             changes.in_place[before:] = [slots[name] for name in dict.fromkeys(written) if name in slots]

@@ -280,6 +280,8 @@ class _Planner:
                 f" is a {type(slot.tensor).__name__} without memory that could be written to; load the weights before "
                 "the model is converted to it"
             )
+        if slot.shape is None and entry.is_expanded:
+            return " takes its shape from the file, where it has more elements than there is data"
         reason = impossible_cast(entry.dtype, self._dtype(slot, entry))
         return None if reason is None else f": {reason}"
 

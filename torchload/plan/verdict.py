@@ -12,6 +12,7 @@ from torchload.plan import hooks
 from torchload.plan.execute import compare_landed
 from torchload.plan.explain import incompatible
 from torchload.plan.plan import LoadPlan, Options
+from torchload.transfer import Replicas
 
 __all__ = ["Verdict"]
 
@@ -23,12 +24,14 @@ class Verdict:
         selection: What was loaded, as the hooks see it.
     """
 
-    def __init__(self, target: Target, selection: Selection, plan: LoadPlan, options: Options) -> None:
+    def __init__(
+        self, target: Target, selection: Selection, plan: LoadPlan, options: Options, replicas: Replicas
+    ) -> None:
         self.selection = selection
-        self._target, self._plan, self._options = target, plan, options
+        self._target, self._plan, self._options, self._replicas = target, plan, options, replicas
 
     def ask(self) -> None:
-        """Compare and call the hooks.
+        """Compare, call the hooks, and hear that no other rank has failed.
 
         Raises:
             TorchLoadError: Something did not arrive as it was read.
@@ -36,8 +39,11 @@ class Verdict:
         """
         if self._options.verify:
             compare_landed(self._plan, self._options.path)
-        if not self._target.post_hooks:
-            return
+        if self._target.post_hooks:
+            self._ask_hooks()
+        self._replicas.meet(last=True)
+
+    def _ask_hooks(self) -> None:
         selection = self.selection
         spelled = {selection.alignment.leftover.get(name, name): name for name in selection.unexpected}
         keys = hooks.run_post_hooks(self._target, selection.missing, list(spelled))
