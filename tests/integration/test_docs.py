@@ -110,3 +110,13 @@ def test_every_public_name_is_on_the_page_of_the_api() -> None:
     shown = re.findall(r"^\.\. auto\w+:: (\w+)", page, re.MULTILINE)
     elsewhere = {"__version__", "errors"}  # the latter has a page of its own
     assert sorted(shown) == sorted(set(torchload.__all__) - elsewhere)
+
+
+def test_every_error_has_its_cause_and_its_cure() -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    assert sorted(sections) == sorted(torchload.errors.__all__)
+    for name, text in sections.items():
+        assert "**Cause:**" in text
+        assert "**Cure:**" in text
+        assert re.search(rf"^\.\. auto\w+:: {name}$", text, re.MULTILINE)

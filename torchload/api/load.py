@@ -15,7 +15,7 @@ from torch import nn
 
 from torchload.core.collector import collector_paused
 from torchload.core.progress import progress_reporter
-from torchload.core.text import group_names, plural
+from torchload.core.text import group_names, plural, printable
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
 from torchload.formats.files import archives, torch_zip  # the commonest one: imported before its first use
 from torchload.match import Selection
@@ -175,7 +175,8 @@ def _warn_of_a_part(selection: Selection, path: str) -> None:
     if unused := selection.unexpected:
         parts.append(f"{plural(len(unused), 'tensor')} of the file went unused: {_listed(unused)}")
     if parts:
-        warnings.warn(f"{path} was loaded in part (strict=False). {'; '.join(parts)}", stacklevel=3)
+        text = f"{path} was loaded in part (strict=False). {'; '.join(parts)}"
+        warnings.warn(printable(text, None), stacklevel=3)
 
 
 def _listed(names: Sequence[str]) -> str:
