@@ -176,7 +176,7 @@ def case_fields(case: Case) -> dict[str, object]:
 def test_several_ranks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
         pytest.skip("FSDP2 came with torch 2.6")
-    options = "--ranks 2 --size 0.002 --samples 1 --cache warm --only torchload".split()
+    options = "--ranks 2 --size 0.02 --samples 1 --cache warm --only torchload".split()
     assert distributed.main([*options, "--data", str(folder), "--json", str(folder / "ranks.json")]) == 0
     run = json.loads((folder / "ranks.json").read_text())
     reads = {(case["kind"], case["way"]): case["samples"][0]["read_bytes"] for case in run["cases"]}
