@@ -14,7 +14,7 @@ from torchload.core.collector import with_collector_paused
 from torchload.core.copies import Copy
 from torchload.core.quantized import quantized_tensor
 from torchload.core.sharing import Layout, Run, shared_runs
-from torchload.core.text import group_names
+from torchload.core.text import group_names, printable
 from torchload.errors import CastOverflowError, IncompatibleCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.match import Leaf
@@ -83,7 +83,12 @@ def read_state_dict(
     with open_checkpoint(path) as checkpoint:
         chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes, map_entry)
         if chosen.rivals:
-            _log.info("%s: read %r; beside it are %s", checkpoint.path, chosen.key, ", ".join(map(repr, chosen.rivals)))
+            _log.info(
+                "%s: read %r; beside it are %s",
+                printable(checkpoint.path, None),
+                chosen.key,
+                ", ".join(map(repr, chosen.rivals)),
+            )
         entries = _tensors(chosen, checkpoint.path)
         tensors = _read(entries, place, dtype, checkpoint.path, mmap=mmap)
         tensors.update((name, tensor.to(place)) for name, tensor in _quantized(chosen.leaves))

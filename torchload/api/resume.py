@@ -15,7 +15,8 @@ from torchload.formats import open_checkpoint
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.plan.arguments import check_arguments
-from torchload.plan.plan import DtypeSpec, glob_matcher
+from torchload.plan.dtypes import DtypeSpec
+from torchload.plan.globs import glob_matcher
 from torchload.training.report import ResumeReport
 from torchload.training.resumption import Resumption
 from torchload.training.run_folder import training_tree

@@ -21,7 +21,7 @@ from torchload.match.rename import Rename
 from torchload.model.shards import is_hollow
 from torchload.model.target import Slot, Target, describe_model
 from torchload.plan.compare import Difference, Pair, compare
-from torchload.plan.plan import glob_matcher
+from torchload.plan.globs import glob_matcher
 from torchload.plan.steps import select_for
 from torchload.plan.twins import Twins, compare_extra_states, load_twins
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint
 from torchload.errors import IncompatibleCheckpointError
-from torchload.match import Selection, Wanted, select
+from torchload.match import Selection, Wanted, find_places, select
+from torchload.match.names import Alignment
 from torchload.match.paths import last
 from torchload.model.target import Target, own_loaders
 from torchload.plan import hooks
@@ -34,6 +36,8 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
         transient=transient,
         skip_pattern=skipped,
     )
+    if not shapes:
+        return _nothing_wanted(checkpoint, choice["key"], wanted)
     choice.update(path=checkpoint.path, size_bytes=checkpoint.size_bytes, read=map_entry)
     hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
     if not hooked:
@@ -57,6 +61,28 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
     missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
     ignored = list(dict.fromkeys([*selection.ignored, *harmless]))
     return _left_to_own_loaders(target, replace(selection, missing=missing, ignored=ignored))
+
+
+def _nothing_wanted(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selection:
+    """For a model without any state, what the file has is unexpected, and nothing is what it should have."""
+    places = find_places(checkpoint.root, key, Allowance(checkpoint.path, checkpoint.size_bytes))
+    leaves = places[0].leaves if places else {}
+    skipped = [name for name in leaves if wanted.skips(name)]
+    return Selection(
+        key=places[0].path if places else "",
+        prefix="",
+        segments=(),
+        container=places[0].container if places else {},
+        leaves=leaves,
+        pairs={},
+        missing=[],
+        mismatched={},
+        unexpected=[name for name in leaves if not wanted.skips(name)],
+        outside=[],
+        ignored=[],
+        alignment=Alignment(),
+        skipped=skipped,
+    )
 
 
 def _left_to_own_loaders(target: Target, selection: Selection) -> Selection:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchload.core.checkpoint import TensorEntry
+from torchload.core.in_memory import entry_of
 from torchload.match import Selection
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
 from torchload.plan import hooks
@@ -48,7 +49,9 @@ def load_twins(target: Target, selection: Selection) -> Twins:
         found.sources += given.values()
         try:
             twin = copy.deepcopy(hooked.module)
-            hooks.load_itself(twin, hooked.prefix, slots, selection, map_entry)
+            hooks.load_itself(twin, hooked.prefix, selection, map_entry)
+        except (MemoryError, OSError):
+            raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - whatever the module's own code raises
             reason = f"{type(hooked.module).__name__} loads itself, and a copy of it did not: {error}"
             found.differing += [Difference(name, source, 0, 0, reason=reason) for name, source in given.items()]
@@ -59,7 +62,7 @@ def load_twins(target: Target, selection: Selection) -> Twins:
             source = selection.pairs.get(name, name)
             slot = target.by_name.get(name)
             if slot is not None and _is_alike(theirs, slot):
-                found.entries[name] = hooks.in_memory(theirs)
+                found.entries[name] = entry_of(theirs, "<a copy of the module>")
             elif (difference := compare_values(name, source, theirs, ours)) is not None:
                 found.differing.append(difference)
     return found
@@ -86,6 +89,8 @@ def compare_extra_states(target: Target, selection: Selection) -> list[Differenc
             continue
         try:
             theirs, ours = hooks.plain(selection.leaves[source], map_entry), module.get_extra_state()
+        except (MemoryError, OSError):
+            raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - the module's own code, or a value that only code could build
             found.append(Difference(name, source, 0, 0, reason=str(error)))
             continue
@@ -95,6 +100,8 @@ def compare_extra_states(target: Target, selection: Selection) -> list[Differenc
             twin = copy.deepcopy(module)
             twin.set_extra_state(theirs)
             theirs = twin.get_extra_state()
+        except (MemoryError, OSError):
+            raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - the module's own code
             found.append(Difference(name, source, 0, 0, reason=f"a copy of the module did not take it: {error}"))
             continue
