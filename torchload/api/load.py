@@ -16,6 +16,7 @@ from torchload.core.progress import progress_reporter
 from torchload.core.text import group_names, plural
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
 from torchload.formats.files import archives, torch_zip  # the commonest one: imported before its first use
+from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
@@ -23,7 +24,7 @@ from torchload.plan import hooks
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.arguments import check_arguments
 from torchload.plan.execute import carry_out, compare_landed, compare_ties, extents_to_check_first
-from torchload.plan.plan import DtypeSpec, Options, glob_matcher, make_plan
+from torchload.plan.plan import DtypeSpec, Options, make_plan
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
 from torchload.transfer import verify_extents
@@ -115,8 +116,7 @@ def smart_load(
     with open_checkpoint(path) as checkpoint:
         options = Options(placement, dtype, tuple(keep_fp32), strict, atomic is not False, checkpoint.path)
         target = describe_model(model)
-        skipped = glob_matcher(skip)
-        selection = select_for(target, checkpoint, skipped, strict, key=key, prefix=prefix, rename=rename)
+        selection = select_for(target, checkpoint, Globs(skip), strict, key=key, prefix=prefix, rename=rename)
         plan = make_plan(target, selection, options)
         if verify:
             verify_extents(extents_to_check_first(plan, mmap=mmap))

@@ -12,10 +12,11 @@ from torch import nn
 
 from torchload.core.collector import collector_paused
 from torchload.formats import open_checkpoint
+from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.plan.arguments import check_arguments
-from torchload.plan.plan import DtypeSpec, glob_matcher
+from torchload.plan.plan import DtypeSpec
 from torchload.training.report import ResumeReport
 from torchload.training.resumption import Resumption
 from torchload.training.run_folder import training_tree
@@ -91,7 +92,7 @@ def smart_resume(
     with collector_paused(), ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path))
         resumption = Resumption(checkpoint, training_tree(checkpoint, path, stack), strict, Placement(device), dtype)
-        matcher = glob_matcher(skip)
+        matcher = Globs(skip)
         resumption.plan_model(model, matcher, key, prefix, rename)
         resumption.plan_average(ema, matcher, rename)
         resumption.plan_rest(_as_list(optimizer), _as_list(scheduler), scaler)
