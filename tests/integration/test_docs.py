@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import torchload
 from tests.examples import NothingRaised, record_prints, run_example, without_figures
 from torchload.core import wrappers
 from torchload.match import tables
@@ -75,6 +77,8 @@ def test_readme_shows_what_its_script_and_torch_say(tmp_path: Path, monkeypatch:
     prompt, _, report = after.partition("\n")
     assert without_figures(report) == without_figures(by_line[prompt.removeprefix(">>> ")])
 
+    assert after in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+
     with pytest.raises(pickle.UnpicklingError) as refused:
         torch.load("model.pth", weights_only=True)
     with pytest.raises(RuntimeError) as failed:
@@ -92,3 +96,27 @@ def test_readme_and_the_index_of_errors_have_the_same_list() -> None:
         return [line for line in text.splitlines() if re.match(r"\| \[.*\]\([\w-]+\.md\) \|", line)]
 
     assert rows("README.md") == rows("docs/fix/index.md") != []
+
+
+def test_the_drawing_of_the_house_is_the_codes_own() -> None:
+    house = runpy.run_path(str(ROOT / "docs" / "draw_house.py"))
+    drawn = (ROOT / "docs" / "explanation" / "house.svg").read_text(encoding="utf-8")
+    assert drawn == house["draw"](), "imports have changed: run `python docs/draw_house.py`"
+    assert "core" in house["imports"]()["plan"]
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    page = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\.\. auto\w+:: (\w+)", page, re.MULTILINE)
+    elsewhere = {"__version__", "errors"}  # the latter has a page of its own
+    assert sorted(shown) == sorted(set(torchload.__all__) - elsewhere)
+
+
+def test_every_error_has_its_cause_and_its_cure() -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    assert sorted(sections) == sorted(torchload.errors.__all__)
+    for name, text in sections.items():
+        assert "**Cause:**" in text
+        assert "**Cure:**" in text
+        assert re.search(rf"^\.\. auto\w+:: {name}$", text, re.MULTILINE)

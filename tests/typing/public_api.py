@@ -51,6 +51,7 @@ def every_argument(model: nn.Module) -> LoadReport:
         verify=True,
         atomic=True,
         mmap=False,
+        process_group=torch.distributed.group.WORLD,
         progress=True,
     )
 
@@ -90,6 +91,8 @@ def resume(model: nn.Module) -> None:
     assert_type(found.step, int | None)
     assert_type(found.load, LoadReport)
     smart_resume(model, "last.pth", [optimizer, optimizer])
+    smart_resume(model, "last.pth", {"generator": optimizer})
+    smart_save(model, "last.pth", optimizer={"generator": optimizer}, scheduler=[scheduler], extra={"epoch": 3})
 
 
 def inspect() -> None:

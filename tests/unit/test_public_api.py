@@ -60,6 +60,7 @@ def test_signature_of_smart_load() -> None:
         "verify": False,
         "atomic": False,
         "mmap": False,
+        "process_group": None,
         "progress": False,
     }
 
@@ -72,7 +73,12 @@ def test_signature_of_smart_load() -> None:
         (
             "smart_save",
             ["model", "path"],
-            {"dtype": None, "keep_fp32": (), "metadata": None, "distributed": True},
+            {
+                "dtype": None,
+                "keep_fp32": (),
+                **dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "extra", "metadata")),
+                "distributed": True,
+            },
         ),
         ("verify_weights", ["model", "path"], {"key": None, "prefix": None, "rename": None, "skip": ()}),
     ],

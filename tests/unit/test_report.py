@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from html import escape
 
 import pytest
 import torch
 from torch import nn
 
-from torchload import smart_load
+from torchload import smart_load, smart_resume, smart_save, verify_weights
 from torchload.core.text import format_bytes
 from torchload.plan.report import LoadReport
 
@@ -96,3 +97,47 @@ def test_it_is_frozen_pickles_and_holds_no_tensor(tmp_path):
     assert done.gib_per_second > 0
     for field in dataclasses.fields(done):
         assert not isinstance(getattr(done, field.name), torch.Tensor)
+
+
+def test_the_report_is_not_taken_for_the_model(tmp_path):
+    model = nn.Linear(2, 2)
+    smart_save(model, tmp_path / "x.pth", extra={"epoch": 3})
+    for taken in (smart_load(model, tmp_path / "x.pth"), smart_resume(model, tmp_path / "x.pth")):
+        with pytest.raises(TypeError, match="filled in place"):
+            taken(torch.ones(2))
+        with pytest.raises(AttributeError, match="has no 'eval'.*filled in place"):
+            taken.eval()
+        with pytest.raises(AttributeError, match="has no 'tensor'$"):
+            _ = taken.tensor
+
+
+ODD = "a|b<script>*x*\n\x1b[31m`c`"
+
+
+def test_reports_show_one_line_and_notebooks_a_table(tmp_path):
+    model = nn.Linear(2, 2)
+    path = tmp_path / "x.pth"
+    saved = smart_save(model, path, dtype=torch.bfloat16, extra={ODD: 3, "epoch": 1})
+    loaded = smart_load(model, path)
+    resumed = smart_resume(model, path)
+    model.weight.data[0, 0] = 7
+    for shown, words in (
+        (saved, ["2 tensors saved", "float32 → bfloat16 in 2 tensors", "epoch"]),
+        (loaded, ["all 2 tensors loaded", "took 'state_dict'", "training mode"]),
+        (resumed, ["all 2 tensors loaded", "epoch 1"]),
+        (verify_weights(model, path), ["1 of 2 tensors differ", "weight"]),
+    ):
+        line, html, markdown = repr(shown), shown._repr_html_(), shown._repr_markdown_()
+        assert line.startswith(f"<{type(shown).__name__} {path}")
+        assert words[0] in line
+        assert line.isprintable()
+        assert html.count("<table>") == 1
+        assert html.count("<tr>") == len(shown._details())
+        for word in words:
+            assert escape(word) in html
+            assert word.replace("_", "\\_") in markdown
+        assert markdown.isprintable() or set(filter(lambda c: not c.isprintable(), markdown)) == {"\n"}
+        assert markdown.count("\n") == 3 + len(shown._details())
+        assert "<script" not in html + markdown.replace("\\<", "")
+        assert "\x1b" not in html
+        assert all(line.count("|") - line.count("\\|") == 3 for line in markdown.splitlines()[4:])

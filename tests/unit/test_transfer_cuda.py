@@ -371,16 +371,24 @@ def test_pinned_memory_outlives_a_load_that_fails(
         raise torch.OutOfMemoryError("out of memory")
 
     unregistered: list[int] = []
+
+    def unregister(address: int) -> int:
+        unregistered.append(address)
+        return len(unregistered) - 1
+
     pinned = [torch.zeros(LANE_BYTES, dtype=torch.uint8) for _ in range(MAX_LANES + 2)]
     kept = deque(pinned)
+    addresses = {memory.data_ptr() for memory in pinned}
     monkeypatch.setattr("torchload.transfer.cuda._kept", kept)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostUnregister=unregistered.append))
+    monkeypatch.setattr("torchload.transfer.cuda._pinned", held := dict.fromkeys(addresses))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostUnregister=unregister))
     monkeypatch.setattr(torch, "_foreach_copy_", fail)
     copies, _ = model(tmp_path, [torch.float16])
     with pytest.raises(torch.OutOfMemoryError):
         run(copies, threads=2)
-    assert {memory.data_ptr() for memory in kept}.union(unregistered) == {memory.data_ptr() for memory in pinned}
+    assert {memory.data_ptr() for memory in kept}.union(unregistered) == addresses
     assert len(kept) >= MAX_LANES
+    assert set(held) == addresses.difference(unregistered[:1]), "but for the one that the driver let go of"
 
 
 def test_too_little_memory_for_staging(
@@ -584,6 +592,20 @@ def test_what_only_looks_like_an_overflow(fake: FakeEngine) -> None:
     fake.stop()
 
 
+@pytest.mark.parametrize("by_device", [True, False])
+def test_real_numbers_for_a_complex_target(request: pytest.FixtureRequest, by_device: bool) -> None:
+    fake = request.getfixturevalue("fake") if by_device else None
+    values = torch.tensor([1.0, float("inf"), 3.0, -4.0, 5.0], dtype=torch.float64)
+    target = torch.zeros(5, dtype=torch.complex64)
+    run([copy_of(MemorySource(values.numpy().tobytes()), target, 0, "weight", torch.float64)])
+    assert torch.equal(target, values.to(torch.complex64))
+    values[3] = 1e300
+    with pytest.raises(CastOverflowError):
+        run([copy_of(MemorySource(values.numpy().tobytes()), target, 0, "weight", torch.float64)])
+    if fake is not None:
+        fake.stop()
+
+
 def test_what_overlaps_with_a_tensor_that_is_cut(fake: FakeEngine) -> None:
     """Views of one storage, the widest of which takes several lanes."""
     values = torch.randn(3 << 20)
@@ -615,7 +637,9 @@ def test_memory_that_can_not_be_pinned(fake_cuda: FakeCuda, monkeypatch: pytest.
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     memory = torch.empty(4096, dtype=torch.uint8)
+    monkeypatch.setattr("torchload.transfer.cuda._pinned", pinned := {})
     assert _pin(memory)
+    assert pinned[memory.data_ptr()] is memory, "whatever happens to its lane"
     monkeypatch.setattr(torch, "ones", lambda *_, device: None)  # takes the error away
     for runtime.code in (2, 801):  # there is too little of it, or none at all
         assert not _pin(memory)

@@ -159,7 +159,7 @@ def test_names_and_shapes(path, model):
         "fc.bias": "file (4,), model (7,)",
     }
     assert report.missing_keys == ["extra.weight", "extra.bias"]
-    assert "missing  extra.{weight, bias}" in str(report)
+    assert "missing extra.{weight, bias}" in str(report)
     assert not report
     left = verify_weights(model, path, skip=["fc.*", "extra.*"])
     assert (left.differing, left.missing_keys) == ((), [])

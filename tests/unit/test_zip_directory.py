@@ -84,7 +84,7 @@ def test_checksums_are_checked_where_there_are_any() -> None:
         read_directory(MemorySource(data.replace(b"data", b"dbta"))).read("a")
 
 
-def test_a_gap_between_records_is_no_damage() -> None:
+def test_records_tile_the_archive() -> None:
     stream = Unseekable()
     with zipfile.ZipFile(stream, "w") as archive:  # type: ignore[arg-type]
         archive.writestr("a", b"one")
@@ -94,7 +94,35 @@ def test_a_gap_between_records_is_no_damage() -> None:
     end = bytearray(one[-22:])
     end[16:20] = (central + len(gap)).to_bytes(4, "little")
     data = one[:central] + gap + one[central:-22] + bytes(end)
-    assert read_directory(MemorySource(data)).read("a") == b"one"
+    with pytest.raises(CorruptCheckpointError, match="behind its data"):
+        read_directory(MemorySource(data))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a", b"PK 16 bytes long")
+        archive.writestr("b", b"two")
+    whole = bytearray(buffer.getvalue())
+    whole[28:30] = (8).to_bytes(2, "little")  # 'a' begins 8 bytes later, by its own header alone
+    with pytest.raises(CorruptCheckpointError, match="overlaps"):
+        read_directory(MemorySource(bytes(whole)))
+
+
+@pytest.mark.parametrize("at", ["before", "between", "after"])
+def test_a_gap_that_no_record_speaks_of_is_refused(at: str) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a", b"one")
+        archive.writestr("b", b"two")
+        records = [record.header_offset for record in archive.infolist()]
+    whole = buffer.getvalue()
+    central = whole.index(b"PK\x01\x02")
+    position = {"before": 0, "between": records[1], "after": central}[at]
+    moved = bytearray(whole[:position] + bytes(5) + whole[position:])
+    for entry in (moved.index(b"PK\x01\x02"), moved.rindex(b"PK\x01\x02")):
+        offset = int.from_bytes(moved[entry + 42 : entry + 46], "little")
+        moved[entry + 42 : entry + 46] = (offset + 5 * (offset >= position)).to_bytes(4, "little")
+    moved[-6:-2] = (central + 5).to_bytes(4, "little")
+    with pytest.raises(CorruptCheckpointError, match="nothing says what the 5 bytes before"):
+        read_directory(MemorySource(bytes(moved)))
 
 
 def test_encrypted_and_oddly_compressed_archives_are_named() -> None:

@@ -13,7 +13,7 @@ import torch
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint, OpaqueTensor, Record, Shape, TensorEntry, entries_in
 from torchload.core.collector import with_collector_paused
-from torchload.core.text import format_bytes, plural, short_dtype
+from torchload.core.text import format_bytes, plural, printable, short_dtype
 from torchload.core.wrappers import WRAPPERS
 from torchload.formats import open_checkpoint
 from torchload.match import Place, as_mapping, find_places
@@ -24,7 +24,6 @@ _SHOWN_CONTAINERS = 100
 _SHOWN_TENSORS = 12
 _SHOWN_VALUES = 12
 _SHOWN_ROWS = 2_000
-_SHOWN_CHARACTERS = 120
 _LISTED_ELEMENTS = 1_000
 _DEEPEST = 3
 
@@ -102,7 +101,7 @@ class CheckpointInfo:
 
     def __repr__(self) -> str:
         # Not field by field: a small file may refer to one value so often that its expansion would never end.
-        return f"<CheckpointInfo {_printable(self.path)}: {plural(len(self.tensors), 'tensor')}>"
+        return f"<CheckpointInfo {printable(self.path)}: {plural(len(self.tensors), 'tensor')}>"
 
     def __str__(self) -> str:
         lines = [self._headline()]
@@ -112,7 +111,7 @@ class CheckpointInfo:
             count = f"{plural(container.tensors, 'tensor')}, {format_bytes(container.nbytes)}"
             lines.append(f"  {_title(container):<{width}}  {count}{_extras(container)}")
             shown = tensors.get(container.path, [])[: _SHOWN_TENSORS if len(self.containers) == 1 else 3]
-            lines += [f"    {_printable(tensor.name)}  {_describe(tensor)}" for tensor in shown]
+            lines += [f"    {printable(tensor.name)}  {_describe(tensor)}" for tensor in shown]
             if container.tensors > len(shown):
                 lines.append(f"    … and {container.tensors - len(shown):,} more")
         if (more := len(self.containers) - _SHOWN_CONTAINERS) > 0:
@@ -128,7 +127,7 @@ class CheckpointInfo:
             for container in self.containers[:_SHOWN_ROWS]
         )
         tensors = "".join(
-            f"<tr><td>{escape(_printable(tensor.container))}</td><td>{escape(_printable(tensor.name))}</td>"
+            f"<tr><td>{escape(printable(tensor.container))}</td><td>{escape(printable(tensor.name))}</td>"
             f"<td>{escape(_describe(tensor))}</td><td>{escape(format_bytes(tensor.nbytes))}</td></tr>"
             for tensor in self.tensors[:_SHOWN_ROWS]
         )
@@ -147,24 +146,24 @@ class CheckpointInfo:
     def _headline(self) -> str:
         dtypes = ", ".join(f"{name} {format_bytes(nbytes)}" for name, (_, nbytes) in self.dtypes.items())
         size = f"{plural(len(self.tensors), 'tensor')}, {format_bytes(self.nbytes)}"
-        return f"{_printable(self.path)}: {self.format}, {size}{f' ({dtypes})' if dtypes else ''}"
+        return f"{printable(self.path)}: {self.format}, {size}{f' ({dtypes})' if dtypes else ''}"
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         if self.values:
             shown = [
-                f"{_printable(name)} = {_brief(value)}" for name, value in list(self.values.items())[:_SHOWN_VALUES]
+                f"{printable(name)} = {_brief(value)}" for name, value in list(self.values.items())[:_SHOWN_VALUES]
             ]
             more = len(self.values) - _SHOWN_VALUES
             yield "values", ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
         if self.metadata:
             shown = [
-                f"{_printable(name)} = {_brief(value)}" for name, value in list(self.metadata.items())[:_SHOWN_VALUES]
+                f"{printable(name)} = {_brief(value)}" for name, value in list(self.metadata.items())[:_SHOWN_VALUES]
             ]
             more = len(self.metadata) - _SHOWN_VALUES
             yield "metadata", ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
         yield "checksums", "recorded" if self.checksums else "none"
         for note in self.notes:
-            yield "note", _printable(note, limit=1000)
+            yield "note", printable(note, limit=1000)
 
 
 @with_collector_paused
@@ -311,18 +310,18 @@ def _tensor(name: str, container: str, leaf: object) -> TensorInfo:
 
 
 def _title(container: ContainerInfo) -> str:
-    return _printable(container.path) or "(top level)"
+    return printable(container.path) or "(top level)"
 
 
 def _extras(container: ContainerInfo) -> str:
     extras = [f"{segment}. in names" for segment in container.wrappers]
     if container.origin:
-        extras.append(f"a whole {_printable(container.origin)}")
+        extras.append(f"a whole {printable(container.origin)}")
     return "".join(f", {extra}" for extra in extras)
 
 
 def _describe(tensor: TensorInfo) -> str:
-    dtype = short_dtype(tensor.dtype) if tensor.dtype is not None else _printable(tensor.kind)
+    dtype = short_dtype(tensor.dtype) if tensor.dtype is not None else printable(tensor.kind)
     return f"{dtype} {tensor.shape}" if tensor.shape is not None else dtype
 
 
@@ -331,9 +330,9 @@ def _brief(value: object) -> str:
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a huge number"
     if isinstance(value, str):
-        return f"'{_printable(value)}'"
+        return f"'{printable(value)}'"
     if isinstance(value, Record):
-        return f"<{_printable(value.name)}>"
+        return f"<{printable(value.name)}>"
     if isinstance(value, (bytes, bytearray)):
         return f"{len(value):,} bytes"
     if isinstance(value, Mapping):
@@ -341,12 +340,3 @@ def _brief(value: object) -> str:
     if isinstance(value, (list, tuple, set, frozenset)):
         return f"a {type(value).__name__} of {len(value):,}"
     return f"a {type(value).__name__}"
-
-
-def _printable(text: str, limit: int = _SHOWN_CHARACTERS) -> str:
-    """Text from a file, without control characters that would reach the terminal, and cut where it is endless."""
-    cut = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "replace").decode()
-        for character in cut
-    )

@@ -6,8 +6,9 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,12 +23,16 @@ from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
 from torchload.plan import hooks
 from torchload.plan.account import notes_of, report_of
+from torchload.plan.agreement import agree_on
 from torchload.plan.arguments import check_arguments
 from torchload.plan.execute import carry_out, compare_landed, compare_ties, extents_to_check_first
 from torchload.plan.plan import DtypeSpec, Options, make_plan
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
-from torchload.transfer import verify_extents
+from torchload.transfer import Replicas, read_together, verify_extents
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["smart_load"]
 
@@ -52,6 +57,7 @@ def smart_load(
     verify: bool = False,
     atomic: bool | AbstractContextManager[object] = False,
     mmap: bool = False,
+    process_group: ProcessGroup | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> LoadReport:
     """Load a checkpoint's weights into a model, in place.
@@ -84,6 +90,10 @@ def smart_load(
             threads may go on using it. A lock that these take for each forward pass may be given instead of ``True``:
             it is held for the swap alone, so that no pass sees old and new weights side by side.
         mmap: Parameters on the CPU become private views of the file: no copy, memory shared between processes.
+        process_group: Replicas on shared or slow storage read together: each rank of this group reads its share of the
+            bytes, and has the rest from the others. All of them must call, with the same file and models that hold the
+            same parts; if one can't go on, all raise what it raises. Not with ``mmap=True``; with ``verify=True`` each
+            rank reads everything.
         progress: ``True`` draws a bar where `tqdm` is installed; a callable receives ``(bytes_done, bytes_total)``.
 
     Returns:
@@ -111,9 +121,13 @@ def smart_load(
         True
     """
     started = time.perf_counter()
-    check_arguments(model, dtype, skip, keep_fp32, atomic)
-    placement = Placement(device)
-    with open_checkpoint(path) as checkpoint:
+    with ExitStack() as stack:
+        replicas = stack.enter_context(Replicas(process_group))
+        check_arguments(model, dtype, skip, keep_fp32, atomic)
+        if mmap and process_group is not None:
+            raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
+        placement = Placement(device)
+        checkpoint = stack.enter_context(open_checkpoint(path))
         options = Options(placement, dtype, tuple(keep_fp32), strict, atomic is not False, checkpoint.path)
         target = describe_model(model)
         selection = select_for(target, checkpoint, Globs(skip), strict, key=key, prefix=prefix, rename=rename)
@@ -121,11 +135,13 @@ def smart_load(
         if verify:
             verify_extents(extents_to_check_first(plan, mmap=mmap))
         compare_ties(plan, checkpoint.path)
+        agree_on(plan, replicas, checkpoint.path)
 
         def finish() -> None:
             if verify:
                 compare_landed(plan, checkpoint.path, mmap=mmap)
             hooks.run_post_hooks(target, selection.missing, selection.unexpected)
+            replicas.meet(last=True)
 
         with progress_reporter(progress, checkpoint.path) as report_progress:
             guard = None if isinstance(atomic, bool) else atomic
@@ -139,6 +155,7 @@ def smart_load(
                 atomic=options.atomic,
                 guard=guard,
                 finish=finish,
+                move=partial(read_together, replicas),
             )
         notes = tuple(notes_of(checkpoint, selection, plan, verify))
         report = report_of(target, checkpoint, selection, plan, moved, notes, time.perf_counter() - started)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchload.core.checkpoint import Box, OpaqueTensor, TensorEntry, contiguous_strides
+from torchload.core.checkpoint import Box, Copies, OpaqueTensor, TensorEntry, contiguous_strides
 from torchload.core.collector import with_collector_paused
 from torchload.core.copies import Copy
 from torchload.core.quantized import quantized_tensor
@@ -143,6 +143,9 @@ def _read(
         keep = [index for index, source in enumerate(sources) if dtypes[index] is source.dtype]
         mapped = dict(zip(keep, map_entries([sources[index] for index in keep])))
     read = [index for index in range(len(runs)) if index not in mapped]
+    filled = Copies()
+    for index in read:
+        filled.add(sources[index])
     requests = [(sources[index].shape, dtypes[index]) for index in read]
     check_room({device: sum(sources[index].numel * dtypes[index].itemsize for index in read)}, path)
     memory = {**mapped, **dict(zip(read, allocate(requests, device)))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,7 +29,10 @@ _log = logging.getLogger("torchload")
 def smart_resume(
     model: nn.Module,
     path: Any,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    optimizer: torch.optim.Optimizer
+    | Sequence[torch.optim.Optimizer]
+    | Mapping[str, torch.optim.Optimizer]
+    | None = None,
     scheduler: Any = None,
     device: DeviceSpec = None,
     *,
@@ -54,9 +57,10 @@ def smart_resume(
     Args:
         model: The model. It gets the raw weights, not their average: training goes on from those.
         path: A checkpoint file, or a folder with the parts side by side.
-        optimizer: An optimizer over the model's parameters, or several as the file has them. Their state comes to the
-            device and dtype of each parameter.
-        scheduler: A learning-rate scheduler, or several: anything with ``state_dict`` and ``load_state_dict``.
+        optimizer: An optimizer over the model's parameters, or several: in a list as the file has them, or under the
+            names that it gives them. Their state comes to the device and dtype of each parameter.
+        scheduler: A learning-rate scheduler, or several likewise: anything with ``state_dict`` and
+            ``load_state_dict``.
         device: As in `smart_load`.
         scaler: A `torch.amp.GradScaler`.
         ema: What receives the averaged weights: a module (`torch.optim.swa_utils.AveragedModel`, a copy of the model),
@@ -91,11 +95,13 @@ def smart_resume(
     check_arguments(model, dtype, skip, (), False)
     with collector_paused(), ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path))
-        resumption = Resumption(checkpoint, training_tree(checkpoint, path, stack), strict, Placement(device), dtype)
+        resumption = Resumption(
+            checkpoint, path, training_tree(checkpoint, path, stack), strict, Placement(device), dtype
+        )
         matcher = Globs(skip)
         resumption.plan_model(model, matcher, key, prefix, rename)
         resumption.plan_average(ema, matcher, rename)
-        resumption.plan_rest(_as_list(optimizer), _as_list(scheduler), scaler)
+        resumption.plan_rest(optimizer, scheduler, scaler)
         if rng:
             resumption.plan_random_states()
         resumption.check()
@@ -105,9 +111,3 @@ def smart_resume(
         report = resumption.report()
     _log.info("%s", report)
     return report
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]

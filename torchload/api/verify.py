@@ -13,6 +13,7 @@ from torch import nn
 
 from torchload.core.checkpoint import OpaqueTensor, TensorEntry, entries_in
 from torchload.core.collector import collector_paused
+from torchload.core.shown import Shown
 from torchload.core.text import format_bytes, format_seconds, group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
 from torchload.match import Selection
@@ -29,8 +30,8 @@ __all__ = ["Difference", "VerifyReport", "verify_weights"]
 _SHOWN = 8
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class VerifyReport(Shown):
     """What a comparison found. It is true if the model holds the file's weights; `str()` says so, or what differs.
 
     Attributes:
@@ -69,7 +70,7 @@ class VerifyReport:
     def __bool__(self) -> bool:
         return self.ok
 
-    def __str__(self) -> str:
+    def _headline(self) -> str:
         size = f"{format_bytes(self.nbytes)} in {format_seconds(self.seconds)}"
         where = ".".join(part for part in (self.key, self.prefix) if part)
         took = f" ({where!r})" if where else ""
@@ -77,17 +78,18 @@ class VerifyReport:
             verdict = f"all {plural(self.tensors, 'tensor')} of the file are in the model"
         else:
             verdict = f"{len(self.differing):,} of {plural(self.tensors, 'tensor')} differ"
-        lines = [f"{self.path}{took} = {self.model}? {'yes' if self.ok else 'NO'}: {verdict} ({size})"]
-        lines += [f"  differs  {difference}" for difference in self.differing[:_SHOWN]]
+        return f"{self.path}{took} = {self.model}? {'yes' if self.ok else 'NO'}: {verdict} ({size})"
+
+    def _details(self) -> list[tuple[str, str]]:
+        lines = [("differs", str(difference)) for difference in self.differing[:_SHOWN]]
         if len(self.differing) > _SHOWN:
-            lines.append(f"  … and {len(self.differing) - _SHOWN:,} more")
+            lines.append(("…", f"and {len(self.differing) - _SHOWN:,} more"))
         lines += [
-            f"  {label:<8} {_listing(names)}"
+            (label, _listing(names))
             for label, names in (("missing", self.missing_keys), ("unused", self.unexpected_keys))
             if names
         ]
-        lines += [f"  as cast  {a} → {b} in {plural(count, 'tensor')}" for (a, b), count in self.casts.items()]
-        return "\n".join(lines)
+        return [*lines, *(("as cast", f"{a} → {b} in {plural(n, 'tensor')}") for (a, b), n in self.casts.items())]
 
 
 def verify_weights(

@@ -1,13 +1,24 @@
-"""What looking through a file's names may cost: so much as its size accounts for, however often it repeats itself."""
+"""What untrusted input may cost: so much as its size accounts for, however often it repeats itself.
+
+`Budget` is what one load may spend on building what its files describe, `Allowance` what one search through their names
+may. Both have a base that covers every small file, and grow with the files.
+"""
 
 from __future__ import annotations
 
 from torchload.errors import CorruptCheckpointError
 
-__all__ = ["LONGEST_NAME", "Allowance"]
+__all__ = ["LONGEST_NAME", "Allowance", "Budget"]
 
 LONGEST_NAME = 4096
 """Characters of the path of a tensor."""
+
+# What objects may take in memory: a base, and some bytes for each byte of the files.
+_BASE_OBJECT_BYTES = 176 << 20
+_OBJECT_BYTES_PER_BYTE = 8
+# What is done again although a file has it once, such as copying a collection that several calls refer to.
+_BASE_STEPS = 1_000_000
+_BYTES_PER_STEP = 8
 
 # A name that is spelled out takes about this much beyond its characters: a string and its place in a mapping.
 _NAME_BYTES = 150
@@ -15,6 +26,64 @@ _BASE_BYTES = 112 << 20
 _BASE_NAMES = 100_000
 # A tensor takes some 300 bytes of any file besides its data.
 _BYTES_PER_NAME = 256
+
+
+class Budget:
+    """What one load may spend, in all its files, archives within archives and streams within streams together.
+
+    Every `Source` carries the budget of its load, and hands it to its parts.
+
+    Attributes:
+        left_bytes: Memory that may still be taken for objects, and for data that has to be unpacked.
+        left_steps: Items that may still be copied or looked at again.
+
+    Example:
+        >>> budget = Budget()
+        >>> budget.add_file(1_000_000)
+        >>> budget.spend(100_000_000, "model.pth")
+        >>> budget.spend(100_000_000, "model.pth")
+        Traceback (most recent call last):
+        torchload.errors.CorruptCheckpointError: model.pth would unfold to ... Refused.
+    """
+
+    __slots__ = ("left_bytes", "left_steps")
+
+    def __init__(self) -> None:
+        self.left_bytes = _BASE_OBJECT_BYTES
+        self.left_steps = _BASE_STEPS
+
+    def add_file(self, size_bytes: int) -> None:
+        """Grow with a file that belongs to the load."""
+        self.left_bytes += _OBJECT_BYTES_PER_BYTE * size_bytes
+        self.left_steps += size_bytes // _BYTES_PER_STEP
+
+    def spend(self, nbytes: int, name: str) -> None:
+        """Account for memory, before it is taken.
+
+        Args:
+            nbytes: How much.
+            name: What asks for it, for messages.
+
+        Raises:
+            CorruptCheckpointError: It is more than the files account for.
+        """
+        self.left_bytes -= nbytes
+        if self.left_bytes < 0:
+            raise CorruptCheckpointError(
+                f"{name} would unfold to more than a checkpoint of this size can hold. It is damaged or made to do "
+                "harm. Refused.",
+                path=name,
+            )
+
+    def step(self, count: int, name: str) -> None:
+        """Account for work that is repeated; arguments and errors as `spend`."""
+        self.left_steps -= count
+        if self.left_steps < 0:
+            raise CorruptCheckpointError(
+                f"{name} repeats a collection too often for a checkpoint of this size. It is damaged or made to do "
+                "harm. Refused.",
+                path=name,
+            )
 
 
 class Allowance:

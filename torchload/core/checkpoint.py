@@ -24,6 +24,7 @@ __all__ = [
     "Box",
     "Checkpoint",
     "Container",
+    "Copies",
     "Extent",
     "OpaqueTensor",
     "Quantized",
@@ -122,6 +123,44 @@ class TensorEntry:
     def location(self) -> tuple[tuple[int, int, Shape, Shape], ...]:
         """Identity of the data: two entries with equal dtype and location are the same bytes (tied tensors)."""
         return tuple(box.location for box in self.boxes)
+
+
+class Copies:
+    """Tensors that are each given memory of their own, although they may be views of one storage.
+
+    What they take beyond the storages that they show is accounted for: a small file can describe many large views.
+
+    Example:
+        >>> from torchload.core.source import MemorySource
+        >>> extent = Extent(MemorySource(bytes(4)), 0, 4)
+        >>> entry = TensorEntry(torch.float32, (1 << 30,), (Box(extent, 0, (1 << 30,), (0,), (0,)),))
+        >>> Copies().add(entry)
+        Traceback (most recent call last):
+        torchload.errors.CorruptCheckpointError: <memory> would unfold to ... Refused.
+    """
+
+    __slots__ = ("_spare_bytes", "_storages")
+
+    def __init__(self) -> None:
+        self._storages: set[tuple[int, int]] = set()
+        self._spare_bytes = 0
+
+    def add(self, entry: TensorEntry) -> None:
+        """Account for one more.
+
+        Raises:
+            CorruptCheckpointError: They are more than the size of the file accounts for.
+        """
+        if len(entry.boxes) != 1 or type(entry.boxes[0]) is not Box:
+            return  # parts that tile a tensor are as large as it is
+        extent = entry.boxes[0].extent
+        if (storage := (id(extent.source), extent.offset)) not in self._storages:
+            self._storages.add(storage)
+            self._spare_bytes += extent.nbytes
+        self._spare_bytes -= entry.nbytes
+        if self._spare_bytes < 0:
+            extent.source.budget.spend(-self._spare_bytes, extent.source.name)
+            self._spare_bytes = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""One rank works while the others wait, and what happens to one is known to all."""
+"""Ranks that act together: what happens to one is known to all."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ WRITER = 0
 
 
 class Ranks:
-    """The ranks of the default process group, or this process alone.
+    """The ranks of a process group, or this process alone.
 
     Args:
         together: Whether all ranks take part, where there is a process group; otherwise this process acts alone.
+        group: The process group; by default the one of all ranks.
     """
 
-    def __init__(self, *, together: bool) -> None:
+    def __init__(self, *, together: bool, group: Any = None) -> None:
         distributed: Any = torch.distributed if together and torch.distributed.is_available() else None
-        self._group: Any = distributed if distributed is not None and distributed.is_initialized() else None
-        self.count: int = self._group.get_world_size() if self._group is not None else 1
-        self.rank: int = self._group.get_rank() if self._group is not None else 0
+        self._distributed: Any = distributed if distributed is not None and distributed.is_initialized() else None
+        self.group = group
+        self.count: int = self._distributed.get_world_size(group) if self._distributed is not None else 1
+        self.rank: int = self._distributed.get_rank(group) if self._distributed is not None else 0
 
     @property
     def is_writer(self) -> bool:
@@ -42,24 +44,38 @@ class Ranks:
             BaseException: `error`, or that of the first rank that has one.
             RuntimeError: The ranks mean different things.
         """
-        if self.count == 1:
-            if error is not None:
-                raise error
-            return
-        answers: list[Any] = [None] * self.count
-        self._group.all_gather_object(answers, (_portable(error), what))
-        if error is not None:
-            raise error
-        for rank, (theirs, _) in enumerate(answers):
-            if theirs is not None:
-                if hasattr(theirs, "add_note"):  # Python 3.11
-                    theirs.add_note(f"(on rank {rank})")
-                raise theirs
-        if any(meant != answers[0][1] for _, meant in answers):
+        answers = self.gather(error, what)
+        if any(meant != answers[0] for meant in answers):
             raise RuntimeError(
                 "The ranks hold different tensors, or save to different paths: one file can't hold them all. Save each "
                 "rank's part under a name of its own, with distributed=False. Nothing was saved."
             )
+
+    def gather(self, error: BaseException | None, what: Any) -> list[Any]:
+        """What every rank has to say, if every rank can go on.
+
+        Args:
+            error: What keeps this rank from going on.
+            what: What this rank has to say; small.
+
+        Raises:
+            BaseException: `error`, or that of the first rank that has one.
+            TorchLoadError: A rank isn't there any more.
+        """
+        answers: list[Any] = [(error, what)]
+        if self.count > 1:
+            answers *= self.count
+            try:
+                self._distributed.all_gather_object(answers, (_portable(error), what), group=self.group)
+            except RuntimeError as failure:  # gloo's and NCCL's
+                if error is None:
+                    error = _left_alone(failure)
+        if error is not None:
+            raise error
+        for rank, (theirs, _) in enumerate(answers):
+            if theirs is not None:
+                raise _told_by(rank, theirs)
+        return [said for _, said in answers]
 
     def share(self, error: BaseException | None, result: Any) -> Any:
         """What the writer has to say, on every rank.
@@ -72,12 +88,32 @@ class Ranks:
         """
         if self.count > 1:
             box = [(_portable(error), result)]
-            self._group.broadcast_object_list(box, src=WRITER)
+            self._distributed.broadcast_object_list(box, src=WRITER)
             if not self.is_writer:
                 error, result = box[0]
         if error is not None:
             raise error
         return result
+
+
+def _left_alone(failure: RuntimeError) -> TorchLoadError:
+    error = TorchLoadError(
+        "Another rank of the process group has ended, or did not come within the group's timeout: all of them must "
+        f"make this call. What the group says: {failure}"
+    )
+    error.__cause__ = failure
+    return error
+
+
+def _told_by(rank: int, error: BaseException) -> BaseException:
+    """Another rank's error, as one of this rank, where nothing was written."""
+    if isinstance(error, TorchLoadError):
+        error.message += f" (This happened on rank {rank}.)"
+    elif hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(f"(on rank {rank})")
+    if hasattr(error, "written"):
+        error.written = ()
+    return error
 
 
 def _portable(error: BaseException | None) -> BaseException | None:

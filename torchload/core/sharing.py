@@ -49,8 +49,8 @@ class Run:
         offsets: Where each begins in the stretch, in elements.
         start_bytes: Where the stretch begins in its storage.
         numel: Its length, in elements.
-        is_flat: Whether it is best taken as it lies: all of it belongs to some tensor, or several share it. Otherwise
-            it is one tensor with gaps, which is best taken element by element.
+        is_flat: Whether it is best taken as it lies: it is no longer than its tensor, or several share it. Otherwise it
+            is one tensor with gaps, which is best taken element by element.
     """
 
     members: tuple[int, ...]
@@ -117,7 +117,7 @@ def _run(layouts: Sequence[Layout], members: list[int], *, is_alone: bool = Fals
         offsets=tuple((layouts[index].start_bytes - start) // itemsize for index in members),
         start_bytes=start,
         numel=numel,
-        is_flat=len(members) > 1 or numel == _numel(first.shape),
+        is_flat=len(members) > 1 or numel <= _numel(first.shape),
     )
 
 

@@ -13,12 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torchload.core.budget import Budget
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Descriptor", "FileSource", "MemorySource", "Source", "StreamSource"]
+__all__ = ["Descriptor", "FileSource", "MemorySource", "Source", "StreamSource", "UnpackedSource"]
 
 
 class Source(ABC):
@@ -29,13 +30,15 @@ class Source(ABC):
         size: Length in bytes, fixed when the source was opened.
         fd: File descriptor that holds the bytes, or ``None`` for memory.
         base: Position of byte 0 in that descriptor.
+        budget: What reading its content may cost; that of the whole load.
     """
 
-    __slots__ = ("base", "name", "size")
+    __slots__ = ("base", "budget", "name", "size")
 
     name: str
     size: int
     base: int
+    budget: Budget
 
     @property
     def fd(self) -> int | None:
@@ -82,24 +85,24 @@ class FileSource(Source):
 
     __slots__ = ("_descriptor", "identity")
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], budget: Budget | None = None) -> None:
         name = os.fspath(path)
         # Without O_NONBLOCK, opening a FIFO waits for its writer; on regular files the flag does nothing.
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
         self._descriptor = Descriptor()
         self._descriptor.take(os.open, name, flags)
-        self._describe(name)
+        self._describe(name, budget)
 
     @classmethod
-    def from_descriptor(cls, descriptor: int, name: str) -> FileSource:
+    def from_descriptor(cls, descriptor: int, name: str, budget: Budget | None = None) -> FileSource:
         """The file behind a descriptor, which is duplicated: neither it nor its position is touched."""
         source = cls.__new__(cls)
         source._descriptor = Descriptor()
         source._descriptor.take(os.dup, descriptor)
-        source._describe(name)
+        source._describe(name, budget)
         return source
 
-    def _describe(self, name: str) -> None:
+    def _describe(self, name: str, budget: Budget | None) -> None:
         self.name = name
         self.base = 0
         status = os.fstat(self._descriptor.number)
@@ -107,6 +110,7 @@ class FileSource(Source):
             self.close()
             raise CheckpointFormatError(f"{name} is not a regular file.", path=name, found="special file")
         self.size = status.st_size
+        self.budget = _grown(budget, self.size)
         self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     @property
@@ -132,7 +136,7 @@ class FileSource(Source):
         part = FileSource.__new__(FileSource)
         part.name = name or self.name
         part._descriptor = self._descriptor
-        part.base, part.size = self.base + offset, size
+        part.base, part.size, part.budget = self.base + offset, size, self.budget
         part.identity = self.identity
         return part
 
@@ -202,11 +206,19 @@ class MemorySource(Source):
 
     __slots__ = ("view",)
 
-    def __init__(self, data: Buffer, name: str = "<memory>") -> None:
+    def __init__(self, data: Buffer, name: str = "<memory>", budget: Budget | None = None) -> None:
+        """Bytes as a source.
+
+        Args:
+            data: Them.
+            name: What to call them in messages.
+            budget: That of the source which they were read from; without one, these bytes are a file of their own.
+        """
         self.view = memoryview(data).cast("B").toreadonly()
         self.name = name
         self.size = self.view.nbytes
         self.base = 0
+        self.budget = budget or _grown(None, self.size)
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
@@ -214,7 +226,36 @@ class MemorySource(Source):
 
     def slice(self, offset: int, size: int, name: str | None = None) -> Source:
         self._check(offset, size)
-        return MemorySource(self.view[offset : offset + size], name or self.name)
+        return MemorySource(self.view[offset : offset + size], name or self.name, self.budget)
+
+
+class UnpackedSource(Source):
+    """Bytes that are packed somewhere: unpacked when they are first read, and kept as long as this is."""
+
+    __slots__ = ("_lock", "_unpack", "_unpacked")
+
+    def __init__(self, unpack: Callable[[], bytes], size: int, name: str, budget: Budget) -> None:
+        self._unpack = unpack
+        self._unpacked: list[bytes] = []
+        self._lock = threading.Lock()
+        self.name = name
+        self.size = size
+        self.base = 0
+        self.budget = budget
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        self._check(offset, len(buffer))
+        with self._lock:
+            if not self._unpacked:
+                self._unpacked.append(self._unpack())
+        start = self.base + offset
+        buffer[:] = memoryview(self._unpacked[0])[start : start + len(buffer)]
+
+    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
+        self._check(offset, size)
+        part = UnpackedSource(self._unpack, size, name or self.name, self.budget)
+        part._unpacked, part._lock, part.base = self._unpacked, self._lock, self.base + offset
+        return part
 
 
 class StreamSource(Source):
@@ -222,7 +263,7 @@ class StreamSource(Source):
 
     __slots__ = ("_lock", "_stream")
 
-    def __init__(self, stream: Any, name: str) -> None:
+    def __init__(self, stream: Any, name: str, budget: Budget | None = None) -> None:
         self._stream = stream
         self._lock = threading.Lock()
         self.name = name
@@ -233,6 +274,7 @@ class StreamSource(Source):
             self.size = stream.tell() if end is None else end
         finally:
             stream.seek(position)
+        self.budget = _grown(budget, self.size)
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
@@ -259,8 +301,15 @@ class StreamSource(Source):
         part = StreamSource.__new__(StreamSource)
         part._stream, part._lock = self._stream, self._lock
         part.name = name or self.name
-        part.base, part.size = self.base + offset, size
+        part.base, part.size, part.budget = self.base + offset, size, self.budget
         return part
+
+
+def _grown(budget: Budget | None, size_bytes: int) -> Budget:
+    """The load's budget, grown by one more file; a new one for a load of this file alone."""
+    budget = budget or Budget()
+    budget.add_file(size_bytes)
+    return budget
 
 
 _STREAM_CHUNK_BYTES = 8 * 1024 * 1024

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["format_bytes", "format_seconds", "group_names", "plural", "short_dtype"]
+__all__ = ["format_bytes", "format_seconds", "group_names", "plural", "printable", "short_dtype"]
 
 
 def short_dtype(dtype: torch.dtype) -> str:
@@ -45,6 +45,20 @@ def group_names(names: Iterable[str]) -> list[str]:
         dot = f"{module}." if module else ""
         lines.append(f"{dot}{leaves[0]}" if len(leaves) == 1 else f"{dot}{{{', '.join(leaves)}}}")
     return lines
+
+
+def printable(text: str, limit: int = 120) -> str:
+    r"""Text from a file, without control characters that would reach a terminal, and cut where it is endless.
+
+    Example:
+        >>> printable("fc\x1b[31m")
+        'fc\\x1b[31m'
+    """
+    cut = text if len(text) <= limit else text[: limit - 1] + "…"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "replace").decode()
+        for character in cut
+    )
 
 
 def format_bytes(count: int) -> str:

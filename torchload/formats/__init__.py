@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torchload.core.budget import Budget
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.collector import collector_paused
 from torchload.core.source import Source
@@ -109,77 +110,86 @@ def open_checkpoint(path: Any) -> Checkpoint:
         ...     checkpoint.root["weight"].shape
         (2, 3)
     """
+    opening = _Opening()
     with collector_paused():
         if isinstance(path, (list, tuple)):
             from torchload.formats.sets import sharded
 
-            return sharded.open_list([_required_path(part) for part in path], _open_shard)
+            return sharded.open_list([_required_path(part) for part in path], opening.shard)
         text = path_text(path)
         if text is None:
             source = source_of_object(path)
-            return _open_source(source, source.name)
+            return opening.source(source, source.name)
         if stat.S_ISDIR(status_of(text).st_mode):
-            return _open_folder(text)
-        return _open_file(text)
+            return opening.folder(text)
+        return opening.file(text)
 
 
-def _open_folder(path: str) -> Checkpoint:
-    from torchload.formats.sets import folder, sharded
+class _Opening:
+    """The opening of one checkpoint, which may be made of many files.
 
-    try:
-        choice = folder.choose(path, _is_checkpoint)
-    except CheckpointNotFoundError as nothing:
-        # Files that may hold anything, such as pickles, count where there is nothing else.
+    Attributes:
+        budget: What all of them together may cost.
+    """
+
+    __slots__ = ("budget",)
+
+    def __init__(self) -> None:
+        self.budget = Budget()
+
+    def folder(self, path: str) -> Checkpoint:
+        from torchload.formats.sets import folder, sharded
+
         try:
-            choice = folder.choose(path, _opens)
-        except CheckpointNotFoundError:
-            raise nothing from None
-    if choice.opener is not None:
-        return choice.opener(path, _open_member)
-    if len(choice.files) == 1:
-        checkpoint = _open_file(choice.files[0])
-    else:
-        checkpoint = sharded.open_list(list(choice.files), _open_shard)
-    return folder.describe(checkpoint, path, choice)
+            choice = folder.choose(path, _is_checkpoint)
+        except CheckpointNotFoundError as nothing:
+            # Files that may hold anything, such as pickles, count where there is nothing else.
+            try:
+                choice = folder.choose(path, _opens)
+            except CheckpointNotFoundError:
+                raise nothing from None
+        if choice.opener is not None:
+            return choice.opener(path, self)
+        if len(choice.files) == 1:
+            checkpoint = self.file(choice.files[0])
+        else:
+            checkpoint = sharded.open_list(list(choice.files), self.shard)
+        return folder.describe(checkpoint, path, choice)
 
+    def __call__(self, path: str) -> Checkpoint:
+        """Open a part of a folder: a file, or another folder."""
+        return self.folder(path) if stat.S_ISDIR(status_of(path).st_mode) else self.shard(path)
 
-def _open_member(path: str) -> Checkpoint:
-    """Open a part of a folder: a file, or another folder."""
-    return _open_folder(path) if stat.S_ISDIR(status_of(path).st_mode) else _open_shard(path)
+    def file(self, path: str) -> Checkpoint:
+        if (folder := folder_around(path)) is not None:
+            status_of(path)  # what was named must be there
+            return self.folder(folder)
+        return self.source(source_of_file(path, self.budget), path)
 
+    def shard(self, path: str) -> Checkpoint:
+        """Open one file of a set, which can't be an index of another set."""
+        return self.source(source_of_file(path, self.budget), path, index_allowed=False)
 
-def _open_file(path: str) -> Checkpoint:
-    if (folder := folder_around(path)) is not None:
-        status_of(path)  # what was named must be there
-        return _open_folder(folder)
-    return _open_source(source_of_file(path), path)
+    def source(self, source: Source, path: str, *, index_allowed: bool = True) -> Checkpoint:
+        """Open a single file, or the set it is the index of; its source is closed when that fails."""
+        try:
+            head = source.read(0, min(HEAD_BYTES, source.size))
+            for kind in FORMATS:
+                if kind.recognizes(head):
+                    return kind.open(source, path)
+            if index_allowed and head.lstrip()[:1] == b"{":
+                from torchload.formats.sets import sharded
 
+                if sharded.recognizes(head):
+                    checkpoint = sharded.open_index(source, path, self.shard)
+                    source.close()
+                    return checkpoint
+            from torchload.formats.files import foreign
 
-def _open_shard(path: str) -> Checkpoint:
-    """Open one file of a set, which can't be an index of another set."""
-    return _open_source(source_of_file(path), path, index_allowed=False)
-
-
-def _open_source(source: Source, path: str, *, index_allowed: bool = True) -> Checkpoint:
-    """Open a single file, or the set it is the index of; its source is closed when that fails."""
-    try:
-        head = source.read(0, min(HEAD_BYTES, source.size))
-        for kind in FORMATS:
-            if kind.recognizes(head):
-                return kind.open(source, path)
-        if index_allowed and head.lstrip()[:1] == b"{":
-            from torchload.formats.sets import sharded
-
-            if sharded.recognizes(head):
-                checkpoint = sharded.open_index(source, path, _open_shard)
-                source.close()
-                return checkpoint
-        from torchload.formats.files import foreign
-
-        raise foreign.describe(source, head, path)
-    except BaseException:
-        source.close()
-        raise
+            raise foreign.describe(source, head, path)
+        except BaseException:
+            source.close()
+            raise
 
 
 def _is_checkpoint(path: str) -> bool:
@@ -203,7 +213,7 @@ def _is_checkpoint(path: str) -> bool:
 def _opens(path: str) -> bool:
     """Whether a file turns out to hold a checkpoint when it is opened."""
     try:
-        _open_shard(path).close()
+        _Opening().shard(path).close()
     except (TorchLoadError, OSError):
         return False
     return True

@@ -13,6 +13,7 @@ import re
 import stat
 from typing import Any
 
+from torchload.core.budget import Budget
 from torchload.core.source import FileSource, MemorySource, Source, StreamSource
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 
@@ -110,15 +111,19 @@ def path_inside(name: str, folder: str, path: str) -> str:
     return os.path.join(folder, *parts)
 
 
-def source_of_file(path: str) -> Source:
+def source_of_file(path: str, budget: Budget | None = None) -> Source:
     """Open a regular file that holds something.
+
+    Args:
+        path: Where it is.
+        budget: Of the load that it is a part of; without one, it is all of a load.
 
     Raises:
         CorruptCheckpointError: The file is empty.
         CheckpointNotFoundError, CheckpointFormatError, OSError: As `status_of`.
     """
     status_of(path)
-    source = FileSource(path)
+    source = FileSource(path, budget)
     if source.size == 0:
         source.close()
         raise CorruptCheckpointError(

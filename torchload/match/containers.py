@@ -32,7 +32,7 @@ class Place:
     inner: frozenset[str]  # names of nested containers, which are places of their own
 
 
-_WIDE = 16
+_LOOKED_THROUGH = 1 << 16  # items of a list at a time
 _HOLDERS = (TensorEntry, OpaqueTensor, Record, Mapping, list, tuple)
 
 
@@ -106,12 +106,11 @@ class _Search:
         self._allowance = allowance
         self._known: dict[int, _Known] = {}
         self._above: dict[int, list[int]] = {}
-        self._wide: dict[int, bool] = {}
         self._barren: set[int] = set()
 
     def containers(self, root: Any) -> dict[int, _Known]:
         """All such containers of a tree, by identity, outermost first."""
-        top = _below(root, self._wide)
+        top = _below(root, self._allowance)
         if top is None:
             return {}
         todo = [self._note(root, (), top)]
@@ -140,7 +139,7 @@ class _Search:
         """The identity of a container that is met for the first time; ``None`` for what leads nowhere."""
         if id(value) in self._barren:
             return None
-        below = _below(value, self._wide)
+        below = _below(value, self._allowance)
         if not below:
             if below is not None:
                 self._barren.add(id(value))
@@ -157,22 +156,29 @@ class _Search:
         return {identity: place for identity, place in self._known.items() if identity in held}
 
 
-def _below(value: Any, wide: dict[int, bool]) -> Mapping[Any, Any] | None:
+def _below(value: Any, allowance: Allowance) -> Mapping[Any, Any] | None:
     """`as_mapping`, but of a list (of a million losses, perhaps) only what may be or hold tensors."""
-    if isinstance(value, (list, tuple)):
-        return {index: inner for index, inner in enumerate(value) if _may_hold(inner, wide)}
-    return as_mapping(value)
-
-
-def _may_hold(value: Any, wide: dict[int, bool]) -> bool:
-    """Whether a value may be or hold tensors. What is wide is looked through once, wherever it occurs."""
     if not isinstance(value, (list, tuple)):
-        return isinstance(value, _HOLDERS)
-    if len(value) <= _WIDE:
-        return any(isinstance(inner, _HOLDERS) for inner in value)
-    if id(value) not in wide:
-        wide[id(value)] = any(isinstance(inner, _HOLDERS) for inner in value)
-    return wide[id(value)]
+        return as_mapping(value)
+    found: dict[int, Any] = {}
+    for start in range(0, len(value), _LOOKED_THROUGH) if _holds_any(value) else ():
+        part = value[start : start + _LOOKED_THROUGH]
+        # What is there many times is looked into once.
+        holders = {identity for identity, inner in dict(zip(map(id, part), part)).items() if _may_hold(inner)}
+        if holders:
+            found.update((index, inner) for index, inner in enumerate(part, start) if id(inner) in holders)
+    allowance.spend(len(found), 0)
+    return found
+
+
+def _may_hold(value: Any) -> bool:
+    """Whether a value may be or hold tensors."""
+    return _holds_any(value) if isinstance(value, (list, tuple)) else isinstance(value, _HOLDERS)
+
+
+def _holds_any(values: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether one of them may be or hold tensors; as fast as Python walks a list, for it may be very long."""
+    return any(issubclass(kind, _HOLDERS) for kind in set(map(type, values)))
 
 
 def _is_leaf(name: Any, value: Any, whole: frozenset[str]) -> bool:

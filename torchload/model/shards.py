@@ -28,12 +28,18 @@ __all__ = [
 ]
 
 
+_KEPT_REGIONS = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """An axis-aligned part of a tensor: where it begins and how large it is, in elements."""
 
     origin: Shape
     shape: Shape
+
+
+_regions: dict[Any, Region] = {}
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:
@@ -89,10 +95,23 @@ def local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
     if not is_sharded(tensor):
         return tensor.detach(), Region((0,) * tensor.dim(), tuple(tensor.shape))
     sharded: Any = tensor
-    layout = importlib.import_module(f"{_dtensor_module().__name__}._utils")
-    shape, origin = layout.compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
     local: torch.Tensor = sharded._local_tensor.detach()
-    return local, Region(tuple(origin), tuple(shape))
+    return local, _region(sharded)
+
+
+def _region(sharded: Any) -> Region:
+    """What `torch.distributed.tensor` says, which takes milliseconds, asked once for all tensors that are alike."""
+    mesh = sharded.device_mesh
+    placements = tuple((type(placement), placement) for placement in sharded.placements)  # some equal their bases
+    key = (sharded.shape, tuple(mesh.shape), tuple(mesh.get_coordinate() or ()), placements)
+    region = _regions.get(key)
+    if region is None:
+        layout = importlib.import_module(f"{_dtensor_module().__name__}._utils")
+        shape, origin = layout.compute_local_shape_and_global_offset(sharded.shape, mesh, sharded.placements)
+        if len(_regions) >= _KEPT_REGIONS:
+            _regions.clear()
+        region = _regions[key] = Region(tuple(origin), tuple(shape))
+    return region
 
 
 def held_numel(tensor: torch.Tensor, shape: Shape) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from torchload.core.wrappers import WRAPPER_CLASSES, WRAPPER_STATE
 
-__all__ = ["State", "bare_names", "unwrapped_state", "wrapped_child"]
+__all__ = ["State", "bare_names", "module_within", "unwrapped_state", "wrapped_child"]
 
 _FSDP1_ATTRIBUTE = "_fsdp_wrapped_module"
 
@@ -50,6 +50,14 @@ def wrapped_child(module: nn.Module) -> str | None:
 def _attribute_of(cls: Any) -> str | None:
     names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
     return next((WRAPPER_CLASSES[name] for name in names if name in WRAPPER_CLASSES), None)
+
+
+def module_within(holder: Any) -> nn.Module | None:
+    """The module that an object keeps averaged weights in, as ultralytics' and timm's averages do, if it has one."""
+    for attribute in ("module", "ema", "ema_model"):
+        if isinstance(module := getattr(holder, attribute, None), nn.Module):
+            return module
+    return None
 
 
 def unwrapped_state(model: nn.Module) -> State:

@@ -49,6 +49,7 @@ def carry_out(
     atomic: bool = False,
     guard: AbstractContextManager[object] | None = None,
     finish: Callable[[], object] = lambda: None,
+    move: Callable[..., int] = run,
 ) -> Moved:
     """Move the bytes. Fresh memory is shown to the model only when everything has arrived.
 
@@ -66,6 +67,7 @@ def carry_out(
         guard: What to hold while that happens.
         finish: What else has to succeed once the model shows its new memory. Where `atomic`, old memory is kept until
             then; if it fails, the model shows that again.
+        move: Carries out copies, as `torchload.transfer.run` does.
 
     Returns:
         How much that was.
@@ -87,7 +89,7 @@ def carry_out(
         fresh.update(zip(map(id, mapped), map_entries([item.entry for item in mapped])))
         moved = [item for item in plan.assignments if id(item) not in fresh] if mapped else plan.assignments
         fresh.update(_fresh_memory(moved))
-        read_bytes = _move(moved, fresh, verify, progress, plan.notes)
+        read_bytes = _move(move, moved, fresh, verify, progress, plan.notes)
         arrived.extend(item.name for item in moved)
         changes = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
         changes += [(item.slot, _converted(item)) for item in plan.conversions]
@@ -123,6 +125,7 @@ def _converted(conversion: Conversion) -> torch.Tensor:
 
 
 def _move(
+    move: Callable[..., int],
     assignments: list[Assignment],
     fresh: Mapping[int, torch.Tensor],
     verify: bool,
@@ -148,7 +151,7 @@ def _move(
     copies: list[Copy] = []
     try:
         for copies in phases:
-            done += run(copies, check=verify, progress=report if progress is not None else None, notes=notes)
+            done += move(copies, check=verify, progress=report if progress is not None else None, notes=notes)
             written.extend(copy.name for copy in copies)
         report(total, total)
     except BaseException as error:

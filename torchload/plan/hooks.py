@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from torchload.core.checkpoint import Box, Extent, OpaqueTensor, Record, TensorEntry, contiguous_strides
+from torchload.core.checkpoint import Box, Copies, Extent, OpaqueTensor, Record, TensorEntry, contiguous_strides
 from torchload.core.quantized import quantized_tensor
 from torchload.core.source import MemorySource
 from torchload.errors import IncompatibleCheckpointError
@@ -339,7 +339,13 @@ def plain(value: Any, read: ReadTensor) -> Any:
     Raises:
         ValueError: It holds an object that would have to be built by running code, or itself, or is nested very deeply.
     """
-    return _plain(value, read, {}, _DEEPEST)
+    copies = Copies()
+
+    def read_new(entry: TensorEntry) -> torch.Tensor:
+        copies.add(entry)
+        return read(entry)
+
+    return _plain(value, read_new, {}, _DEEPEST)
 
 
 _DEEPEST = 100
@@ -365,7 +371,9 @@ def _plain(value: Any, read: ReadTensor, known: dict[int, Any], levels: int) -> 
     if isinstance(value, TensorEntry):
         if value.is_expanded and value.nbytes > _SMALL_BYTES:
             raise ValueError("it holds a tensor of more elements than the file has room for")
-        return read(value)
+        if id(value) not in known:
+            known[id(value)] = read(value)
+        return known[id(value)]
     if isinstance(value, OpaqueTensor) and value.quantized is not None and value.shape is not None:
         return quantized_tensor(value.shape, value.quantized, read)
     if isinstance(value, (Record, OpaqueTensor)):

@@ -153,6 +153,9 @@ def make_plan(target: Target, selection: Selection, options: Options) -> LoadPla
                 "before the model is converted to it"
             )
             continue
+        if slot.shape is None and entry.is_expanded:
+            problems.append(f"{name} takes its shape from the file, where it has more elements than there is data")
+            continue
         dtype = _final_dtype(slot, entry, options, keep_fp32)
         if (reason := _impossible_cast(entry.dtype, dtype)) is not None:
             problems.append(f"{name}: {reason}")

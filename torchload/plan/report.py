@@ -4,18 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
+
+from torch import nn
 
 from torchload.core.checkpoint import Shape
+from torchload.core.shown import Shown
 from torchload.core.text import format_bytes, format_seconds, group_names, plural
 
-__all__ = ["LoadReport"]
+__all__ = ["FilledInPlace", "LoadReport"]
+
+_IN_PLACE = (
+    "This is the report, not the model, which was filled in place: write smart_load(model, path) on a line of its own, "
+    "and go on with model."
+)
 
 _WORTH_SAYING_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """The account of one load. `str()` gives it in a few lines; it holds no tensor data.
+class FilledInPlace(Shown):
+    """A report that says so where it is taken for the model: after ``model = smart_load(model, path)``."""
+
+    __slots__ = ()
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """No: the model was filled in place."""
+        raise TypeError(_IN_PLACE)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        hint = f". {_IN_PLACE}" if hasattr(nn.Module, name) else ""
+        raise AttributeError(f"a {type(self).__name__} has no {name!r}{hint}", name=name, obj=self)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class LoadReport(FilledInPlace):
+    """The account of one load. `str()` gives it in a few lines, notebooks show a table; it holds no tensor data.
 
     Attributes:
         path: The checkpoint as the caller named it.
@@ -78,12 +101,6 @@ class LoadReport:
     def gib_per_second(self) -> float:
         """Bytes loaded per second of the whole call, in GiB/s."""
         return self.nbytes / 2**30 / self.seconds if self.seconds else 0.0
-
-    def __str__(self) -> str:
-        lines = [self._headline()]
-        for label, text in self._details():
-            lines.append(f"  {label:<7} {text}")
-        return "\n".join(lines)
 
     def _headline(self) -> str:
         count = (

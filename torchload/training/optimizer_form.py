@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torchload.core.checkpoint import TensorEntry
+from torchload.core.checkpoint import Copies, TensorEntry
 
 __all__ = ["malformed"]
 
@@ -37,7 +37,7 @@ def malformed(state: Mapping[Any, Any]) -> str | None:
     if not isinstance(states, Mapping):
         return "its state is no mapping"
     try:
-        _count(state, 0, _MOST_VALUES)
+        _count(state, 0, _MOST_VALUES, Copies())
     except _MalformedError as error:
         return str(error)
     return None
@@ -47,11 +47,12 @@ def _is_list_of_keys(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(key, (int, str)) for key in value)
 
 
-def _count(value: Any, depth: int, left: int) -> int:
+def _count(value: Any, depth: int, left: int, copies: Copies) -> int:
     """How many more values there may be after these; what occurs twice counts twice, as it will be made twice."""
     if isinstance(value, TensorEntry):
         if value.is_expanded and value.nbytes > _SMALL_BYTES:
             raise _MalformedError("it has a tensor of more elements than the file has room for")
+        copies.add(value)
     elif isinstance(value, (Mapping, list, tuple)):
         if depth == _DEEPEST:
             raise _MalformedError("it is nested deeper than any")
@@ -60,5 +61,5 @@ def _count(value: Any, depth: int, left: int) -> int:
             raise _MalformedError(f"it has more than {_MOST_VALUES:,} values")
         for inner in value.values() if isinstance(value, Mapping) else value:
             if not isinstance(inner, (int, float, str)):
-                left = _count(inner, depth + 1, left)
+                left = _count(inner, depth + 1, left, copies)
     return left

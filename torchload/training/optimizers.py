@@ -53,14 +53,19 @@ class OptimizerPlan:
 
 
 def plan_optimizer(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], names: Mapping[int, str]
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    names: Mapping[int, str],
+    file_order: Mapping[int, int],
 ) -> OptimizerPlan:
     """Check the state of an optimizer against its parameters.
 
     Args:
         optimizer: What the state is for.
         state: Its ``state`` and ``param_groups`` in the file, or the same in one flat mapping.
-        names: Identity of a parameter → its name in the model.
+        names: Identity of a parameter → its name in the model, in the model's order.
+        file_order: Identity of a parameter → its place among the file's weights, where that says in which order the
+            file's own model has them.
 
     Returns:
         What to load; its `problems` say, one sentence each, what stands against it.
@@ -81,9 +86,12 @@ def plan_optimizer(
         plan.problems.append(f"the file has {plural(len(theirs), 'parameter group')}, the optimizer {len(ours)}")
         return plan
     file_names = _file_names(groups, theirs)
+    values = _with_keys_of(theirs, state.get("state", {}))
     order = _by_name(plan, ours, file_names, names) if file_names else _by_position(plan, ours, theirs)
     if order is None:
         return plan
+    if values and not file_names:
+        _check_order(plan, ours, names, file_order)
     number = 0
     for index, (group, live) in enumerate(zip(groups, optimizer.param_groups)):
         _check_group(plan, index, group, live)
@@ -96,11 +104,7 @@ def plan_optimizer(
         number += len(ours[index])
     numbered = {key: number for number, key in enumerate(order)}
     plan.reordered = order != [key for group in theirs for key in group]
-    for key, values in state.get("state", {}).items():
-        if key in numbered:
-            plan.state[numbered[key]] = values
-        else:
-            plan.state[key] = values
+    plan.state = {numbered.get(key, key): each for key, each in values.items()}
     if _is_torchs_own(optimizer):
         _count_steps_by_parameter(plan)
         _check_completeness(plan, names)
@@ -166,6 +170,32 @@ def _by_position(
                 f"group {index} has {plural(len(keys), 'parameter')} in the file and {len(group)} here"
             )
     return None if plan.problems else [key for keys in theirs for key in keys]
+
+
+def _with_keys_of(theirs: Sequence[Sequence[Any]], state: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The state by the numbers that the groups have: `torch.distributed.checkpoint` makes text of them."""
+    numbers = {str(key): key for keys in theirs for key in keys if isinstance(key, int)}
+    return {numbers.get(key, key): values for key, values in state.items()} if numbers else state
+
+
+def _check_order(
+    plan: OptimizerPlan,
+    ours: Sequence[Sequence[torch.Tensor]],
+    names: Mapping[int, str],
+    file_order: Mapping[int, int],
+) -> None:
+    """Numbers mean the same parameters only if both models have them in the same order, or the optimizer the file's."""
+    model_order = {parameter: number for number, parameter in enumerate(names)}
+    for index, group in enumerate(ours):
+        live = [id(parameter) for parameter in group if id(parameter) in file_order and id(parameter) in model_order]
+        in_file = sorted(live, key=file_order.__getitem__)
+        if in_file not in (live, sorted(live, key=model_order.__getitem__)):
+            first, second = next((a, b) for a, b in zip(in_file, live) if a != b)
+            plan.problems.append(
+                f"the file numbers the parameters of group {index}, and its own model has them in another order than "
+                f"this one ({names[first]} where {names[second]} is here): give the optimizer its parameters in the "
+                "order of the file's model"
+            )
 
 
 def _check_group(plan: OptimizerPlan, index: int, group: Mapping[str, Any], live: Mapping[str, Any]) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torchload.plan.report import LoadReport
+from torchload.plan.report import FilledInPlace, LoadReport
 
 __all__ = ["ResumeReport"]
 
 
-@dataclass(frozen=True, slots=True)
-class ResumeReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class ResumeReport(FilledInPlace):
     """The account of a resumption. `str()` gives it in a few lines; it holds no tensor data.
 
     Attributes:
@@ -35,13 +35,15 @@ class ResumeReport:
     restored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def _headline(self) -> str:
+        return self.load._headline()
+
+    def _details(self) -> list[tuple[str, str]]:
         at = [f"{name} {value}" for name, value in (("epoch", self.epoch), ("step", self.step)) if value is not None]
-        lines = [str(replace(self.load, training=False))]  # which is as it should be
+        lines = replace(self.load, training=False)._details()  # which is as it should be
         if at:
-            lines.append(f"  at      {', '.join(at)}")
-        lines += [f"  resumed {phrase}" for phrase in self.restored]
+            lines.append(("at", ", ".join(at)))
+        lines += [("resumed", phrase) for phrase in self.restored]
         if self.ema is not None:
-            lines.append(f"  average {self.ema.tensors:,} tensors from {self.ema.key or 'the top level'!r}")
-        lines += [f"  note    {note}" for note in self.notes]
-        return "\n".join(lines)
+            lines.append(("average", f"{self.ema.tensors:,} tensors from {self.ema.key or 'the top level'!r}"))
+        return [*lines, *(("note", note) for note in self.notes)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -15,7 +16,7 @@ from torchload.model.target import Slot, Target
 from torchload.plan import hooks
 from torchload.plan.plan import LoadPlan
 
-__all__ = ["RefusedError", "receive", "replace_attributes", "restorer", "taking_back"]
+__all__ = ["RefusedError", "like", "receive", "replace_attributes", "restorer", "taking_back"]
 
 
 class RefusedError(Exception):
@@ -36,6 +37,29 @@ def receive(receiver: Any, state: Any) -> None:
                 raise ValueError(f"its groups would lack {', '.join(sorted(lacking))}")
     except Exception as error:
         raise RefusedError(f"{type(receiver).__name__} did not accept its state: {error}") from error
+
+
+def like(value: Any, live: Any) -> Any:
+    """A plain value in the collections that its receiver has there.
+
+    `torch.distributed.checkpoint` makes text of numbers that are keys, and other readers plain mappings of all.
+
+    Example:
+        >>> like({"milestones": {"30": 1}, "gamma": 0.1}, {"milestones": Counter([10]), "gamma": 0.1})
+        {'milestones': Counter({30: 1}), 'gamma': 0.1}
+    """
+    if isinstance(value, Mapping) and isinstance(live, Mapping):
+        if live and all(type(key) is int for key in live):
+            value = {_number(key): inner for key, inner in value.items()}
+        inner = {key: like(inner, live.get(key)) for key, inner in value.items()}
+        return Counter(inner) if type(live) is Counter else OrderedDict(inner) if type(live) is OrderedDict else inner
+    if isinstance(value, (list, tuple)) and isinstance(live, (list, tuple)) and len(value) == len(live):
+        return type(value)([like(inner, of) for inner, of in zip(value, live)])
+    return value
+
+
+def _number(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else key
 
 
 def replace_attributes(holder: Any, attributes: Mapping[str, Any]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,15 +21,18 @@ from torchload.match.tables import SWAPPED, Standing
 from torchload.model.placement import Placement
 from torchload.model.shards import is_sharded
 from torchload.model.target import Target, describe_model
+from torchload.model.unwrapping import module_within
 from torchload.plan import hooks
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.execute import Moved, carry_out, compare_ties, extents_of
 from torchload.plan.plan import DtypeSpec, LoadPlan, Options, make_plan
 from torchload.plan.steps import select_for
 from torchload.training.optimizers import OptimizerPlan, Place, extents_in, plan_optimizer, read_states
+from torchload.training.pairing import NotPairedError, as_list, pairs_of
 from torchload.training.random_states import RandomState, plan_random_states
 from torchload.training.report import ResumeReport
-from torchload.training.restoring import RefusedError, receive, replace_attributes, restorer, taking_back
+from torchload.training.restoring import RefusedError, like, receive, replace_attributes, restorer, taking_back
+from torchload.training.run_folder import lies_beside
 from torchload.training.state import Found, average_of, find_training_state, plain_values, weights_of
 from torchload.transfer import map_entry, verify_extents
 
@@ -56,6 +58,7 @@ class Resumption:
     """One call of `smart_resume`: first everything is planned, then checked, then carried out."""
 
     checkpoint: Checkpoint
+    path: Any
     tree: Any
     strict: bool
     placement: Placement
@@ -98,7 +101,7 @@ class Resumption:
         """Choose the averaged weights."""
         if ema is None:
             return
-        module = ema if isinstance(ema, nn.Module) else _module_of(ema)
+        module = ema if isinstance(ema, nn.Module) else module_within(ema)
         averages = average_of(self.checkpoint.root)
         if module is None:
             self._plan_foreign_average(ema, averages)
@@ -141,19 +144,34 @@ class Resumption:
         compare_ties(plan, self.checkpoint.path)
         return _Load(target, selection, plan, options)
 
-    def plan_rest(self, optimizers: list[Any], schedulers: list[Any], scaler: Any) -> None:
+    def plan_rest(self, optimizers: Any, schedulers: Any, scaler: Any) -> None:
         """Check the states of everything else."""
         state = find_training_state(self.tree)
-        model = self.loads[0].target.model
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        for optimizer, found in self._pairs("optimizer", optimizers, state.optimizers):
-            plan = plan_optimizer(optimizer, found.value, names)
+        target = self.loads[0].target
+        names = {id(parameter): name for name, parameter in target.model.named_parameters()}
+        plan_of = partial(plan_optimizer, names=names, file_order=self._file_order())
+        paired = self._pairs(
+            "optimizer",
+            optimizers,
+            state.optimizers,
+            lambda optimizer, found: not plan_of(optimizer, found.value).problems,
+            lambda optimizer, name: _belongs_to(optimizer, name, names),
+        )
+        for optimizer, found in paired:
+            plan = plan_of(optimizer, found.value)
             label = f"{type(optimizer).__name__} from {found.path!r}"
             self.problems += [f"{label}: {problem}" for problem in plan.problems]
             self.optimizers.append(plan)
             size = f"{plural(len(optimizer.param_groups), 'group')}, {plural(len(plan.parameters), 'parameter')}"
             self.restored.append(f"{label} ({size}{', matched by name' if plan.reordered else ''})")
-        for scheduler, found in self._pairs("scheduler", schedulers, state.schedulers):
+        owners = {id(optimizer): found.name for optimizer, found in paired}
+        for scheduler, found in self._pairs(
+            "scheduler",
+            schedulers,
+            state.schedulers,
+            lambda scheduler, found: not _lacking(scheduler, found.value),
+            lambda scheduler, name: owners.get(id(getattr(scheduler, "optimizer", None))) == name,
+        ):
             self._plan_state("scheduler", scheduler, found)
         enabled = getattr(scaler, "is_enabled", lambda: True)
         if scaler is not None and enabled():
@@ -172,19 +190,38 @@ class Resumption:
             kinds = ", ".join(state.kind for state in self.random_states)
             self.restored.append(f"random numbers of {kinds} from {', '.join(map(repr, paths))}")
 
-    def _pairs(self, what: str, ours: list[Any], theirs: list[Found]) -> Iterator[tuple[Any, Found]]:
-        if not ours:
-            if theirs:
+    def _file_order(self) -> dict[int, int]:
+        """Identity of each parameter → its place in the file, where its weights are in the order of a model."""
+        load, checkpoint = self.loads[0], self.checkpoint
+        if self.tree is not checkpoint.root or len(checkpoint.sources) != 1 or "folder" in checkpoint.format:
+            return {}  # sharded and distributed files, and those beside an optimizer's, have an order of their own
+        places = {name: place for place, name in enumerate(load.selection.leaves)}
+        order: dict[int, int] = {}
+        for slot in load.target.slots:
+            stored = [places[load.selection.pairs[name]] for name in slot.names if name in load.selection.pairs]
+            if stored:
+                order.update((id(tensor), min(stored)) for tensor in (slot.tensor, *slot.twins))
+        return order
+
+    def _pairs(
+        self,
+        what: str,
+        given: Any,
+        found: list[Found],
+        fits: Callable[[Any, Found], bool],
+        names: Callable[[Any, str], bool],
+    ) -> list[tuple[Any, Found]]:
+        if not as_list(given):
+            if found:
                 self.notes.append(f"the file's {what} state was left aside: pass {what}= to restore it")
-        elif not theirs:
+        elif not found:
             self._absent(f"{what} state", what)
-        elif len(ours) != len(theirs):
-            self.problems.append(
-                f"the file holds the states of {plural(len(theirs), what)}, {len(ours)} "
-                f"{'was' if len(ours) == 1 else 'were'} given"
-            )
         else:
-            yield from zip(ours, theirs)
+            try:
+                return pairs_of(what, given, found, fits, names)
+            except NotPairedError as error:
+                self.problems.append(str(error))
+        return []
 
     def _plan_state(self, what: str, receiver: Any, found: Found) -> None:
         label = f"{type(receiver).__name__} from {found.path!r}"
@@ -193,21 +230,22 @@ class Resumption:
         except ValueError as error:
             self.problems.append(f"{label}: {error}")
             return
-        ours = receiver.state_dict() if hasattr(receiver, "state_dict") else {}
-        if lacking := [name for name in ours if name not in state and name not in _ADDED_LATER]:
+        if lacking := _lacking(receiver, state):
             self.problems.append(
                 f"{label}: the state lacks {', '.join(map(repr, lacking[:6]))}; it is of another kind of {what}"
             )
-        self.steps.append((what, receiver, {name: _as_ours(value, ours.get(name)) for name, value in state.items()}))
+        live = receiver.state_dict() if hasattr(receiver, "state_dict") else {}
+        self.steps.append((what, receiver, like(state, live)))
         self.restored.append(label)
 
     def _absent(self, what: str, argument: str, cause: Exception | None = None) -> None:
-        if self.strict:
-            why = [str(cause)] if cause else [note for note in self.checkpoint.notes if argument in note]
-            reason = f" that fit{'s' * what.endswith('state')} ({'; '.join(why)})" if why else ""
-            self.problems.append(f"the file holds no {what}{reason}; leave {argument}= out")
-        else:
+        if not self.strict:
             self.notes.append(f"the file holds no {what}; {argument} stays as it is")
+            return
+        why = [str(cause)] if cause else [note for note in self.checkpoint.notes if argument in note]
+        reason = f" that fit{'s' * what.endswith('state')} ({'; '.join(why)})" if why else ""
+        advice = lies_beside(self.path, argument) or f"leave {argument}= out"
+        self.problems.append(f"the file holds no {what}{reason}; {advice}")
 
     def check(self) -> None:
         """Raise everything that stands against the plan."""
@@ -299,13 +337,6 @@ _ADDED_LATER = frozenset(
 )
 
 
-def _module_of(ema: Any) -> nn.Module | None:
-    for attribute in ("module", "ema", "ema_model"):
-        if isinstance(module := getattr(ema, attribute, None), nn.Module):
-            return module
-    return None
-
-
 def _is_all(names: Sequence[str], model: nn.Module) -> bool:
     return set(names).issuperset(describe_model(model).by_name)
 
@@ -319,9 +350,13 @@ def _split(path: str, key: str) -> tuple[str | None, str | None]:
     return path, None
 
 
-def _as_ours(value: Any, ours: Any) -> Any:
-    """A plain value in the type of collection that the receiver has there."""
-    for kind in (Counter, OrderedDict):
-        if type(ours) is kind and isinstance(value, Mapping):
-            return kind(value)
-    return value
+def _lacking(receiver: Any, state: Mapping[str, Any]) -> list[str]:
+    """What an object's state has and the file's lacks."""
+    live = receiver.state_dict() if hasattr(receiver, "state_dict") else {}
+    return [name for name in live if name not in state and name not in _ADDED_LATER]
+
+
+def _belongs_to(optimizer: Any, part: str, names: Mapping[int, str]) -> bool:
+    """Whether all parameters of an optimizer are in a part of the model that has this name."""
+    parameters = [names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"]]
+    return all(f".{part}." in f".{name}" for name in parameters)

@@ -89,9 +89,10 @@ PATHS: dict[str, dict[str, str]] = {
     },
 }
 
-# Files beside the weights in a folder, the preferred name first: transformers' Trainer, accelerate's save_state.
+# What lies beside the weights in a folder, the preferred name first: transformers' Trainer, accelerate's save_state;
+# under FSDP they write sharded states into folders.
 COMPANIONS: dict[str, tuple[str, ...]] = {
-    "optimizer": ("optimizer.pt", "optimizer.bin", "optimizer.pth"),
+    "optimizer": ("optimizer.pt", "optimizer.bin", "optimizer.pth", "optimizer_0"),
     "scheduler": ("scheduler.pt", "scheduler.bin", "scheduler.pth"),
     "scaler": ("scaler.pt", "scaler.pth"),
     "trainer_state": ("trainer_state.json",),
@@ -104,10 +105,17 @@ RANDOM_STATE = "rng_state.pth"
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A part of the training state: where it stands, and what is there."""
+    """A part of the training state.
+
+    Attributes:
+        path: Where it stands.
+        value: What is there.
+        name: What the file calls it, where there are several under names.
+    """
 
     path: str
     value: Any
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +181,11 @@ def _states(found: Found, is_state: Any) -> list[Found]:
     if isinstance(value, Mapping):
         if is_state(value) and not all(isinstance(inner, Mapping) for inner in value.values()):
             return [found]
-        value = dict(value)
+        inner = [Found(f"{found.path}.{name}", state, str(name)) for name, state in value.items()]
     elif isinstance(value, (list, tuple)):
-        value = dict(enumerate(value))
+        inner = [Found(f"{found.path}.{index}", state) for index, state in enumerate(value)]
     else:
         return []
-    inner = [Found(f"{found.path}.{name}", state) for name, state in value.items()]
     return inner if inner and all(is_state(state.value) for state in inner) else []
 
 

@@ -3,10 +3,12 @@
 from torchload.transfer.arena import allocate
 from torchload.transfer.checks import not_seen_equal, same_data, verify_extents
 from torchload.transfer.checksums import has_checksum, is_summed_in_place
+from torchload.transfer.cooperative import Replicas, read_together
 from torchload.transfer.engine import run
 from torchload.transfer.mapped import map_entries, map_entry, read_entries
 
 __all__ = [
+    "Replicas",
     "allocate",
     "has_checksum",
     "is_summed_in_place",
@@ -14,6 +16,7 @@ __all__ = [
     "map_entry",
     "not_seen_equal",
     "read_entries",
+    "read_together",
     "run",
     "same_data",
     "verify_extents",

@@ -331,11 +331,14 @@ class CudaDevice:
             if lane.is_pinned and len(_kept) < MAX_LANES and lane.memory.numel() == LANE_BYTES:
                 _kept.append(lane.memory)
             elif lane.is_pinned:
-                torch.cuda.cudart().cudaHostUnregister(lane.memory.data_ptr())
+                _unpin(lane.memory)
 
 
 _kept: deque[torch.Tensor] = deque()
 """Pinned memory of earlier loads. To pin 64 MiB takes 6 ms and more, an eighth of what it takes to load 2 GiB."""
+_pinned: dict[int, torch.Tensor] = {}
+"""All of it, by address, so that an interrupt can't free it: the driver would go on taking the address for pinned, and
+read the old pages when something else lies there."""
 
 
 @lru_cache(maxsize=64)
@@ -369,12 +372,19 @@ def _pin(memory: torch.Tensor) -> bool:
     """
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))
     if code == 0:
+        _pinned[memory.data_ptr()] = memory
         return True
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")  # the error would be reported by the next kernel that is started: this one
     if code not in _UNAVAILABLE:
         torch.cuda.check_error(code)
     return False
+
+
+def _unpin(memory: torch.Tensor) -> None:
+    """Take it back; where the driver doesn't, it must stay."""
+    if int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())) == 0:
+        _pinned.pop(memory.data_ptr(), None)
 
 
 def cuda_ring(device: torch.device, jobs: Sequence[Job], threads: int) -> Ring:

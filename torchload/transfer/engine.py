@@ -25,7 +25,7 @@ from torchload.transfer.settings import thread_count
 if TYPE_CHECKING:
     from torchload.transfer.cuda import Ring
 
-__all__ = ["Progress", "check_unchanged", "default_threads", "run"]
+__all__ = ["Progress", "check_unchanged", "default_threads", "note_writes", "run"]
 
 MAX_THREADS = 8
 """More don't help: a few cores saturate memory. Scratch memory grows with them."""
@@ -111,12 +111,12 @@ def _do(
     except BaseException as error:
         touched = {id(piece.copy) for job in crew.started for piece in job.pieces}
         written = [copy for copy in copies if id(copy) in touched]
-        _note_writes(written)
+        note_writes(written)
         if isinstance(error, OverflowFoundError):
             raise _explain(error.copy, written) from None
         error.written = tuple(copy.name for copy in written)  # type: ignore[attr-defined]
         raise
-    _note_writes(copies)
+    note_writes(copies)
     if notes is not None and _UNPINNED not in notes and any(ring.lacks_pinned_memory for ring in rings.values()):
         notes.append(_UNPINNED)
     return crew.done_bytes
@@ -220,7 +220,7 @@ def check_unchanged(sources: Iterable[Source]) -> None:
             )
 
 
-def _note_writes(copies: Iterable[Copy]) -> None:
+def note_writes(copies: Iterable[Copy]) -> None:
     """Tell autograd about writes to memory that it hasn't seen."""
     targets = [copy.target for copy in copies]
     try:

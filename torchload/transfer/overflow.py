@@ -55,7 +55,7 @@ def overflows(source: torch.Tensor, result: torch.Tensor) -> bool:
     limit = limit_of(source.dtype, result.dtype)
     if limit is None or not source.numel():
         return False
-    source, result = _real(source), _real(result)
+    source, result = _real_parts(source, result)
     # A sum is infinite or NaN if any element is.
     if result.dtype in _SUMMABLE and math.isfinite(result.sum().item()):
         return False
@@ -79,10 +79,10 @@ def limit_of(source: torch.dtype, result: torch.dtype) -> float | None:
 
 def out_of_range(source: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     """The answer of `overflows` as a tensor (bool, 0-dim) on the tensors' device, by looking at each element."""
-    source, dtype = _computable(_real(source)), result.dtype
-    lost = ~torch.isfinite(_computable(_real(result)))
-    if dtype.itemsize == 1:
-        lost |= source.abs() > _largest_rounded_down(dtype)  # some float8 casts saturate
+    source, result = _real_parts(source, result)
+    source, lost = _computable(source), ~torch.isfinite(_computable(result))
+    if result.dtype.itemsize == 1:
+        lost |= source.abs() > _largest_rounded_down(result.dtype)  # some float8 casts saturate
     return (torch.isfinite(source) & lost).any()
 
 
@@ -123,6 +123,13 @@ def _largest_rounded_down(dtype: torch.dtype) -> float:
     """The largest value that is as near to a dtype's last finite value as to what would come next."""
     information = torch.finfo(dtype)
     return float(information.max + information.eps / 2 * 2.0 ** math.floor(math.log2(information.max)))
+
+
+def _real_parts(source: torch.Tensor, result: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as real numbers, without the imaginary parts that a real source leaves 0."""
+    if result.is_complex() and not source.is_complex():
+        return source, result.real
+    return _real(source), _real(result)
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from torchload.core.checkpoint import Shape
+from torchload.core.text import short_dtype
 from torchload.errors import CastOverflowError
 from torchload.transfer.memory import memory_at
 from torchload.transfer.overflow import largest_finite, overflows
 
-__all__ = ["Block", "Content", "StoredTensor"]
+__all__ = ["WEIGHTS", "Block", "Content", "StoredTensor"]
 
+WEIGHTS = "state_dict"
+"""What the weights are called where something is stored beside them."""
 _CHUNK_BYTES = 8 << 20
 """What is held at once beside the model: large enough for the disk, small enough not to matter."""
 
@@ -45,14 +48,18 @@ class Block:
     def chunks(self) -> Iterator[memoryview]:
         """The data in row-major order, as bytes in this machine's order; each chunk is valid until the next is taken.
 
+        Every chunk is a copy: another thread may train on, and what is written must be what its checksum was made of.
+
         Raises:
             CastOverflowError: A finite value is infinite in the file's dtype.
         """
         with torch.no_grad():
             tensor = self.fetch().detach()
             limit = max(_CHUNK_BYTES // max(tensor.dtype.itemsize, self.dtype.itemsize), 1)
+            copies = torch.empty(min(limit, tensor.numel()), dtype=tensor.dtype)
             for part in _parts(tensor, limit):
-                values = part.to("cpu").resolve_conj().resolve_neg().contiguous()
+                values = copies[: part.numel()]
+                values.view(part.shape).copy_(part)
                 data = values.to(self.dtype)
                 if overflows(values, data):
                     raise self._overflow(tensor, limit)
@@ -60,7 +67,7 @@ class Block:
 
     def _overflow(self, tensor: torch.Tensor, limit: int) -> CastOverflowError:
         largest = max(largest_finite(part.to("cpu")) for part in _parts(tensor, limit))
-        source, target = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, self.dtype))
+        source, target = short_dtype(tensor.dtype), short_dtype(self.dtype)
         return CastOverflowError(
             f"{self.name} does not fit {target}: its largest value, {largest:.6g} in {source}, would become infinite "
             f"(the limit is {torch.finfo(self.dtype).max:.6g}). Nothing was saved. Save in a wider dtype (bfloat16), "
@@ -109,17 +116,19 @@ class Content:
 
     Attributes:
         blocks: The data.
-        tensors: Name → tensor.
-        others: Name → value of a state dict's entries that are no tensors (extra state).
+        tensors: Name → tensor of the model's state dict.
+        others: Name → value of the state dict's entries that are no tensors (extra state).
         versions: The state dict's `_metadata`: module name → such things as its ``version``.
-        metadata: What the caller wants stored beside the weights.
+        beside: What is stored beside the weights: name → plain values and tensors.
+        loose: Identity of each tensor in `others` and `beside` → where it is in the file.
     """
 
     blocks: list[Block] = field(default_factory=list)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    loose: dict[int, StoredTensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -21,9 +21,11 @@ from torchload.model.unwrapping import State
 from torchload.plan.plan import glob_matcher
 from torchload.writing.blocks import Block, Content, StoredTensor
 from torchload.writing.formats import FileFormat
+from torchload.writing.plain import PlainCopy
+from torchload.writing.replacing import replacing
 from torchload.writing.report import SaveReport
 
-__all__ = ["Casting", "SavePlan", "make_save_plan"]
+__all__ = ["Casting", "SavePlan", "make_save_plan", "refuse", "taken_apart"]
 
 
 class Casting:
@@ -62,7 +64,7 @@ class _Gathering:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SavePlan:
-    """What will be written, checked."""
+    """What will be written into a file, checked."""
 
     path: str
     kind: FileFormat
@@ -71,7 +73,23 @@ class SavePlan:
     casts: Mapping[tuple[str, str], int]
     digest: str
 
+    def write(self, ranks: Ranks, report: Callable[[], SaveReport]) -> SaveReport:
+        """Let the first rank write it, and all know what came of it."""
+        error: BaseException | None = None
+        written = None
+        if ranks.is_writer:
+            try:
+                with replacing(self.path) as file:
+                    self.kind.write(file, self.content)
+                written = report()
+            except BaseException as problem:  # noqa: BLE001 - raised by `share`: the others wait, whatever happened
+                error = problem
+        self.gathering.finish()
+        result: SaveReport = ranks.share(error, written)
+        return result
+
     def report(self, seconds: float) -> SaveReport:
+        """The account."""
         names: dict[StoredTensor, list[str]] = {}
         for name, stored in self.content.tensors.items():
             names.setdefault(stored, []).append(name)
@@ -82,46 +100,75 @@ class SavePlan:
             nbytes=self.content.nbytes,
             casts=self.casts,
             ties=tuple(tuple(group) for group in names.values() if len(group) > 1),
+            beside=tuple(self.content.beside),
             seconds=seconds,
         )
 
 
 def make_save_plan(
-    state: State,
-    kind: FileFormat,
-    path: str,
-    casting: Casting,
-    metadata: Mapping[str, Any] | None,
-    ranks: Ranks,
+    state: State, beside: Mapping[str, Any], kind: FileFormat, path: str, casting: Casting, ranks: Ranks
 ) -> SavePlan:
-    """Decide what is stored how, and raise everything that stands against it at once."""
-    tensors = {name: value for name, value in state.entries.items() if isinstance(value, torch.Tensor)}
-    problems = _unsavable(tensors, ranks)
-    content = Content(
-        others={name: value for name, value in state.entries.items() if name not in tensors},
-        versions=state.versions,
-        metadata=dict(metadata or {}),
-    )
+    """Decide what is stored how, and raise everything that stands against it at once.
+
+    Args:
+        state: The model's weights.
+        beside: What is stored beside them, by name.
+        kind: The format.
+        path: The file.
+        casting: Which dtype the weights have in the file.
+        ranks: Who takes part.
+    """
+    weights, others, extra, loose, problems = taken_apart(state, beside, ranks)
+    content = Content(others=others, versions=state.versions, beside=extra)
     gathering = _Gathering()
     casts: dict[tuple[str, str], int] = {}
     if not problems:
-        _fill(content, tensors, kind, casting, gathering, casts)
-        problems = kind.check(content)
+        casts = _fill(content, weights, list(loose.values()), kind, casting, gathering)
+        problems = kind.check(content) if kind.check is not None else []
         _order_gathering(content, kind, gathering)
-    if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:10])
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{path} was not written, because it can't hold this model as it is:{shown}{more}")
+    refuse(path, problems)
     # Gathered state dicts are whole on one rank only.
-    what = () if state.is_gathered else [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    what = (
+        ()
+        if state.is_gathered
+        else [(name, tuple(tensor.shape)) for name, tensor in [*weights.items(), *loose.values()]]
+    )
     digest = hashlib.sha256(repr((path, what)).encode()).hexdigest()
     return SavePlan(path, kind, content, gathering, casts, digest)
 
 
-def _unsavable(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> list[str]:
+Loose = dict[int, tuple[str, torch.Tensor]]
+
+
+def taken_apart(
+    state: State, beside: Mapping[str, Any], ranks: Ranks
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any], Loose, list[str]]:
+    """What is to be stored, by kind.
+
+    Returns:
+        The state dict's tensors, by name; its other values; what stands beside it; the tensors in those two, by
+        identity, each with a name for messages; and what stands against storing them.
+    """
+    weights = {name: value for name, value in state.entries.items() if isinstance(value, torch.Tensor)}
+    plain = PlainCopy()
+    others = {name: plain.of(value, name) for name, value in state.entries.items() if name not in weights}
+    extra = {name: plain.of(value, name) for name, value in beside.items()}
+    problems = [*plain.problems, *_unsavable([*weights.items(), *plain.tensors.values()], ranks)]
+    return weights, others, extra, plain.tensors, problems
+
+
+def refuse(path: str, problems: Sequence[str]) -> None:
+    """Raise what stands against a save, if anything does."""
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:10])
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{path} was not written, because it can't hold this as it is:{shown}{more}")
+
+
+def _unsavable(tensors: Sequence[tuple[str, torch.Tensor]], ranks: Ranks) -> list[str]:
     """Why tensors can't be saved, grouped by reason."""
     reasons: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         if (reason := _why_not(tensor, ranks)) is not None:
             reasons.setdefault(reason, []).append(name)
     lines = []
@@ -156,28 +203,31 @@ def _is_whole(tensor: Any) -> bool:
 
 def _fill(
     content: Content,
-    tensors: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    loose: Sequence[tuple[str, torch.Tensor]],
     kind: FileFormat,
     casting: Casting,
     gathering: _Gathering,
-    casts: dict[tuple[str, str], int],
-) -> None:
-    """Turn tensors into blocks; those that share memory share a block."""
-    names = list(tensors)
-    values = [tensors[name] for name in names]
+) -> dict[tuple[str, str], int]:
+    """Turn tensors into blocks; those that share memory share a block. Gives the casts and their number."""
+    casts: dict[tuple[str, str], int] = {}
+    names = [*weights, *(name for name, _ in loose)]
+    values = [*weights.values(), *(tensor for _, tensor in loose)]
+    stored: dict[int, StoredTensor] = {}
     layouts = [_layout(tensor, kind) for tensor in values]
     for run in shared_runs(layouts):
         members = [names[index] for index in run.members]
         first = values[run.members[0]]
-        dtype = casting.of(members, first.dtype)
+        # States of training keep their precision; so does what shares memory with them.
+        dtype = casting.of(members, first.dtype) if run.members[-1] < len(weights) else first.dtype
         if dtype is not first.dtype:
             pair = (short_dtype(first.dtype), short_dtype(dtype))
             casts[pair] = casts.get(pair, 0) + 1
         as_it_lies = run.is_flat and kind.keeps_views
-        for name, index, offset in zip(members, run.members, run.offsets):
+        for index, offset in zip(run.members, run.offsets):
             shape = tuple(values[index].shape)
             strides = layouts[index].strides if as_it_lies else contiguous_strides(shape)
-            content.tensors[name] = StoredTensor(len(content.blocks), offset, shape, strides)
+            stored[index] = StoredTensor(len(content.blocks), offset, shape, strides)
         if is_sharded(first):
             block = Block(members[0], first.numel(), dtype, gathering.fetch, first)
         elif as_it_lies:
@@ -186,7 +236,9 @@ def _fill(
         else:
             block = Block(members[0], first.numel(), dtype, partial(torch.Tensor.detach, first))
         content.blocks.append(block)
-    content.tensors = {name: content.tensors[name] for name in names}
+    content.tensors = {name: stored[index] for index, name in enumerate(weights)}
+    content.loose = {id(tensor): stored[len(weights) + index] for index, (_, tensor) in enumerate(loose)}
+    return casts
 
 
 def _layout(tensor: torch.Tensor, kind: FileFormat) -> Layout:

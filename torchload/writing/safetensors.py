@@ -30,10 +30,11 @@ def check(content: Content) -> list[str]:
         if block.dtype not in _CODES:
             dtype = str(block.dtype).removeprefix("torch.")
             reasons.append(f"{block.name} is {dtype}, which safetensors does not have: save as .pth")
-    metadata: Mapping[Any, Any] = content.metadata
-    for name, value in metadata.items():
+    beside: Mapping[Any, Any] = content.beside
+    for name, value in beside.items():
         if not (isinstance(name, str) and isinstance(value, str)):
-            reasons.append(f"metadata[{name!r}] is a {type(value).__name__}; in safetensors it must be text")
+            kind = type(value).__name__
+            reasons.append(f"{name} is a {kind}; beside tensors, safetensors holds only text: save as .pth")
     if sys.byteorder != "little":
         reasons.append("safetensors is little-endian, and this machine is not: save as .pth")
     return reasons
@@ -57,7 +58,7 @@ def write(file: BinaryIO, content: Content) -> None:
     """
     kept = _kept_names(content)
     aliases = {name: kept[stored.block] for name, stored in content.tensors.items() if name != kept[stored.block]}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **aliases, **content.metadata}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **aliases, **content.beside}}
     position = 0
     for index in order(content):
         block = content.blocks[index]

@@ -12,17 +12,17 @@ import secrets
 import struct
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-from torchload.writing.blocks import Block, Content, StoredTensor
+from torchload.writing.blocks import WEIGHTS, Block, Content, StoredTensor
 
 if TYPE_CHECKING:
     import zipfile
 
-__all__ = ["check", "order", "write"]
+__all__ = ["order", "write"]
 
 _TOP = "archive"  # what torch.save calls the top folder where it does not know the file's name
 _PICKLE_PROTOCOL = 2
@@ -30,19 +30,6 @@ _ALIGNMENT_BYTES = 64
 _LOCAL_HEADER_BYTES = 30
 _ZIP64_FIELD_BYTES = 20
 _ZIP64_FROM_BYTES = 1 << 30
-_CONTAINER = "state_dict"
-_MOST_LEVELS = 50
-
-
-def check(content: Content) -> list[str]:
-    """Why `torch.load(weights_only=True)` would refuse a content; empty if it would not."""
-    reasons = []
-    for name, value in [*content.others.items(), *content.metadata.items()]:
-        if (foreign := _foreign(value, _MOST_LEVELS)) is not None:
-            reasons.append(f"{name} holds {foreign}, which torch.load(weights_only=True) refuses")
-    if _CONTAINER in content.metadata:
-        reasons.append(f"metadata= can't have an entry {_CONTAINER!r}: that is where the weights go")
-    return reasons
 
 
 def order(content: Content) -> list[int]:
@@ -51,7 +38,7 @@ def order(content: Content) -> list[int]:
 
 
 def write(file: BinaryIO, content: Content) -> None:
-    """Write a content as `torch.load` reads it: a state dict, or, beside metadata, ``{"state_dict": …, **metadata}``.
+    """Write a content as `torch.load` reads it: a state dict, or, beside other things, ``{"state_dict": …, …}``.
 
     Raises:
         CastOverflowError: A finite value is infinite in the file's dtype.
@@ -104,50 +91,34 @@ class _Storage:
         self.persistent_id = ("storage", kind, str(key), "cpu", block.numel if self.is_typed else block.nbytes)
 
 
-class _Tensor:
-    """Stands for a tensor in the pickle, and reduces to what a tensor reduces to."""
-
-    def __init__(self, storage: _Storage, stored: StoredTensor) -> None:
-        self._storage, self._stored = storage, stored
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        stored = self._stored
-        backward_hooks: OrderedDict[Any, Any] = OrderedDict()
-        arguments = (self._storage, stored.offset, stored.shape, stored.strides, False, backward_hooks)
-        if self._storage.is_typed:
-            return torch._utils._rebuild_tensor_v2, arguments
-        return torch._utils._rebuild_tensor_v3, (*arguments, self._storage.dtype)
-
-
 class _Pickler(pickle.Pickler):
+    """Reduces tensors, and what stands for them, to what a tensor in the file reduces to."""
+
+    def __init__(self, file: BinaryIO, content: Content) -> None:
+        super().__init__(file, _PICKLE_PROTOCOL)
+        self._storages = [_Storage(key, block) for key, block in enumerate(content.blocks)]
+        self._loose = content.loose
+
     def persistent_id(self, obj: Any) -> Any:
         return obj.persistent_id if type(obj) is _Storage else None
 
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor):
+            obj = self._loose[id(obj)]
+        if type(obj) is not StoredTensor:
+            return NotImplemented
+        storage = self._storages[obj.block]
+        backward_hooks: OrderedDict[Any, Any] = OrderedDict()
+        arguments = (storage, obj.offset, obj.shape, obj.strides, False, backward_hooks)
+        if storage.is_typed:
+            return torch._utils._rebuild_tensor_v2, arguments
+        return torch._utils._rebuild_tensor_v3, (*arguments, storage.dtype)
+
 
 def _pickled(content: Content) -> bytes:
-    storages = [_Storage(key, block) for key, block in enumerate(content.blocks)]
-    state: Any = OrderedDict(
-        (name, _Tensor(storages[stored.block], stored)) for name, stored in content.tensors.items()
-    )
+    state: Any = OrderedDict(content.tensors)
     state.update(content.others)
     state._metadata = OrderedDict(content.versions)
     buffer = io.BytesIO()
-    _Pickler(buffer, _PICKLE_PROTOCOL).dump({_CONTAINER: state, **content.metadata} if content.metadata else state)
+    _Pickler(buffer, content).dump({WEIGHTS: state, **content.beside} if content.beside else state)
     return buffer.getvalue()
-
-
-def _foreign(value: Any, levels: int) -> str | None:
-    """What in a value isn't plain data, if anything."""
-    if value is None or type(value) in (bool, int, float, complex, str, bytes):
-        return None
-    if levels == 0:
-        return "something nested too deeply"
-    if isinstance(value, Mapping) and type(value) in (dict, OrderedDict):
-        parts = [*value.keys(), *value.values()]
-    elif type(value) in (list, tuple, set):
-        parts = list(value)
-    elif isinstance(value, torch.Tensor):
-        return "a tensor inside other data (tolist() makes it plain)"
-    else:
-        return f"a {type(value).__module__}.{type(value).__qualname__}".replace("a builtins.", "a ")
-    return next((foreign for part in parts if (foreign := _foreign(part, levels - 1)) is not None), None)

@@ -23,8 +23,7 @@ import torch
 from torchload.core.checkpoint import Box, Checkpoint, Container, Extent, OpaqueTensor, TensorEntry, box_end_bytes
 from torchload.core.source import Source
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
-from torchload.formats.files.nested_zip import source_of_record
-from torchload.formats.files.zip_directory import STORED, ZipDirectory
+from torchload.formats.files.zip_directory import ZipDirectory
 from torchload.formats.json_text import parse_object
 
 __all__ = ["open_directory"]
@@ -90,7 +89,7 @@ def open_directory(directory: ZipDirectory, top: str, path: str, open_inside: Op
     models: dict[str, Any] = {}
     for old in _OLD_STATE:
         if old in records:
-            models["model"] = open_inside(source_of_record(directory, old), f"{path}/{old}").root
+            models["model"] = open_inside(directory.source_of(old), f"{path}/{old}").root
     folder = top + _WEIGHTS
     for name in records:
         model = name.removeprefix(folder)
@@ -99,7 +98,7 @@ def open_directory(directory: ZipDirectory, top: str, path: str, open_inside: Op
         if model.endswith(_CONFIG_ENDING):
             models[model.removesuffix(_CONFIG_ENDING)] = _configured(directory, name, folder, path, open_inside)
         elif model.endswith(".pt") and not model.startswith("weight_"):
-            models[model.removesuffix(".pt")] = open_inside(source_of_record(directory, name), f"{path}/{model}").root
+            models[model.removesuffix(".pt")] = open_inside(directory.source_of(name), f"{path}/{model}").root
     if not models:
         raise CheckpointFormatError(
             f"{path} is a torch.export archive without weights: they are compiled into its code, or were left out. "
@@ -126,20 +125,13 @@ def _configured(directory: ZipDirectory, name: str, folder: str, path: str, open
         if not isinstance(file, str) or folder + file not in directory.records:
             _damaged(path, f"it has no data for the tensor {key[:200]!r}")
         if payload.get("use_pickle") is True:
-            inside = source_of_record(directory, folder + file)
+            inside = directory.source_of(folder + file)
             state[key] = open_inside(inside, f"{path}/{file}").root
             continue
         if file not in extents:
-            extents[file] = _extent(directory, folder + file)
+            extents[file] = directory.extent_of(folder + file)
         state[key] = _tensor(payload, extents[file], key, path)
     return state
-
-
-def _extent(directory: ZipDirectory, name: str) -> Extent:
-    record = directory.records[name]
-    if record.method != STORED:
-        return Extent(source_of_record(directory, name), 0, record.size)
-    return Extent(directory.source, record.offset, record.size, record.crc32 or None)
 
 
 def _tensor(payload: dict[str, Any], extent: Extent, key: str, path: str) -> TensorEntry | OpaqueTensor:

@@ -17,7 +17,6 @@ from torchload.core.checkpoint import Checkpoint, Extent
 from torchload.core.source import Source
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats.files.magic import LEGACY_MAGIC_NUMBER
-from torchload.formats.pickles.opcodes import BASE_ALLOWANCE_BYTES
 from torchload.formats.pickles.pickle_file import from_growing_window
 from torchload.formats.pickles.unpickle import Storage, Unpickled, unpickle
 
@@ -65,10 +64,9 @@ def open(source: Source, path: str) -> Checkpoint:
 
 def _read_head(data: bytes | mmap, source: Source, path: str) -> tuple[Unpickled, list[str]]:
     """The object, and the keys of the storages in the order in which they follow."""
-    allowance_bytes = BASE_ALLOWANCE_BYTES + 2 * source.size
 
     def following(start: int) -> Unpickled:
-        return unpickle(data, start, name=path, source=source, allowance_bytes=allowance_bytes)
+        return unpickle(data, start, name=path, source=source)
 
     magic = following(0)
     version = following(magic.end)

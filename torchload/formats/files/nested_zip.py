@@ -1,6 +1,6 @@
 """Checkpoints inside a zip archive, as stable-baselines3 packs them (``policy.pth``, ``pytorch_variables.pth``, …).
 
-A stored member is opened where it lies; a compressed one is unpacked into memory first, so it has to be small.
+A stored member is opened where it lies; a compressed one is unpacked into memory first.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 
 from torchload.core.checkpoint import Checkpoint, Container
-from torchload.core.source import MemorySource, Source
+from torchload.core.source import Source
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats.files.magic import HEAD_BYTES
 from torchload.formats.files.zip_directory import STORED, ZipDirectory, ZipRecord
 
-__all__ = ["MAX_MEMBERS", "open_directory", "open_members", "source_of_record"]
+__all__ = ["MAX_MEMBERS", "open_directory", "open_members"]
 
 MAX_MEMBERS = 10_000  # that are looked at
 MAX_CHECKPOINTS = 100
-MAX_UNPACKED_BYTES = 128 << 20
 
 
 def open_directory(
@@ -40,7 +39,7 @@ def open_directory(
         ``None`` if there is no checkpoint inside.
 
     Raises:
-        CheckpointFormatError: One of them is compressed and too large to be unpacked, or there are too many.
+        CheckpointFormatError: There are too many.
         CorruptCheckpointError: One of them is truncated, damaged or hostile.
     """
     members = _candidates(directory, path, is_candidate)
@@ -81,13 +80,9 @@ def open_members(
 def _candidates(
     directory: ZipDirectory, path: str, is_candidate: Callable[[bytes], bool]
 ) -> Iterator[tuple[str, Source]]:
-    unpacked_bytes = 0
     for record in list(directory.records.values())[:MAX_MEMBERS]:
         if is_candidate(_head(directory.source, record)):
-            unpacked_bytes += 0 if record.method == STORED else record.size
-            if unpacked_bytes > MAX_UNPACKED_BYTES:
-                raise _too_much(path)
-            yield record.name, source_of_record(directory, record.name)
+            yield record.name, directory.source_of(record.name)
 
 
 def _too_much(path: str) -> CheckpointFormatError:
@@ -97,20 +92,6 @@ def _too_much(path: str) -> CheckpointFormatError:
         path=path,
         found="archive with checkpoints inside",
     )
-
-
-def source_of_record(directory: ZipDirectory, name: str) -> Source:
-    """A record as a source of its own: a part of the archive, or in memory where it is compressed.
-
-    Raises:
-        CheckpointFormatError: It is compressed and too large to be unpacked on the way.
-        CorruptCheckpointError: It does not unpack to what its entry in the directory promises.
-    """
-    record = directory.records[name]
-    label = f"{directory.source.name}/{name}"
-    if record.method == STORED:
-        return directory.source.slice(record.offset, record.size, label)
-    return MemorySource(directory.read(name), label)
 
 
 def _head(source: Source, record: ZipRecord) -> bytes:

@@ -16,10 +16,8 @@ import torch
 from torchload.core.checkpoint import Box, Checkpoint, Container, Extent, Record, TensorEntry, contiguous_strides
 from torchload.core.source import Source
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
-from torchload.formats.files.nested_zip import source_of_record
 from torchload.formats.files.zip_directory import STORED, ZipDirectory
 from torchload.formats.pickles.arrays import dtype_of_code
-from torchload.formats.pickles.opcodes import BASE_ALLOWANCE_BYTES
 from torchload.formats.pickles.pickle_file import from_growing_window
 from torchload.formats.pickles.unpickle import unpickle
 
@@ -27,7 +25,6 @@ __all__ = ["open_npz", "open_pickle"]
 
 MAX_HEADER_BYTES = 1 << 16
 MAX_DIMENSIONS = 64
-MAX_UNPACKED_BYTES = 128 << 20  # of compressed arrays, together
 MAX_VALUES = 100_000  # looked at to find the first tensor of a pickle
 _HEAD_BYTES = 256
 
@@ -54,7 +51,7 @@ class _Header(NamedTuple):
 
 
 def open_npz(directory: ZipDirectory, path: str) -> Checkpoint:
-    """Index a numpy archive; only compressed arrays are read.
+    """Index a numpy archive; of compressed arrays, the data is read.
 
     Args:
         directory: The archive.
@@ -64,25 +61,14 @@ def open_npz(directory: ZipDirectory, path: str) -> Checkpoint:
         Its root maps names to arrays; those of strings, objects and the like are inert records.
 
     Raises:
-        CheckpointFormatError: Its compressed arrays are too large to be unpacked on the way.
         CorruptCheckpointError: It is truncated, damaged or hostile.
     """
     root = Container()
-    unpacked_bytes = 0
     for record in directory.records.values():
         name = record.name.removesuffix(".npy")
-        if record.method != STORED:
-            unpacked_bytes += record.size
-            if unpacked_bytes > MAX_UNPACKED_BYTES:
-                raise CheckpointFormatError(
-                    f"{path}: its arrays are compressed, and more than {MAX_UNPACKED_BYTES >> 20} MiB of those are not "
-                    "read. Save it again with numpy.savez.",
-                    path=path,
-                    found="compressed numpy archive",
-                )
         # What was unpacked has been checked already.
         checksum = record.crc32 if record.method == STORED else 0
-        root[name] = _array(source_of_record(directory, record.name), checksum, name, path)
+        root[name] = _array(directory.source_of(record.name), checksum, name, path)
     return Checkpoint(path, "numpy archive", root, (directory.source,), checksums=True)
 
 
@@ -179,11 +165,7 @@ def open_pickle(source: Source, path: str) -> Checkpoint:
             path=path,
             found="joblib file",
         )
-    allowance_bytes = BASE_ALLOWANCE_BYTES + 2 * source.size
-    root = from_growing_window(
-        source,
-        lambda data: unpickle(data, name=path, source=source, allowance_bytes=allowance_bytes).finish(),
-    )
+    root = from_growing_window(source, lambda data: unpickle(data, name=path, source=source).finish())
     if not _has_tensor(root):
         raise CheckpointFormatError(
             f"{path} is a pickle without weights, not a checkpoint. Expected are files of torch.save, safetensors, or "

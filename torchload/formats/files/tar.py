@@ -22,7 +22,6 @@ import torch
 from torchload.core.checkpoint import Box, Checkpoint, Extent, Record, Shape, TensorEntry, box_end_bytes
 from torchload.core.source import Source
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
-from torchload.formats.pickles.opcodes import BASE_ALLOWANCE_BYTES
 from torchload.formats.pickles.pickle_file import from_growing_window
 from torchload.formats.pickles.tensors import STORAGE_DTYPES
 from torchload.formats.pickles.unpickle import unpickle
@@ -173,10 +172,9 @@ def _read_torch(members: dict[str, Source], path: str) -> Any:
         return entry
 
     source = members["pickle"]
-    allowance_bytes = BASE_ALLOWANCE_BYTES + 2 * source.size
 
     def read(data: Any) -> Any:
-        return unpickle(data, name=path, source=source, allowance_bytes=allowance_bytes, outside=outside).finish()
+        return unpickle(data, name=path, source=source, outside=outside).finish()
 
     return from_growing_window(source, read)
 
@@ -196,7 +194,7 @@ def _read_storages(source: Source, path: str) -> dict[str, _Part]:
             _damaged(path, f"its storage {key!r} of {numel} elements runs past the end")
         parts[key] = _Part(Extent(source, position, nbytes), dtype, 0, numel)
         position += nbytes
-    views = unpickle(source.read(position, source.size - position), name=path).finish()
+    views = unpickle(source.read(position, source.size - position), name=path, budget=source.budget).finish()
     for view in views if isinstance(views, list) else ():
         if type(view) is not tuple or len(view) != 4 or not all(type(number) is int for number in view):
             _damaged(path, "its list of parts of storages is not one")
@@ -271,7 +269,7 @@ def _is_key(value: Any) -> bool:
 
 def _pickled(source: Source, position: int, path: str) -> tuple[Any, int]:
     data = source.read(position, min(_PICKLE_BYTES, source.size - position))
-    recorded = unpickle(data, name=path)
+    recorded = unpickle(data, name=path, budget=source.budget)
     return recorded.finish(), position + recorded.end
 
 

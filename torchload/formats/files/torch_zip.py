@@ -12,7 +12,6 @@ from torchload.core.checkpoint import Checkpoint, Extent
 from torchload.core.source import Source
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats.files.zip_directory import STORED, ZipDirectory, read_directory
-from torchload.formats.pickles.opcodes import BASE_ALLOWANCE_BYTES
 from torchload.formats.pickles.unpickle import Storage, read_pickle
 
 __all__ = ["open", "open_directory", "storage_extents"]
@@ -50,7 +49,7 @@ def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
         storage_extents(directory, data_folder, big_endian),
         name=path,
         source=source.slice(pickle_record.offset, pickle_record.size) if stored else None,
-        allowance_bytes=BASE_ALLOWANCE_BYTES + 4 * source.size,
+        budget=source.budget,
     )
     has_checksums = any(record.crc32 for record in directory.records.values())
     return Checkpoint(path, "zip checkpoint", root, (source,), checksums=has_checksums)
@@ -67,20 +66,13 @@ def storage_extents(directory: ZipDirectory, folder: str, big_endian: bool) -> C
                 f"{source.name} is damaged: its pickle refers to a storage {storage.key!r} that it doesn't have.",
                 path=source.name,
             )
-        if record.method != STORED:
-            raise CheckpointFormatError(
-                f"{source.name}: its tensors are compressed; torch stores them uncompressed. Unpack the archive and "
-                "pack it again with 'zip -0'.",
-                path=source.name,
-                found="compressed zip archive",
-            )
         if record.size != storage.nbytes:
             raise CorruptCheckpointError(
                 f"{source.name} is damaged: storage {storage.key!r} should have {storage.nbytes} bytes, and its record "
                 f"has {record.size}.",
                 path=source.name,
             )
-        return Extent(source, record.offset, record.size, record.crc32 or None, big_endian)
+        return directory.extent_of(record.name, big_endian)
 
     return extent_of
 

@@ -14,14 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
-from torchload.core.source import Source
+from torchload.core.checkpoint import Extent
+from torchload.core.source import Source, UnpackedSource
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 
 __all__ = ["DEFLATED", "STORED", "ZipDirectory", "ZipRecord", "read_directory"]
 
 STORED, DEFLATED = 0, 8
 MAX_DIRECTORY_BYTES = 128 << 20
-MAX_INFLATED_BYTES = 64 << 20
+_UNPACKED_COST = 3  # bytes for each of a text that is unpacked: itself, and what is made of it on the way
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -83,30 +84,46 @@ class ZipDirectory:
 
         Raises:
             KeyError: There is no such record.
-            CorruptCheckpointError: It is damaged, or inflates beyond what it declares or what metadata may need.
+            CorruptCheckpointError: It is damaged, or larger than the size of the archive accounts for.
         """
         record = self.records[name]
+        if record.method != STORED:
+            self.source.budget.spend(_UNPACKED_COST * record.size, self.source.name)
+        return self._checked(record)
+
+    def source_of(self, name: str) -> Source:
+        """A record as a source of its own: a part of the archive, or unpacked when it is first read.
+
+        Raises:
+            CorruptCheckpointError: It is compressed, and larger than the size of the archive accounts for.
+        """
+        record = self.records[name]
+        label = f"{self.source.name}/{name}"
         if record.method == STORED:
-            data = self.source.read(record.offset, record.size)
-        else:
-            data = self._inflate(record)
+            return self.source.slice(record.offset, record.size, label)
+        self.source.budget.spend(record.size, self.source.name)
+        return UnpackedSource(lambda: self._checked(record), record.size, label, self.source.budget)
+
+    def extent_of(self, name: str, big_endian: bool = False) -> Extent:
+        """Where the data of a record is; raises as `source_of`."""
+        record = self.records[name]
+        if record.method != STORED:  # its checksum is compared when it is unpacked
+            return Extent(self.source_of(name), 0, record.size, None, big_endian)
+        return Extent(self.source, record.offset, record.size, record.crc32 or None, big_endian)
+
+    def _checked(self, record: ZipRecord) -> bytes:
+        stored = record.method == STORED
+        data = self.source.read(record.offset, record.size) if stored else self._inflate(record)
         # `torch.serialization.set_crc32_options(False)` records 0 for everything.
         if record.crc32 and zlib.crc32(data) != record.crc32:
             raise CorruptCheckpointError(
-                f"{self.source.name} is damaged: its record {name!r} does not match its checksum. "
+                f"{self.source.name} is damaged: its record {record.name!r} does not match its checksum. "
                 "Download or copy it again.",
                 path=self.source.name,
             )
         return data
 
     def _inflate(self, record: ZipRecord) -> bytes:
-        if max(record.size, record.stored_size) > MAX_INFLATED_BYTES:
-            raise CheckpointFormatError(
-                f"{self.source.name}: its record {record.name!r} is compressed and {record.size} bytes large. "
-                "torch stores records uncompressed; unpack the archive and pack it again with 'zip -0'.",
-                path=self.source.name,
-                found="compressed zip archive",
-            )
         packed = self.source.read(record.offset, record.stored_size)
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
@@ -277,77 +294,108 @@ def _wide(source: Source, extra: bytes, *narrow: int) -> tuple[int, ...]:
 def _located(source: Source, rows: list[_Row], limit: int) -> Iterator[ZipRecord]:
     """The records with the position of their data, each compared with its local header.
 
+    Records follow one another without a gap, from the beginning of the archive to its directory: where data begins,
+    only the local header says, and whoever could choose that freely could show other bytes than those that were meant.
+
     Args:
+        source: The archive.
         rows: In the order of their local headers.
         limit: Where the central directory begins.
     """
-    window, window_start, window_end = b"", 0, 0
-    headers = [row[0] for row in rows]
-    end = 0  # of the data of the record before
-    before: _Row | None = None  # that record, where a descriptor must follow it
-    unpack, header_size = _LOCAL.unpack_from, _LOCAL.size
+    window = _Window(source, [row[0] for row in rows], limit)
+    end = 0  # of the record before
     for number, row in enumerate(rows):
         header, name, raw_name, flags, method, crc32, stored_size, size = row
-        needed = header + header_size + len(raw_name)
-        if header < end or needed > limit:
+        data = header + _LOCAL.size + len(raw_name)
+        if header < end or data > limit:
             _damaged(source, f"its record {name!r} overlaps another one or the directory")
-        if needed > window_end:
-            last = bisect_right(headers, header + _WINDOW_BYTES) - 1
-            if headers[last] - header > (last - number) * _NEAR_BYTES:
-                last = number  # mostly data would be read
-            # Begins where the record before ended, whose descriptor stands between them.
-            window_start = end if header - end <= _HEADER_BYTES else header
-            window_end = min(max(needed, headers[last] + _HEADER_BYTES), limit)
-            window = source.read(window_start, window_end - window_start)
-        if before is not None:
-            _check_descriptor(source, before, end, window, end - window_start)
-        name_position = header - window_start + header_size
+        if header > end:
+            _damaged(source, f"nothing says what the {header - end} bytes before its record {name!r} are")
+        start = window.around(number, data)
         # fmt: off
         (signature, _, local_flags, local_method, _, _, local_crc32, local_stored_size, local_size,
-         name_size, extra_size) = unpack(window, name_position - header_size)
+         name_size, extra_size) = _LOCAL.unpack_from(window.content, start)
         # fmt: on
+        start += _LOCAL.size
         if (
             signature != b"PK\x03\x04"
-            or window[name_position : name_position + name_size] != raw_name
+            or window.content[start : start + name_size] != raw_name
             or local_flags != flags
             or local_method != method
         ):
             _damaged(source, f"its record {name!r} has another name, method or flags in its own header")
-        offset = header + header_size + name_size + extra_size
+        data += extra_size
         if _LIMIT32 in (local_size, local_stored_size):
-            extra = source.read(offset - extra_size, extra_size)
+            extra = source.read(data - extra_size, extra_size)
             local_size, local_stored_size = _wide(source, extra, local_size, local_stored_size)
-        before = None
-        if flags & _HAS_DESCRIPTOR and local_crc32 == local_stored_size == local_size == 0:
-            before = row
-        elif (local_crc32, local_stored_size, local_size) != (crc32, stored_size, size):
-            _damaged(source, f"its record {name!r} has another size or checksum in its own header")
-        end = offset + stored_size
+        end = data + stored_size
         if end > limit:
             _damaged(source, f"its record {name!r} overlaps another one or the directory")
-        yield ZipRecord(name, offset, size, stored_size, crc32, method, header, flags)
-    if before is not None:
-        _check_descriptor(source, before, end, source.read(end, min(limit - end, _DESCRIPTOR64.size)), 0)
+        if flags & _HAS_DESCRIPTOR and local_crc32 == local_stored_size == local_size == 0:
+            end += window.descriptor_size(number, row, end)
+        elif (local_crc32, local_stored_size, local_size) != (crc32, stored_size, size):
+            _damaged(source, f"its record {name!r} has another size or checksum in its own header")
+        yield ZipRecord(name, data, size, stored_size, crc32, method, header, flags)
+    if end != limit:
+        _damaged(source, f"nothing says what the {limit - end} bytes before its directory are")
 
 
-def _check_descriptor(source: Source, row: _Row, end: int, window: bytes, position: int) -> None:
-    """Refuse a data descriptor that says anything else than the central directory.
+class _Window:
+    """Local headers, and the descriptors before them: those that lie near one another are read at once.
 
-    Args:
-        source: The archive.
-        row: A record whose own header leaves its checksum and sizes open.
-        end: Where its data ends.
-        window: Bytes of the archive around there.
-        position: Where in the window they end.
+    Attributes:
+        content: The bytes that were read last.
     """
-    values = b"PK\x07\x08", row[5], row[6], row[7]
-    if position < 0:  # a gap before the next record
-        window, position = source.read(end, min(source.size - end, _DESCRIPTOR64.size)), 0
-    if max(values[2:]) < _LIMIT32 and window.startswith(_DESCRIPTOR.pack(*values), position):
-        return
-    # Writers use the wide form for whatever lies beyond 4 GiB, too.
-    if not window.startswith(_DESCRIPTOR64.pack(*values), position):
-        _damaged(source, f"its record {row[1]!r} has another size or checksum behind its data")
+
+    __slots__ = ("_headers", "_limit", "_source", "_start", "content")
+
+    def __init__(self, source: Source, headers: list[int], limit: int) -> None:
+        self._source = source
+        self._headers = headers
+        self._limit = limit
+        self._start = 0
+        self.content = b""
+
+    def around(self, number: int, needed: int, first: int | None = None) -> int:
+        """Have the header of a record at hand, up to byte `needed` of the archive; where in `content` it begins.
+
+        Args:
+            number: Of the record.
+            needed: Up to which byte of the archive its header is looked at.
+            first: What to have at hand before it; the header itself if nothing is.
+        """
+        header = self._headers[number]
+        start = header if first is None else first
+        if needed > self._start + len(self.content):
+            last = bisect_right(self._headers, header + _WINDOW_BYTES) - 1
+            if self._headers[last] - header > (last - number) * _NEAR_BYTES:
+                last = number  # mostly data would be read
+            end = min(max(needed, self._headers[last] + _HEADER_BYTES), self._limit)
+            self._start, self.content = start, self._source.read(start, end - start)
+        return start - self._start
+
+    def descriptor_size(self, number: int, row: _Row, end: int) -> int:
+        """Length of the descriptor behind the data of a record, which must say what the central directory says.
+
+        Args:
+            number: Of the record.
+            row: The record, whose own header leaves its checksum and sizes open.
+            end: Where its data ends.
+        """
+        following = self._headers[number + 1] if number + 1 < len(self._headers) else self._limit
+        size = following - end
+        values = b"PK\x07\x08", row[5], row[6], row[7]
+        # Writers use the wide form for whatever lies beyond 4 GiB, too.
+        forms = [form for form in (_DESCRIPTOR, _DESCRIPTOR64) if form.size == size]
+        if forms and (forms[0] is _DESCRIPTOR64 or max(values[2:]) < _LIMIT32):
+            if number + 1 < len(self._headers):
+                at = self.around(number + 1, following + _LOCAL.size, end)
+                found = self.content[at : at + size]
+            else:
+                found = self._source.read(end, size)
+            if found == forms[0].pack(*values):
+                return size
+        _damaged(self._source, f"its record {row[1]!r} has another size or checksum behind its data")
 
 
 def _incomplete(source: Source) -> NoReturn:

@@ -21,26 +21,26 @@ A stream that contains the replacements itself only gets what they stand for: an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
+
+from torchload.core.budget import Budget
 from torchload.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
     from mmap import mmap
 
-__all__ = ["BASE_ALLOWANCE_BYTES", "Blob", "PickleStream", "check_stream"]
+__all__ = ["Blob", "PickleStream", "check_stream"]
 
-# What the objects of a pickle may take in memory, beyond as many bytes as the whole file has.
-BASE_ALLOWANCE_BYTES = 192 << 20
 BLOB_BYTES = 4096  # payloads from this length on are left where they are
 MAX_LINE_BYTES = 4096  # of a textual number; names and strings may be longer
 
 # Memo indices below 2²¹ pass inside the run; larger ones are compared with the length of the stream.
 _WITHOUT_ARGUMENT = b"(012NRbaesut]oQ)\x81\x85\x86\x87\x88\x89\x90\x92\x93\x94"
 _RUN = re.compile(
-    rb"(?:[Kqh].|[" + re.escape(_WITHOUT_ARGUMENT) + rb"]|[Jj]....|r..[\x00-\x1f]\x00|M..|G........){1,1024}",
+    rb"(?:[Kqh].|[" + re.escape(_WITHOUT_ARGUMENT) + rb"]{1,1024}|[Jj]....|r..[\x00-\x1f]\x00|M..|G........){1,1024}",
     re.DOTALL,
 )
 
@@ -70,23 +70,35 @@ _REFUSED = {
     0x98: "out-of-band buffers (READONLY_BUFFER)",
 }
 
-# Upper bounds of what one opcode costs in bytes until the tree is finished, where that is much more than its own
-# length: MARK stands for the tuple, list or object that it begins. Counting a byte's value over the whole stream also
-# counts the same byte inside strings: still an upper bound.
+# Upper bounds of what one opcode costs in bytes until the tree is finished, beyond `_COST_PER_BYTE` of its own length:
+# a value takes 9 on the stack and 9 in its collection, besides itself. MARK stands for the tuple, list or object that
+# it begins.
+_COST_PER_BYTE = 5
 _OPCODE_COSTS = {
     b"]": 250,
     b"(": 72,
-    b"R": 260,
-    b"\x81": 260,
-    b"\x92": 260,
+    b"R\x81\x92io": 260,
     b"\x85": 56,
     b"\x86": 64,
     b"\x87": 72,
     b"\x94": 16,
+    b"N\x88\x89)2": 13,
+    b"Kh": 8,
+    b"J": 25,
+    b"MIFL\x8a\x8b": 40,
+    b"XUTCBVS\x8c\x8d\x8e": 62,
 }
-_COSTLY = b"".join(_OPCODE_COSTS)
-_COST_PER_BYTE = 5
-_REPLACEMENT_COST = 400  # a set with the stand-in that it was
+_COSTS = [0] * 256
+for _opcodes, _cost in _OPCODE_COSTS.items():
+    for _opcode in _opcodes:
+        _COSTS[_opcode] = _cost
+_TEXT_COST = 48  # at least
+_REPLACEMENT_COST = 400  # a dict or a set with the stand-in that it was
+_TINY_BYTES = 4096  # so much is added up without torch
+# The opcodes of a run: one and its argument, or several that have none.
+_OPCODE = re.compile(
+    rb"([GJKMhjqr]|[^GJKMhjqr]+)(?:(?<=[Kqh]).|(?<=[Jjr]).{4}|(?<=M)..|(?<=G).{8}|(?<=[^GJKMhjqr]))", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +132,7 @@ class PickleStream:
 
 
 def check_stream(
-    data: bytes | bytearray | mmap, start: int = 0, *, name: str, allowance_bytes: int = BASE_ALLOWANCE_BYTES
+    data: bytes | bytearray | mmap, start: int = 0, *, name: str, budget: Budget | None = None
 ) -> PickleStream:
     r"""Check the opcodes of one pickle, up to its STOP.
 
@@ -128,7 +140,7 @@ def check_stream(
         data: Bytes that hold the pickle. More may follow it.
         start: Position of its first opcode.
         name: What to call it in messages.
-        allowance_bytes: What its objects may take in memory.
+        budget: What its objects may cost.
 
     Returns:
         The stream to unpickle. Every length and memo index in it is bounded by the data.
@@ -141,9 +153,10 @@ def check_stream(
         >>> check_stream(b"\x80\x02K\x07.and more", name="example").end
         5
     """
-    scan = _Scan(data, start, name, allowance_bytes // _REPLACEMENT_COST)
+    budget = budget or Budget()
+    scan = _Scan(data, start, name, budget.left_bytes // _REPLACEMENT_COST)
     match, opcode, position = _RUN.match, 0, start
-    length_widths = _LENGTH_WIDTHS
+    length_widths, texts, most_texts = _LENGTH_WIDTHS, 0, budget.left_bytes // _TEXT_COST
     try:
         while True:
             run = match(data, position)
@@ -160,6 +173,9 @@ def check_stream(
                 size = int.from_bytes(data[position + 1 : payload], "little")
                 if size >= BLOB_BYTES and opcode in _BLOBS:
                     scan.take_blob(opcode, position, payload, size)
+                texts += 1
+                if texts > most_texts:  # known before the end, for each takes time
+                    budget.spend(texts * _TEXT_COST, name)
                 position = payload + size
     except (IndexError, OverflowError):  # a length of eight bytes may lie beyond what can be an index
         raise CorruptCheckpointError(
@@ -167,8 +183,11 @@ def check_stream(
             path=name,
         ) from None
     stream = scan.finish(position + 1)
-    if _cost_bytes(stream.code, allowance_bytes) > allowance_bytes:
-        scan.refuse("would unfold to more objects than a checkpoint of this size can hold", start)
+    fixed_bytes = _COST_PER_BYTE * len(stream.code) + _REPLACEMENT_COST * scan.replacements
+    cost_bytes = fixed_bytes + _costs_of(stream.code)
+    if cost_bytes > budget.left_bytes // 2:  # bytes of names and numbers were taken for opcodes
+        cost_bytes = fixed_bytes + _costs_of(_without_arguments(stream.code))
+    budget.spend(cost_bytes, name)
     return stream
 
 
@@ -219,7 +238,7 @@ class _Scan:
                 raise IndexError
             self.replace(position, position + 9, b"")
             return position + 9
-        if _RUN.match(data, position) is not None:  # a run as long as they may be ended right before it
+        if _begins_run(data, position):
             return position
         if opcode in b"KqhJjMG":  # its argument is missing
             raise IndexError
@@ -251,8 +270,13 @@ class _Scan:
         self.kept = end
         self.check_amount(position)
 
+    @property
+    def replacements(self) -> int:
+        """How many opcodes begin a dict, a set, or a list as protocol 0 has it."""
+        return len(self.pieces) // 2 + self.lists
+
     def check_amount(self, position: int) -> None:
-        if len(self.pieces) + self.lists > 2 * self.max_replacements:
+        if self.replacements > self.max_replacements:
             self.refuse("would unfold to more objects than a checkpoint of this size can hold", position)
 
     def take_blob(self, opcode: int, position: int, payload: int, size: int) -> None:
@@ -274,22 +298,46 @@ class _Scan:
         )
 
 
-def _cost_bytes(code: bytes | memoryview, allowance_bytes: int) -> int:
-    """An upper bound of the memory that the objects of a stream take; rough where that is enough."""
-    plain = _COST_PER_BYTE * len(code)
-    costly = len(code)
-    highest = max(_OPCODE_COSTS.values())
-    if plain + highest * costly > allowance_bytes:
-        costly -= sum(len(part.translate(None, _COSTLY)) for part in _parts(code))
-    if plain + highest * costly <= allowance_bytes:
-        return plain + highest * costly
-    return plain + sum(part.count(byte) * cost for part in _parts(code) for byte, cost in _OPCODE_COSTS.items())
+def _begins_run(data: bytes | bytearray | mmap, position: int) -> bool:
+    """Whether the run before was as long as they may be, and another one begins."""
+    return _RUN.match(data, position, position + 9) is not None
 
 
-def _parts(code: bytes | memoryview) -> Iterator[bytes]:
-    """A memoryview can't count; its bytes are copied a few at a time."""
-    if isinstance(code, bytes):
-        yield code
-    else:
-        for start in range(0, len(code), 1 << 18):
-            yield bytes(code[start : start + (1 << 18)])
+def _costs_of(opcodes: bytes | bytearray | memoryview) -> int:
+    """What every byte would cost if it was an opcode."""
+    if len(opcodes) <= _TINY_BYTES:
+        return sum(map(_COSTS.__getitem__, opcodes))
+    counts = torch.zeros(256, dtype=torch.int64)
+    for start in range(0, len(opcodes), 1 << 20):
+        # A copy, because torch warns about bytes that can't be written.
+        part = torch.frombuffer(bytearray(opcodes[start : start + (1 << 20)]), dtype=torch.uint8)
+        counts += torch.bincount(part, minlength=256)
+    return sum(count * cost for count, cost in zip(counts.tolist(), _COSTS))
+
+
+def _without_arguments(code: bytes | memoryview) -> bytearray:
+    """The opcodes of a stream that was checked, up to its STOP."""
+    code = bytes(code)
+    opcodes = bytearray()
+    match, position = _RUN.match, 0
+    while True:
+        run = match(code, position)
+        if run is not None:
+            opcodes += b"".join(_OPCODE.findall(run[0]))
+            position = run.end()
+        opcode = code[position]
+        if opcode in _LENGTH_WIDTHS:
+            payload = position + 1 + _LENGTH_WIDTHS[opcode]
+            end = payload + int.from_bytes(code[position + 1 : payload], "little")
+        elif opcode in _TEXT_LINES or opcode in _TEXT_NUMBERS or opcode == 0x70:  # PUT
+            end = position + 1
+            for _ in range(_TEXT_LINES.get(opcode, 1)):
+                end = code.index(b"\n", end) + 1
+        elif opcode == 0x2E:  # STOP
+            return opcodes
+        elif _begins_run(code, position):
+            continue
+        else:
+            end = position + {0x80: 2, 0x72: 5}.get(opcode, 1)  # PROTO, LONG_BINPUT
+        opcodes.append(opcode)
+        position = end

@@ -82,5 +82,5 @@ def _numbers(walk: Walk, value: Any, dtype: torch.dtype) -> TensorEntry:
     numbers: Sequence[Any] = walk.allow(value)
     shape = (len(numbers),)
     data = array(_LETTERS[dtype], numbers).tobytes()
-    extent = Extent(MemorySource(data, walk.name), 0, len(data))
+    extent = Extent(MemorySource(data, walk.name, walk.budget), 0, len(data))
     return TensorEntry(dtype, shape, (Box(extent, 0, shape, (1,), (0,)),) if data else ())

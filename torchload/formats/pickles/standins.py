@@ -12,9 +12,8 @@ become by a change of ``__class__``, so that cycles and shared references surviv
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
-from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,6 +28,7 @@ __all__ = [
     "UNRESOLVED",
     "BlobReference",
     "Call",
+    "Deferred",
     "Inert",
     "MappingStandIn",
     "Outside",
@@ -36,6 +36,8 @@ __all__ = [
     "SetStandIn",
     "StandInType",
     "Storage",
+    "check_keys",
+    "fill",
     "new_stand_in",
 ]
 
@@ -43,8 +45,7 @@ MAX_KEY_PARTS = 32  # of a tuple that is a dictionary key
 MAX_KEY_BITS = 4096  # of an integer that is one
 MAX_KEY_CHARACTERS = 4096  # of text inside one that isn't text itself
 MAX_COLLIDING = 128
-MEAN_KEYS_BETWEEN_CHECKS = 1024
-_chance = Random()  # noqa: S311 - of its own, so that the process's random numbers stay as they are
+_LARGE = 1 << 60  # an integer up to this size is its own hash
 UNRESOLVED: Any = type("Unresolved", (), {"__slots__": ()})()
 AS_RECORD: Any = type("AsRecord", (), {"__slots__": ()})()  # what a converter returns for a call it can't interpret
 
@@ -123,7 +124,7 @@ class RecordStandIn(Record, metaclass=StandInType):
 class MappingStandIn(Container, metaclass=StandInType):
     """A dict, OrderedDict, defaultdict or Counter, as it grows; becomes a `Container`.
 
-    Until it does, `origin` holds the constructor's arguments, if there were any.
+    Until it does, `origin` holds the constructor's arguments, if there were any, or what is `Deferred`.
     """
 
     __slots__ = ()
@@ -138,9 +139,16 @@ class MappingStandIn(Container, metaclass=StandInType):
     __init__ = object.__init__
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if type(key) is not str:
-            check_key(self, key)
-        dict.__setitem__(self, key, value)
+        kind = type(key)
+        if kind is tuple or (kind is int and not -_LARGE <= key <= _LARGE):
+            made_of: Any = self.origin
+            if type(made_of) is not Deferred:
+                self.origin = made_of = Deferred(made_of)  # type: ignore[assignment]
+            made_of.entries.append((key, value))
+        else:
+            if kind is bytes:
+                check_key(key)
+            dict.__setitem__(self, key, value)
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) == 2:
@@ -268,15 +276,51 @@ def new_stand_in(base: type, qualified: str, **attributes: Any) -> StandInType:
     return StandInType("StandIn", (base,), {"__slots__": (), "qualified": qualified, **attributes})
 
 
-def check_key(mapping: dict[Any, Any], key: Any) -> None:
-    """Refuse a key that would be expensive to hash, to compare, or to print.
+class Deferred:
+    """Entries of a mapping whose keys are looked at all together before any of them is hashed twice.
+
+    Attributes:
+        args: The constructor's arguments, or ``None``.
+        entries: Keys and values.
+    """
+
+    __slots__ = ("args", "entries")
+
+    def __init__(self, args: tuple[Any, ...] | None) -> None:
+        self.args = args
+        self.entries: list[tuple[Any, Any]] = []
+
+    def fill(self, mapping: dict[Any, Any]) -> None:
+        """Put them where they belong; raises as `check_keys`."""
+        fill(mapping, self.entries)
+
+
+def fill(mapping: dict[Any, Any], entries: list[tuple[Any, Any]]) -> None:
+    """Add entries to a mapping; raises as `check_keys`."""
+    check_keys(key for key, _ in entries)
+    mapping.update(entries)
+
+
+def check_keys(keys: Iterable[Any]) -> None:
+    """Refuse keys that would be expensive to hash, to compare, or to print, each by itself or all together.
 
     Raises:
-        TypeError: It is a tuple or a set with too many parts, a huge integer, long text inside something else, or one
-            of many made to collide.
+        TypeError: One is a tuple or a set with too many parts, a huge integer, long text inside something else; or many
+            were made to collide.
     """
+    # Text has hashes that nobody can foresee; numbers can be chosen to collide with each other, and then each access
+    # takes time in proportion to their number.
+    foreseeable = [key for key in keys if type(key) is not str and check_key(key)]
+    if len(foreseeable) > MAX_COLLIDING:
+        [(_, most)] = Counter(map(hash, foreseeable)).most_common(1)
+        if most > MAX_COLLIDING:
+            raise TypeError(f"more than {MAX_COLLIDING} of a dictionary's keys have the same hash")
+
+
+def check_key(key: Any) -> bool:
+    """Refuse one key, as `check_keys`; whether a file can choose its hash."""
     if type(key) is str or type(key) is float or key is None:
-        return
+        return False
     parts, characters, numbers = [key], 0, 0
     for part in parts:  # grows while it runs, to the limit
         kind = type(part)
@@ -285,10 +329,10 @@ def check_key(mapping: dict[Any, Any], key: Any) -> None:
         elif kind is frozenset:
             parts.extend(islice(part, MAX_KEY_PARTS + 1))
         elif kind is int:
-            numbers += part is not key or not -(1 << 64) < part < 1 << 64
+            numbers += part is not key or not -_LARGE <= part <= _LARGE
             if part.bit_length() > MAX_KEY_BITS:
                 raise TypeError(f"a dictionary key is an integer of more than {MAX_KEY_BITS} bits")
-        elif kind is float:
+        elif kind is float or kind is complex:
             numbers += 1
         elif kind is str or kind is bytes:
             characters += len(part)
@@ -296,9 +340,4 @@ def check_key(mapping: dict[Any, Any], key: Any) -> None:
             raise TypeError(f"a dictionary key is a collection of more than {MAX_KEY_PARTS} parts")
     if characters > MAX_KEY_CHARACTERS:
         raise TypeError(f"a dictionary key holds more than {MAX_KEY_CHARACTERS} characters")
-    # Text has hashes that nobody can foresee; numbers can be chosen to collide with each other, and then each access
-    # takes time in proportion to their number. When to look for that is left to chance, or a file would work around it.
-    if numbers and len(mapping) >= MAX_COLLIDING and _chance.random() < 1 / MEAN_KEYS_BETWEEN_CHECKS:
-        [(_, most)] = Counter(map(hash, mapping)).most_common(1)
-        if most > MAX_COLLIDING:
-            raise TypeError(f"more than {MAX_COLLIDING} of a dictionary's keys have the same hash")
+    return numbers > 0

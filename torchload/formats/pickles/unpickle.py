@@ -17,8 +17,9 @@ import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torchload.core.budget import Budget
 from torchload.errors import CorruptCheckpointError, TorchLoadError
-from torchload.formats.pickles.opcodes import BASE_ALLOWANCE_BYTES, PickleStream, check_stream
+from torchload.formats.pickles.opcodes import PickleStream, check_stream
 from torchload.formats.pickles.standins import (
     BlobReference,
     Call,
@@ -64,7 +65,7 @@ def read_pickle(
     *,
     name: str,
     source: Source | None = None,
-    allowance_bytes: int = BASE_ALLOWANCE_BYTES,
+    budget: Budget | None = None,
 ) -> Any:
     """Read one pickle whose storages' places are known from the beginning.
 
@@ -73,7 +74,7 @@ def read_pickle(
         extent_of: Where the data of a storage is. Without it, a tensor with a storage is an error.
         name: What to call the stream in messages.
         source: The same bytes as `data`, if they are in a file: long payloads then stay there.
-        allowance_bytes: What the objects may take in memory.
+        budget: What the objects may cost, where `source` doesn't say.
 
     Returns:
         The tree (see `torchload.core.checkpoint`).
@@ -88,7 +89,7 @@ def read_pickle(
         >>> tree["epoch"], tree["args"], tree["args"].state["lr"]
         (3, <argparse.Namespace>, 0.1)
     """
-    return unpickle(data, name=name, source=source, allowance_bytes=allowance_bytes).finish(extent_of)
+    return unpickle(data, name=name, source=source, budget=budget).finish(extent_of)
 
 
 def unpickle(
@@ -97,7 +98,7 @@ def unpickle(
     *,
     name: str,
     source: Source | None = None,
-    allowance_bytes: int = BASE_ALLOWANCE_BYTES,
+    budget: Budget | None = None,
     outside: Callable[[str], Any] | None = None,
 ) -> Unpickled:
     """Check and read one pickle, without asking where its storages are yet.
@@ -107,7 +108,7 @@ def unpickle(
         start: Position of its first opcode.
         name: What to call the stream in messages.
         source: The same bytes as `data`, if they are in a file.
-        allowance_bytes: What the objects may take in memory.
+        budget: What the objects may cost, where `source` doesn't say.
         outside: What a persistent id that is text refers to, in a format that has such; a finished leaf of the tree.
 
     Returns:
@@ -116,7 +117,9 @@ def unpickle(
     Raises:
         CorruptCheckpointError: The stream is damaged or hostile.
     """
-    stream = check_stream(data, start, name=name, allowance_bytes=allowance_bytes)
+    if budget is None:
+        budget = source.budget if source is not None else _budget_of(data)
+    stream = check_stream(data, start, name=name, budget=budget)
     reader = _Reader(stream, name, outside)
     try:
         root = reader.load()
@@ -124,7 +127,13 @@ def unpickle(
         raise CorruptCheckpointError(
             f"{name}: the pickle is damaged or made to do harm: {str(error) or type(error).__name__}", path=name
         ) from error
-    return Unpickled(root, reader.storages, data, stream, name, source)
+    return Unpickled(root, reader.storages, data, stream, name, source, budget)
+
+
+def _budget_of(data: bytes | bytearray | mmap) -> Budget:
+    budget = Budget()
+    budget.add_file(len(data))
+    return budget
 
 
 class Unpickled:
@@ -136,7 +145,7 @@ class Unpickled:
         root: The recorded object, in stand-ins; `finish` turns it into the tree.
     """
 
-    __slots__ = ("data", "end", "name", "root", "source", "storages", "stream")
+    __slots__ = ("budget", "data", "end", "name", "root", "source", "storages", "stream")
 
     def __init__(
         self,
@@ -146,6 +155,7 @@ class Unpickled:
         stream: PickleStream,
         name: str,
         source: Source | None,
+        budget: Budget,
     ) -> None:
         self.root = root
         self.storages = storages
@@ -154,6 +164,7 @@ class Unpickled:
         self.end = stream.end
         self.name = name
         self.source = source
+        self.budget = budget
 
     def finish(self, extent_of: Callable[[Storage], Extent] | None = None) -> Any:
         """The tree; the recording is used up.
@@ -165,7 +176,7 @@ class Unpickled:
             CorruptCheckpointError: A tensor does not lie inside its storage, or the objects are nested too deeply.
         """
         root, self.root = self.root, None
-        walk = Walk(self.name, self.data, self.stream.blobs, self.source, extent_of)
+        walk = Walk(self.name, self.data, self.stream.blobs, self.source, self.budget, extent_of)
         try:
             return walk.run(root)
         except _MALFORMED as error:
@@ -265,42 +276,40 @@ class _Reader(pickle.Unpickler):
 
     def new_storage(self, pid: tuple[Any, ...]) -> Storage:
         """A declaration ``("storage", class, key, location, numel[, view])`` that was not met before."""
-        marker, kind, key, location, numel = pid[:5]
-        view = pid[5] if len(pid) > 5 else None
-        if type(key) is int and abs(key) < 1 << 64:
-            key = str(key)
-        qualified = kind.qualified if isinstance(kind, StandInType) else None
-        is_sound = marker == "storage" and type(key) is str and type(numel) is int and 0 <= numel < 1 << 63
-        if not is_sound or qualified not in STORAGE_DTYPES:
-            raise TypeError("a storage is not declared as torch declares one")
-        dtype = STORAGE_DTYPES[qualified]
-        place = location if type(location) is str else ""
-        if view is None and key not in self.storages:
-            storage = self.storages[key] = Storage(kind, dtype, key, place, numel)
-            return storage
-        if view is not None and not (
-            type(view) is tuple
-            and len(view) == 3
-            and all(type(number) is int and 0 <= number <= numel for number in view[1:])
-            and view[1] + view[2] <= numel
-        ):
-            raise TypeError(f"a view of storage {key!r} lies outside it")
-        part = None if view is None else (view[1], view[2])
-        first = other = self.storages.get(key)
+        declared = _declared(pid)
+        first = other = self.storages.get(declared.key)
+        if first is None:
+            self.storages[declared.key] = declared
+            return declared
+        if (first.dtype, first.numel) != (declared.dtype, declared.numel):
+            raise TypeError(f"storage {declared.key[:80]!r} is declared with two types or lengths")
         for _ in range(MAX_VARIANTS):
             if other is None:
-                break
-            if other.kind is kind and other.numel == numel and other.view == part:
+                declared.variant, first.variant = first.variant, declared
+                return declared
+            if other.view == declared.view:
                 return other
             other = other.variant
-        else:
-            raise TypeError(f"storage {key!r} is declared in more than {MAX_VARIANTS} ways")
-        storage = Storage(kind, dtype, key, place, numel, part)
-        if first is None:
-            self.storages[key] = storage
-        else:
-            storage.variant, first.variant = first.variant, storage
-        return storage
+        raise TypeError(f"storage {declared.key[:80]!r} is declared in more than {MAX_VARIANTS} ways")
+
+
+def _declared(pid: tuple[Any, ...]) -> Storage:
+    """What a persistent id declares, alone."""
+    marker, kind, key, location, numel = pid[:5]
+    if type(key) is int and abs(key) < 1 << 64:
+        key = str(key)
+    qualified = kind.qualified if isinstance(kind, StandInType) else None
+    is_sound = marker == "storage" and type(key) is str and type(numel) is int and 0 <= numel < 1 << 63
+    if not is_sound or qualified not in STORAGE_DTYPES:
+        raise TypeError("a storage is not declared as torch declares one")
+    storage = Storage(kind, STORAGE_DTYPES[qualified], key, location if type(location) is str else "", numel)
+    if len(pid) > 5 and (view := pid[5]) is not None:
+        if type(view) is not tuple or len(view) != 3 or not all(type(number) is int for number in view[1:]):
+            raise TypeError(f"a view of storage {key[:80]!r} is not declared as torch declares one")
+        if min(view[1:]) < 0 or view[1] + view[2] > numel:
+            raise TypeError(f"a view of storage {key[:80]!r} lies outside it")
+        storage.view = (view[1], view[2])
+    return storage
 
 
 def _collection(items: Any, is_mapping: Any) -> Any:

@@ -7,6 +7,7 @@ exhaust the stack. Containers and records are finished in place, so shared refer
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -20,16 +21,19 @@ from torchload.formats.pickles.standins import (
     UNRESOLVED,
     BlobReference,
     Call,
+    Deferred,
     MappingStandIn,
     Outside,
     RecordStandIn,
     SetStandIn,
     StandInType,
     Storage,
-    check_key,
+    check_keys,
+    fill,
 )
 
 if TYPE_CHECKING:
+    from torchload.core.budget import Budget
     from torchload.core.source import Source
     from torchload.formats.pickles.opcodes import Blob
 
@@ -56,7 +60,7 @@ class Walk:
     Attributes:
         name: What to call the stream in messages.
         key: The name last met on the way, for messages.
-        expansions: How many more items may be copied because a call refers to a whole collection.
+        budget: What the tree may cost; steps are items that are copied because a call refers to a whole collection.
     """
 
     __slots__ = (
@@ -72,8 +76,8 @@ class Walk:
         "_pending",
         "_source",
         "_tuples",
+        "budget",
         "depth",
-        "expansions",
         "key",
         "name",
     )
@@ -84,12 +88,13 @@ class Walk:
         data: Any,
         blobs: tuple[Blob, ...],
         source: Source | None,
+        budget: Budget,
         extent_of: Callable[[Storage], Extent] | None,
     ) -> None:
         self.name = name
         self.key: Any = None
         self.depth = 0
-        self.expansions = 1_000_000 + len(data) // 8
+        self.budget = budget
         self._data = data
         self._blob_sizes = blobs
         self._source = source
@@ -160,7 +165,11 @@ class Walk:
             blob = self._blob_sizes[data.index]
             return Extent(self._source, blob.offset, blob.size, None, big_endian)
         found = self.bytes_of(data)
-        return None if found is None else Extent(MemorySource(found, self.name), 0, len(found), None, big_endian)
+        return (
+            None
+            if found is None
+            else Extent(MemorySource(found, self.name, self.budget), 0, len(found), None, big_endian)
+        )
 
     def bytes_of(self, data: Any) -> bytes | bytearray | None:
         """Recorded bytes, also where Python 2 or an old protocol spelled them otherwise; ``None`` if it isn't any."""
@@ -189,9 +198,7 @@ class Walk:
 
     def charge(self, count: int) -> None:
         """Count items that are copied although the stream has them once."""
-        self.expansions -= count
-        if self.expansions < 0:
-            self.fail("repeats a collection too often")
+        self.budget.step(count, self.name)
 
     def fail(self, what: str, cause: BaseException | None = None) -> NoReturn:
         """Refuse the file because of the value that is being looked at."""
@@ -224,16 +231,15 @@ class Walk:
         if self._nesting >= MAX_NESTING:
             self.fail("is nested too deeply")
         self._nesting += 1
-        values = [part if type(part) in _FINISHED else self.value(part) for part in item]
+        result = item if _FINISHED.issuperset(map(type, item)) else self._tuple_of(item)
         self._nesting -= 1
-        result = item
-        for value, part in zip(values, item):
-            if value is not part:
-                result = tuple(values)
-                break
         if many or result is not item:
             self._tuples[id(item)] = (item, result)
         return result
+
+    def _tuple_of(self, item: tuple[Any, ...]) -> tuple[Any, ...]:
+        values = [part if type(part) in _FINISHED else self.value(part) for part in item]
+        return item if all(map(is_, values, item)) else tuple(values)
 
     def _record(self, item: RecordStandIn) -> Any:
         fields = module_fields(item)
@@ -286,22 +292,22 @@ class Walk:
 
     def _set(self, item: SetStandIn) -> Any:
         if item.value is UNRESOLVED:
-            elements: dict[Any, None] = {}
             item.value = _PENDING
-            for element in item:
-                element = self.value(element)
-                check_key(elements, element)
-                elements[element] = None
+            elements = [self.value(element) for element in item]
+            check_keys(elements)
             item.value = frozenset(elements) if item.frozen else set(elements)
         if item.value is _PENDING:
             self.fail("contains itself")
         return item.value
 
     def _finish_mapping(self, mapping: Container) -> None:
-        args: Any = mapping.origin
+        made_of: Any = mapping.origin
         mapping.origin = None
-        if args is not None:
-            self._prepend(mapping, args)
+        if type(made_of) is Deferred:
+            made_of.fill(mapping)
+            made_of = made_of.args
+        if made_of is not None:
+            self._prepend(mapping, made_of)
         if mapping.metadata is not None:
             mapping.metadata = self.value(mapping.metadata)
         changed_keys = False
@@ -317,9 +323,7 @@ class Walk:
         if changed_keys:
             entries = [(self.value(key), value) for key, value in mapping.items()]
             mapping.clear()
-            for key, value in entries:
-                check_key(mapping, key)
-                mapping[key] = value
+            fill(mapping, entries)
 
     def _prepend(self, mapping: Container, args: tuple[Any, ...]) -> None:
         """Entries that came as constructor arguments: a mapping, or a list of pairs (as Python 2 wrote them)."""
@@ -329,14 +333,16 @@ class Walk:
             if isinstance(argument, Container):
                 mapping.update(self.allow(argument))
             elif type(argument) is list:
-                for key, value in self.allow(argument):
-                    check_key(mapping, key)
-                    mapping[key] = value
+                fill(mapping, self.allow(argument))
         mapping.update(later)
 
     def _finish_list(self, items: list[Any]) -> None:
+        if _FINISHED.issuperset(map(type, items)):
+            return
+        lists = self._lists
         for index, item in enumerate(items):
-            if type(item) not in _FINISHED:
+            kind = type(item)
+            if kind not in _FINISHED and not (kind is list and id(item) in lists):
                 finished = self.value(item)
                 if finished is not item:
                     items[index] = finished

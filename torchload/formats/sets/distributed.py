@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from torchload.core.budget import Budget
 from torchload.core.checkpoint import (
     Box,
     Checkpoint,
@@ -31,7 +32,6 @@ from torchload.core.checkpoint import (
 from torchload.core.source import Source
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats.locate import path_inside, source_of_file
-from torchload.formats.pickles.opcodes import BASE_ALLOWANCE_BYTES
 from torchload.formats.pickles.unpickle import read_pickle
 from torchload.formats.sets.items import Item, ItemBox, ItemReader
 from torchload.formats.sets.tiling import Region, TooManyCornersError, tiles
@@ -48,11 +48,12 @@ MAX_DIMENSIONS = 64
 MAX_ELEMENTS = (1 << 63) - 1
 
 
-def open_folder(path: str) -> Checkpoint:
+def open_folder(path: str, budget: Budget | None = None) -> Checkpoint:
     """Index a folder that `torch.distributed.checkpoint.save` wrote; any number of ranks, no process group needed.
 
     Args:
         path: The folder.
+        budget: What the load may cost that this is a part of.
 
     Returns:
         A checkpoint whose root is nested as the saved object was. Tensors are entries of one box for each chunk.
@@ -62,7 +63,8 @@ def open_folder(path: str) -> Checkpoint:
         CorruptCheckpointError: The index contradicts itself or the files, or names something outside the folder.
         CheckpointFormatError: ``.metadata`` is something else.
     """
-    index = _Index(path)
+    budget = budget or Budget()
+    index = _Index(path, budget)
     names = sorted(filter(METADATA_NAME.fullmatch, os.listdir(path)))
     if not names:
         raise CheckpointNotFoundError(
@@ -72,7 +74,7 @@ def open_folder(path: str) -> Checkpoint:
         )
     for name in names[:1] if ".metadata" in names else names:
         index.add(os.path.join(path, name))
-    files = _open_files(path, index.file_names())
+    files = _open_files(path, index.file_names(), budget)
     try:
         return index.checkpoint(files)
     except BaseException:
@@ -108,24 +110,25 @@ class _Index:
         paths: Name → keys and list indices that led to it in the saved object.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, budget: Budget) -> None:
         self.path = path
         self.tensors: dict[str, _Tensor] = {}
         self.values: dict[str, _Place] = {}
         self.paths: dict[str, tuple[str | int, ...]] = {}
         self.taken: set[tuple[str, int]] = set()  # file and offset of every chunk's item
-        self.budget = 0  # more chunks than this can only be the same list in many places
+        self.budget = budget
+        self.chunks_left = 0  # more chunks than this can only be the same list in many places
 
     # --- reading ---
 
     def add(self, file: str) -> None:
         """Read one metadata file."""
-        fields = self._fields(_read_metadata(file), "Metadata")
+        fields = self._fields(_read_metadata(file, self.budget), "Metadata")
         described, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
         if not isinstance(described, dict) or not isinstance(stored, dict):
             raise self.refuse("its .metadata lacks the list of tensors or that of their places")
         places = self._places(stored)
-        self.budget += 1000 + 2 * (len(described) + len(stored))
+        self.chunks_left += 1000 + 2 * (len(described) + len(stored))
         for name, description in described.items():
             if type(name) is not str:
                 raise self.refuse("a name in its .metadata is not text")
@@ -185,8 +188,8 @@ class _Index:
         tensor = self.tensors.setdefault(name, _Tensor(dtype, shape, {}))
         if (tensor.shape, tensor.dtype) != (shape, dtype) and not isinstance(dtype, Record):
             raise self.refuse(f"two ranks describe {_short(name)} differently")
-        self.budget -= len(chunks)
-        if self.budget < 0:
+        self.chunks_left -= len(chunks)
+        if self.chunks_left < 0:
             raise self.refuse("its .metadata describes more chunks than it has places for")
         for chunk in chunks:
             region = record_fields(chunk) if _class_name(chunk) == "ChunkStorageMetadata" else {}
@@ -281,18 +284,18 @@ class _Index:
 # --- files ---
 
 
-def _read_metadata(file: str) -> Any:
-    source = source_of_file(file)
+def _read_metadata(file: str, budget: Budget) -> Any:
+    source = source_of_file(file, budget)
     try:
         if source.size > MAX_METADATA_BYTES:
             raise CorruptCheckpointError(f"{file} has {source.size:,} bytes; no index is that large.", path=file)
         data = source.read(0, source.size)
     finally:
         source.close()
-    return read_pickle(data, name=file, allowance_bytes=BASE_ALLOWANCE_BYTES + 2 * len(data))
+    return read_pickle(data, name=file, budget=budget)
 
 
-def _open_files(path: str, names: list[str]) -> dict[str, Source]:
+def _open_files(path: str, names: list[str], budget: Budget) -> dict[str, Source]:
     located = {name: path_inside(name, path, path) for name in names}
     missing = [name for name, file in located.items() if not os.path.exists(file)]
     if missing:
@@ -305,7 +308,7 @@ def _open_files(path: str, names: list[str]) -> dict[str, Source]:
     files: dict[str, Source] = {}
     try:
         for name, file in located.items():
-            files[name] = source_of_file(file)
+            files[name] = source_of_file(file, budget)
     except BaseException as error:
         _close(files)
         if isinstance(error, OSError) and error.errno == errno.EMFILE:

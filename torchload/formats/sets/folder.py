@@ -11,7 +11,9 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+from torchload.core.budget import Budget
 from torchload.core.checkpoint import Checkpoint
 from torchload.errors import AmbiguousCheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from torchload.formats.locate import UNFINISHED_SUFFIXES
@@ -57,7 +59,18 @@ _TEXT_SUFFIX = re.compile(
 _NUMBERED = re.compile(r"(?:shard-\d+-)?(?P<stem>.*?)(?P<number>\d{2,6})-of-(?P<total>\d{2,6})(?P<suffix>\..+)")
 
 
-OpenMember = Callable[[str], Checkpoint]
+class OpenMember(Protocol):
+    """Opens a file or a folder that is a part of a folder.
+
+    Attributes:
+        budget: What the whole load may cost.
+    """
+
+    budget: Budget
+
+    def __call__(self, path: str) -> Checkpoint: ...
+
+
 Opener = Callable[[str, OpenMember], Checkpoint]
 
 
@@ -94,7 +107,7 @@ def _any_match(pattern: str) -> Callable[[frozenset[str]], bool]:
 def _open_distributed(path: str, open_member: OpenMember) -> Checkpoint:
     from torchload.formats.sets import distributed
 
-    return distributed.open_folder(path)
+    return distributed.open_folder(path, open_member.budget)
 
 
 def _open_deepspeed(path: str, open_member: OpenMember) -> Checkpoint:
@@ -108,6 +121,15 @@ _WHOLE_FOLDERS: tuple[_WholeFolder, ...] = (
         "torch.distributed.checkpoint folder",
         _any_match(r"(?:__\d+)?\.metadata|__\d+_\d+\.distcp"),
         opener=_open_distributed,
+    ),
+    _WholeFolder(
+        "DeepSpeed universal checkpoint",
+        lambda names: bool(
+            ("zero" in names and _any_match(r"mp_rank_\d+_model_states\.pt")(names))
+            or ("latest_universal" in names and not _any_match(r"global_step\d+")(names))
+        ),
+        "DeepSpeed's ds_to_universal.py made it from a folder global_stepN: give that one, or go on with DeepSpeed "
+        "itself and load_universal_checkpoint.",
     ),
     _WholeFolder(
         "DeepSpeed checkpoint folder",

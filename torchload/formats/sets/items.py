@@ -52,7 +52,7 @@ class ItemReader:
             return self._open(item, self._source(item))
         data = item.file.read(item.offset, item.size)
         if data not in self._values:
-            value = self._open(item, MemorySource(data, item.file.name))
+            value = self._open(item, MemorySource(data, item.file.name, item.file.budget))
             if len(self._values) >= MAX_REMEMBERED or isinstance(value, (dict, list)):
                 return value
             self._values[data] = value
@@ -66,7 +66,7 @@ class ItemReader:
         """
         source = self._source(item)
         if item.size <= SMALL_BYTES:
-            source = MemorySource(source.read(0, item.size), source.name)
+            source = MemorySource(source.read(0, item.size), source.name, source.budget)
         if source.size >= 4 and source.read(0, 4) != b"PK\x03\x04":
             entry, base = self._in_safetensors(item), None
         else:

@@ -1,0 +1,110 @@
+"""Whether ranks that want to read together mean the same: the same bytes of the same file, for the same places."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from torchload.core.checkpoint import Extent
+from torchload.core.source import Source
+from torchload.core.text import plural
+from torchload.errors import IncompatibleCheckpointError
+from torchload.model.shards import local_region
+from torchload.plan.plan import LoadPlan
+from torchload.transfer import Replicas
+
+__all__ = ["agree_on"]
+
+
+def agree_on(plan: LoadPlan, replicas: Replicas, path: str) -> None:
+    """Go on only if all ranks have planned the same load.
+
+    Args:
+        plan: What this rank is about to do.
+        replicas: The ranks.
+        path: The checkpoint, for messages.
+
+    Raises:
+        IncompatibleCheckpointError: They read different files, or nothing tells whether they do; or they hold different
+            parts of the model, or load it in different ways.
+        BaseException: What another rank raised before it came here.
+    """
+    if replicas.count == 1:
+        return
+    sources: dict[Source, int] = {}
+    extents: dict[Source, dict[int, Extent]] = {}
+    for item in plan.assignments:
+        for box in item.entry.boxes:
+            sources.setdefault(box.extent.source, len(sources))
+            extents.setdefault(box.extent.source, {})[id(box.extent)] = box.extent
+    files = [_identity(source, list(extents[source].values())) for source in sources]
+    kinds = {item.device.type for item in plan.assignments}
+    answers = replicas.meet((path, files, _digest(plan, sources), kinds))
+    _compare_files(answers, path)
+    _compare_plans(answers, path)
+    replicas.send_from(set().union(*(kinds for *_, kinds in answers)))
+
+
+def _identity(source: Source, extents: Sequence[Extent]) -> tuple[str, Any]:
+    """What tells a file from others on any machine: its checksums, or else its size and when it was last changed."""
+    if all(extent.crc32 is not None for extent in extents):
+        return "checksums", hash(tuple((extent.offset, extent.nbytes, extent.crc32) for extent in extents))
+    identity = getattr(source, "identity", None)
+    return ("nothing", None) if identity is None else ("size and time", identity[2:])
+
+
+def _digest(plan: LoadPlan, sources: dict[Source, int]) -> bytes:
+    """All that decides which bytes go where, in short."""
+    digest = hashlib.sha256()
+    for item in plan.assignments:
+        boxes = [
+            (sources[box.extent.source], box.extent.offset + box.start, box.shape, box.strides, box.origin)
+            for box in item.entry.boxes
+        ]
+        place = None if item.slot.shape is None else local_region(item.slot.tensor)[1]
+        digest.update(repr((item.name, item.entry.dtype, item.dtype, item.fresh, place, boxes)).encode())
+    return digest.digest()
+
+
+def _compare_files(answers: Sequence[Any], path: str) -> None:
+    known = [files for _, files, _, _ in answers]
+    if any(kind == "nothing" for files in known for kind, _ in files):
+        raise IncompatibleCheckpointError(
+            f"{path} is no file on a disk, and records no checksums: nothing tells whether all ranks of process_group= "
+            "read the same. Nothing was loaded. Give the file's path, or load without process_group=.",
+            path=path,
+        )
+    other = next((rank for rank, files in enumerate(known) if files != known[0]), None)
+    if other is not None:
+        raise IncompatibleCheckpointError(
+            f"The ranks of process_group= don't read the same file: {_described(answers[0], 0)}, "
+            f"{_described(answers[other], other)}. Nothing was loaded; the models are unchanged. Give all of them the "
+            "same file (a copy that keeps its time, as cp -p makes it, counts as the same), or load without "
+            "process_group=.",
+            path=path,
+        )
+
+
+def _described(answer: Any, rank: int) -> str:
+    path, files, _, _ = answer
+    details = [
+        f"{size:,} bytes of {datetime.fromtimestamp(changed / 1e9, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+        for kind, (size, changed) in (file for file in files if file[0] == "size and time")
+    ]
+    more = f" and {plural(len(details) - 1, 'more file')}" if len(details) > 1 else ""
+    return f"rank {rank} has {path}" + (f" ({details[0]}{more})" if details else " (by its checksums)")
+
+
+def _compare_plans(answers: Sequence[Any], path: str) -> None:
+    digests = [digest for _, _, digest, _ in answers]
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise IncompatibleCheckpointError(
+            f"Ranks 0 and {other} of process_group= load other tensors of {path}, other parts of them, or into another "
+            "dtype: only replicas can read together. Nothing was loaded; the models are unchanged. Of a sharded model, "
+            'those are the ranks of the mesh dimension that replicates: process_group=mesh.get_group("replicate"); '
+            "without process_group= each rank reads just its own part.",
+            path=path,
+        )

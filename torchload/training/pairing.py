@@ -1,0 +1,100 @@
+"""Which of a file's states is whose, where there are several optimizers or schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torchload.core.text import plural
+from torchload.training.state import Found
+
+__all__ = ["NotPairedError", "as_list", "pairs_of"]
+
+_MOST = 8  # of them that are tried in every order
+
+
+class NotPairedError(Exception):
+    """It can't be told which state is whose; the message is a sentence about it."""
+
+
+def as_list(given: Any) -> list[Any]:
+    """One thing, or several in a list or under names, as a list."""
+    if given is None:
+        return []
+    if isinstance(given, Mapping):
+        return list(given.values())
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def pairs_of(
+    what: str,
+    given: Any,
+    found: Sequence[Found],
+    fits: Callable[[Any, Found], bool],
+    names: Callable[[Any, str], bool],
+) -> list[tuple[Any, Found]]:
+    """Pair what was given with the file's states.
+
+    By name where both sides have names, by position where neither has. Names that only the file has say nothing of
+    positions: there the states must fit in one way only, or belong to parts of the model that are called like them.
+
+    Args:
+        what: What they are: ``"optimizer"``, ``"scheduler"``.
+        given: One, or several in a list or under names.
+        found: The file's states.
+        fits: Whether a state is one for something given.
+        names: Whether something given belongs to a part of the model that has this name.
+
+    Raises:
+        NotPairedError: There are more or less of them, or it can't be told.
+    """
+    ours = as_list(given)
+    if len(ours) != len(found):
+        raise NotPairedError(
+            f"the file holds the states of {plural(len(found), what)}, {len(ours)} "
+            f"{'was' if len(ours) == 1 else 'were'} given"
+        )
+    theirs = {state.name: state for state in found if state.name is not None}
+    if len(ours) == 1 or not theirs:
+        return list(zip(ours, found))
+    if isinstance(given, Mapping):
+        if given.keys() != theirs.keys():
+            raise NotPairedError(f"the file's {what}s are {_listed(theirs)}, those given {_listed(given)}")
+        return [(one, theirs[name]) for name, one in given.items()]
+    if len(ours) <= _MOST:
+        fitting = [[fits(one, state) for state in found] for one in ours]
+        named = [
+            [fit and names(one, str(state.name)) for fit, state in zip(row, found)] for row, one in zip(fitting, ours)
+        ]
+        for orders in map(_orders, (fitting, named)):
+            if len(orders) == 1:
+                return [(one, found[index]) for one, index in zip(ours, orders[0])]
+        if not _orders(fitting):
+            return list(zip(ours, found))  # what keeps them from fitting is told of each
+    some = ", ".join(f"{name!r}: …" for name in theirs)
+    raise NotPairedError(
+        f"the file names its {what}s, and it can't be told which of those given is which: pass {what}={{{some}}}"
+    )
+
+
+def _listed(names: Mapping[Any, Any]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _orders(fits: Sequence[Sequence[bool]]) -> list[tuple[int, ...]]:
+    """The ways to give each row a column of its own that fits: none, the only one, or the first two."""
+    found: list[tuple[int, ...]] = []
+    for order in _completed(fits, ()):
+        found.append(order)
+        if len(found) == 2:
+            break
+    return found
+
+
+def _completed(fits: Sequence[Sequence[bool]], taken: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    if len(taken) == len(fits):
+        yield taken
+        return
+    for column, fit in enumerate(fits[len(taken)]):
+        if fit and column not in taken:
+            yield from _completed(fits, (*taken, column))
