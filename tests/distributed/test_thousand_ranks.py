@@ -17,7 +17,8 @@ from torchload.formats import open_checkpoint
 from torchload.model import shards
 from torchload.model.placement import Placement
 from torchload.model.target import describe_model
-from torchload.plan.plan import Options, copies_into, copies_of, make_plan
+from torchload.plan.options import Options
+from torchload.plan.plan import copies_into, copies_of, make_plan
 from torchload.plan.steps import select_for
 from torchload.transfer import cooperative
 

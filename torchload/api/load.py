@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import warnings
@@ -12,23 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchload.core.collector import with_collector_paused
+from torchload.core.collector import collector_paused
 from torchload.core.progress import progress_reporter
-from torchload.core.text import group_names, plural
+from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
 from torchload.formats.files import archives, torch_zip  # the commonest one: imported before its first use
 from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
-from torchload.plan import hooks
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.agreement import agree_on
 from torchload.plan.arguments import check_arguments
-from torchload.plan.execute import carry_out, compare_landed, compare_ties, extents_to_check_first
-from torchload.plan.plan import DtypeSpec, Options, make_plan
+from torchload.plan.dtypes import DtypeSpec
+from torchload.plan.execute import Changes, carry_out
+from torchload.plan.options import Options
+from torchload.plan.plan import make_plan
+from torchload.plan.quantized import elsewhere_says
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
+from torchload.plan.verdict import Verdict
 from torchload.transfer import Replicas, read_together, verify_extents
 
 if TYPE_CHECKING:
@@ -41,7 +45,6 @@ _PRELOADED = (archives, torch_zip)  # keeps the import above from being called u
 _log = logging.getLogger("torchload")
 
 
-@with_collector_paused
 def smart_load(
     model: nn.Module,
     path: Any,
@@ -120,64 +123,57 @@ def smart_load(
         >>> torch.equal(plain.weight, model.module.weight)
         True
     """
-    started = time.perf_counter()
-    with ExitStack() as stack:
-        replicas = stack.enter_context(Replicas(process_group))
-        check_arguments(model, dtype, skip, keep_fp32, atomic)
-        if mmap and process_group is not None:
-            raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
-        placement = Placement(device)
-        checkpoint = stack.enter_context(open_checkpoint(path))
-        options = Options(placement, dtype, tuple(keep_fp32), strict, atomic is not False, checkpoint.path)
-        target = describe_model(model)
-        selection = select_for(target, checkpoint, Globs(skip), strict, key=key, prefix=prefix, rename=rename)
-        plan = make_plan(target, selection, options)
-        if verify:
-            verify_extents(extents_to_check_first(plan, mmap=mmap))
-        compare_ties(plan, checkpoint.path)
-        agree_on(plan, replicas, checkpoint.path)
-
-        def finish() -> None:
+    changes = Changes()
+    try:
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            replicas = stack.enter_context(Replicas(process_group))
+            check_arguments(model, dtype, skip, keep_fp32, atomic)
+            if mmap and process_group is not None:
+                raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
+            placement = Placement(device)
+            checkpoint = stack.enter_context(open_checkpoint(path))
+            with collector_paused():
+                options = Options(
+                    placement,
+                    dtype,
+                    tuple(keep_fp32),
+                    strict,
+                    atomic is not False,
+                    checkpoint.path,
+                    mmap,
+                    verify,
+                    skip=Globs(skip),
+                    rename=rename,
+                    size_bytes=checkpoint.size_bytes,
+                    elsewhere=partial(elsewhere_says, checkpoint),
+                )
+                target = describe_model(model)
+                choice = {"key": key, "prefix": prefix, "rename": rename}
+                selection = select_for(target, checkpoint, options.skip, strict, **choice)
+                plan = make_plan(target, selection, options)
+            for text in plan.warnings:
+                warnings.warn(text, CheckpointWarning, stacklevel=2)
             if verify:
-                compare_landed(plan, checkpoint.path, mmap=mmap)
-            hooks.run_post_hooks(target, selection.missing, selection.unexpected)
-            replicas.meet(last=True)
-
-        with progress_reporter(progress, checkpoint.path) as report_progress:
-            guard = None if isinstance(atomic, bool) else atomic
+                verify_extents(plan.extents_to_check_first)
+            agree_on(plan, replicas, checkpoint.path)
+            verdict = Verdict(target, selection, plan, options, replicas)
             moved = carry_out(
                 plan,
                 target,
                 selection,
-                report_progress,
-                mmap=mmap,
-                verify=verify,
-                atomic=options.atomic,
-                guard=guard,
-                finish=finish,
+                progress=progress_reporter(progress, checkpoint.path),
+                guard=None if isinstance(atomic, bool) else atomic,
+                finish=verdict.ask,
                 move=partial(read_together, replicas),
+                changes=changes,
             )
-        notes = tuple(notes_of(checkpoint, selection, plan, verify))
-        report = report_of(target, checkpoint, selection, plan, moved, notes, time.perf_counter() - started)
-    _tell(report, strict)
-    return report
-
-
-def _tell(report: LoadReport, strict: bool) -> None:
-    _log.info("%s", report)
-    kept = [*report.missing_keys, *report.mismatched]
-    if not strict and (kept or report.unexpected_keys):
-        parts = []
-        if kept:
-            names = group_names(kept)
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            parts.append(
-                f"{plural(len(kept), 'tensor')} of the model kept initial values: {', '.join(names[:8])}{more}"
-            )
-        if report.unexpected_keys:
-            names = group_names(report.unexpected_keys)
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            parts.append(
-                f"{plural(len(report.unexpected_keys), 'tensor')} of the file went unused: {', '.join(names[:8])}{more}"
-            )
-        warnings.warn(f"{report.path} was loaded in part (strict=False). {'; '.join(parts)}", stacklevel=4)
+            notes = tuple(notes_of(checkpoint, verdict.selection, plan, verify))
+            seconds = time.perf_counter() - started
+            report = report_of(target, checkpoint, verdict.selection, plan, moved, notes, seconds)
+        with contextlib.suppress(Exception):  # a filter or handler of the caller's
+            _log.info("%s", report)
+        return report
+    except BaseException as error:
+        changes.tell(error)
+        raise

@@ -15,16 +15,23 @@ _RECURRENT = re.compile(r".*(_l\d+(?:_reverse)?)")
 def held_back(selection: Selection, wanted: Wanted) -> Selection:
     """The selection without what belongs to the layer of a tensor that has another shape.
 
-    A layer is what a module without children has, unless that is the root, or several layers in one (a recurrent
-    module's, a list of parameters).
+    A layer is what a module without children has; of a recurrent module, each of its layers; of the root, only if it is
+    a layer and nothing else.
     """
     if not selection.mismatched:
         return selection
     parents = {name.rpartition(".")[0] for name in wanted.shapes}
+    is_one_layer = parents == {""} and wanted.is_bare
     with_children = {parent.rpartition(".")[0] for parent in parents if parent}
-    broken = {layer for name in selection.mismatched if (layer := _layer(name, with_children)) is not None}
+    broken = {
+        layer
+        for name in selection.mismatched
+        if (layer := _layer(name, with_children, is_one_layer=is_one_layer)) is not None
+    }
     kept = [
-        name for name in selection.pairs if name not in selection.mismatched and _layer(name, with_children) in broken
+        name
+        for name in selection.pairs
+        if name not in selection.mismatched and _layer(name, with_children, is_one_layer=is_one_layer) in broken
     ]
     if not kept:
         return selection
@@ -41,9 +48,11 @@ def held_back(selection: Selection, wanted: Wanted) -> Selection:
     )
 
 
-def _layer(name: str, with_children: set[str]) -> tuple[str, str] | None:
+def _layer(name: str, with_children: set[str], *, is_one_layer: bool) -> tuple[str, str] | None:
     """The layer that a tensor belongs to; ``None`` if it stands for itself."""
     parent, _, leaf = name.rpartition(".")
+    if is_one_layer:
+        return "", ""
     if not parent or parent in with_children or leaf.isdecimal():
         return None
     recurrent = _RECURRENT.fullmatch(leaf)

@@ -93,7 +93,11 @@ def _near(target: Target, selection: Selection, renamed: Mapping[str, str]) -> d
         return near
     for name in selection.missing[: 4 * _MOST_LINES]:
         shape = target.by_name[name].shape if name in target.by_name else None
-        alike = [other for other in leftovers if getattr(selection.leaves.get(other), "shape", None) == shape]
+        alike = [
+            other
+            for other in leftovers
+            if other != name and getattr(selection.leaves.get(other), "shape", None) == shape
+        ]
         if close := difflib.get_close_matches(name, alike, n=1, cutoff=0.75):
             near[name] = selection.original.get(close[0], close[0])
     return near

@@ -14,7 +14,7 @@ from torchload.core.text import group_names, plural
 from torchload.match.names import align, tree_of
 from torchload.model.shards import is_sharded
 from torchload.plan.hooks import plain
-from torchload.plan.plan import copies_of
+from torchload.plan.pairing import copies_of
 from torchload.training.flat_optimizer import grouped, is_flat
 from torchload.training.optimizer_form import malformed
 from torchload.transfer import allocate, map_entry, run
