@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torchload.core.text import printable_lines
+
 __all__ = [
     "AmbiguousCheckpointError",
     "CastOverflowError",
@@ -56,6 +58,7 @@ class TorchLoadError(Exception):
     """
 
     def __init__(self, message: str, *, path: str | None = None, written: Iterable[str] = ()) -> None:
+        message = printable_lines(message)  # names in it come from the file
         super().__init__(message)
         self.message = message
         self.path = path

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed._ranks import on_ranks
 from torchload import smart_save
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -173,3 +174,34 @@ def test_fine_tuning_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", " ".join(epochs))]
     assert losses == sorted(losses, reverse=True)
+
+
+def _each_way(rank: int, folder: Path) -> list[tuple[int, int]]:
+    program = _names("ranks.py")
+    want = torch.load(folder / "x.pth")
+    found = []
+    for name in ("load_replicas", "load_replicas_together", "load_sharded"):
+        if name == "load_sharded" and not hasattr(torch.distributed.fsdp, "fully_shard"):
+            continue
+        model, report = program[name](str(folder / "x.pth"))
+        for key, value in model.state_dict().items():
+            held = value.full_tensor() if hasattr(value, "full_tensor") else value
+            assert torch.equal(held, want[key.removeprefix("module.")]), (name, key)
+        inner = getattr(model, "module", model)
+        assert torch.equal(inner.inv_freq, program["Net"]().inv_freq)
+        assert model(torch.ones(2, 8)).isfinite().all()
+        found.append((report.nbytes, report.read_bytes))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_way_of_loading_on_several_ranks(tmp_path: Path, ranks: int) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs gloo")
+    pytest.importorskip("torch.distributed.fsdp")
+    weights = _names("ranks.py")["Net"]().state_dict()
+    torch.save(weights, tmp_path / "x.pth")
+    whole = sum(value.nbytes for value in weights.values())
+    outcomes = on_ranks(_each_way, tmp_path, ranks)
+    for way, held in zip(zip(*outcomes), (ranks * whole, ranks * whole, whole)):
+        assert sum(nbytes for nbytes, _ in way) == held

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.security._machine import anonymous_bytes, changed, descriptors, in_child, needs_proc, snapshot, tower
-from torchload import errors, smart_load, smart_save
+from torchload import errors, smart_load, smart_resume, smart_save
 from torchload.core import source as source_module
 from torchload.core.source import FileSource
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError, TorchLoadError
@@ -613,3 +613,30 @@ def test_errors_with_an_account_of_what_was_written_survive_pickling() -> None:
     error = errors.CorruptCheckpointError("damaged", path="model.pth", written=["a", "b"])
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.written, copy.path, str(copy)) == (("a", "b"), "model.pth", "damaged")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "the device failed")])
+def test_a_failure_to_read_is_never_a_note(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchload.training import random_states
+
+    def fail(*arguments: object, **options: object) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(random_states, "map_entry", fail)
+    model = nn.Linear(3, 2)
+    path = tmp_path / "training.pth"
+    torch.save({"model": model.state_dict(), "rng_state": torch.get_rng_state()}, path)
+    with pytest.raises(type(error)):
+        smart_resume(model, path)
+
+
+def test_a_folder_on_a_failing_device_is_not_called_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "model.pth")
+
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.EIO, "the device failed")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    monkeypatch.setattr("torchload.core.source.read_at", fail)
+    with pytest.raises(OSError, match="the device failed"):
+        smart_load(nn.Linear(3, 2), tmp_path)

@@ -213,3 +213,19 @@ def test_law_any_damaged_file_ends_in_a_torchload_error(content: bytes, data: st
         damaged[data.draw(st.integers(0, min(len(damaged) - 1, 64)))] = data.draw(st.integers(0, 255))
     with pytest.raises(TorchLoadError):
         open_checkpoint(io.BytesIO(bytes(damaged)))
+
+
+def test_the_content_behind_a_link_is_not_quoted(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a password: hunter2\n")
+    (tmp_path / "model.pth").symlink_to(secret)
+    with pytest.raises(CheckpointFormatError) as caught:
+        open_checkpoint(str(tmp_path / "model.pth"))
+    assert "a text file, not a checkpoint" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    secret.write_bytes(b"\xfe\xed secret")
+    with pytest.raises(CheckpointFormatError) as caught:
+        open_checkpoint(str(tmp_path / "model.pth"))
+    assert "fe ed" not in str(caught.value)
+    with pytest.raises(CheckpointFormatError, match="fe ed"):
+        open_checkpoint(str(secret))

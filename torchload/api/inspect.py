@@ -117,7 +117,7 @@ class CheckpointInfo:
         if (more := len(self.containers) - _SHOWN_CONTAINERS) > 0:
             lines.append(f"  … and {more:,} more containers")
         lines += [f"  {label:<9} {text}" for label, text in self._facts()]
-        return "\n".join(lines)
+        return "\n".join(printable(line, None) for line in lines)
 
     def _repr_html_(self) -> str:
         """A table for notebooks. Everything that comes from the file is escaped."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from torchload.core.collector import collector_paused
 from torchload.core.progress import progress_reporter
+from torchload.core.text import printable
 from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
 from torchload.formats.files import archives, torch_zip  # the commonest one: imported before its first use
@@ -153,7 +154,7 @@ def smart_load(
                 selection = select_for(target, checkpoint, options.skip, strict, **choice)
                 plan = make_plan(target, selection, options)
             for text in plan.warnings:
-                warnings.warn(text, CheckpointWarning, stacklevel=2)
+                warnings.warn(printable(text, None), CheckpointWarning, stacklevel=2)
             if verify:
                 verify_extents(plan.extents_to_check_first)
             agree_on(plan, replicas, checkpoint.path)

@@ -15,7 +15,7 @@ from torchload.core.collector import with_collector_paused
 from torchload.core.copies import Copy
 from torchload.core.quantized import quantized_tensor
 from torchload.core.sharing import Layout, Run, shared_runs
-from torchload.core.text import group_names
+from torchload.core.text import group_names, printable
 from torchload.errors import CastOverflowError, CheckpointWarning, IncompatibleCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.match import Leaf
@@ -87,14 +87,17 @@ def read_state_dict(
         chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes, map_entry)
         if chosen.is_guess:
             rivals = cut([repr(rival) for rival in chosen.rivals])
-            warnings.warn(
-                f"{checkpoint.path}: read {chosen.key!r}, which is called as weights usually are, but {rivals} may be "
-                "meant; say so with key=",
-                CheckpointWarning,
-                stacklevel=3,
+            text = (
+                f"read {chosen.key!r}, called as weights usually are, but {rivals} may be meant; key= chooses"
             )
+            warnings.warn(printable(f"{checkpoint.path}: {text}", None), CheckpointWarning, stacklevel=3)
         elif chosen.rivals:
-            _log.info("%s: read %r; beside it are %s", checkpoint.path, chosen.key, ", ".join(map(repr, chosen.rivals)))
+            _log.info(
+                "%s: read %r; beside it are %s",
+                printable(checkpoint.path, None),
+                chosen.key,
+                ", ".join(map(repr, chosen.rivals)),
+            )
         entries = _tensors(chosen, checkpoint.path)
         tensors = _read(entries, place, dtype, checkpoint.path, mmap=mmap)
         tensors.update((name, tensor.to(place)) for name, tensor in _quantized(chosen.leaves))

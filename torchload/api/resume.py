@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from torchload.core.collector import collector_paused
+from torchload.core.text import printable
 from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint
 from torchload.match.globs import Globs
@@ -108,7 +109,7 @@ def smart_resume(
             resumption.plan_random_states()
         resumption.check()
         for text in dict.fromkeys(resumption.warnings()):
-            warnings.warn(text, CheckpointWarning, stacklevel=2)
+            warnings.warn(printable(text, None), CheckpointWarning, stacklevel=2)
         if verify:
             resumption.verify()
         resumption.carry_out()

@@ -47,7 +47,8 @@ class Shown:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return "\n".join([self._headline(), *(f"  {label:<{_LABEL_WIDTH}} {text}" for label, text in self._details())])
+        lines = (f"  {label:<{_LABEL_WIDTH}} {text}" for label, text in self._details())
+        return "\n".join(printable(line, None) for line in (self._headline(), *lines))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {printable(self._headline(), _MOST_CHARACTERS)}>"

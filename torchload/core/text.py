@@ -1,4 +1,4 @@
-"""Words and numbers as people read them."""
+"""Words and numbers as people read them, and names from files as a terminal may show them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,43 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["format_bytes", "format_seconds", "group_names", "plural", "printable", "short_dtype"]
+__all__ = [
+    "format_bytes",
+    "format_seconds",
+    "group_names",
+    "plural",
+    "printable",
+    "printable_lines",
+    "short_dtype",
+]
+
+
+def printable(text: str, limit: int | None = 120) -> str:
+    r"""Text that may come from a file, as one line that does nothing to a terminal.
+
+    Control characters, line breaks, and what changes the direction of writing are spelled out, as `repr` does.
+
+    Args:
+        text: Anything.
+        limit: Characters of it that are shown; the rest is cut off. ``None`` shows all.
+
+    Example:
+        >>> print(printable("fc\x1b[2K\nweight"), printable("weight", 4))
+        fc\x1b[2K\nweight wei…
+    """
+    if limit is not None and len(text) > limit:
+        text = text[: limit - 1] + "…"
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "replace").decode()
+        for character in text
+    )
+
+
+def printable_lines(text: str) -> str:
+    """`printable`, but lines stay lines."""
+    return text if text.isprintable() else "\n".join(printable(line, None) for line in text.split("\n"))
 
 
 def short_dtype(dtype: torch.dtype) -> str:
@@ -38,27 +74,13 @@ def group_names(names: Iterable[str]) -> list[str]:
     """
     modules: dict[str, list[str]] = {}
     for name in names:
-        module, _, leaf = name.rpartition(".")
+        module, _, leaf = printable(name, None).rpartition(".")
         modules.setdefault(module, []).append(leaf)
     lines = []
     for module, leaves in modules.items():
         dot = f"{module}." if module else ""
         lines.append(f"{dot}{leaves[0]}" if len(leaves) == 1 else f"{dot}{{{', '.join(leaves)}}}")
     return lines
-
-
-def printable(text: str, limit: int = 120) -> str:
-    r"""Text from a file, without control characters that would reach a terminal, and cut where it is endless.
-
-    Example:
-        >>> printable("fc\x1b[31m")
-        'fc\\x1b[31m'
-    """
-    cut = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "replace").decode()
-        for character in cut
-    )
 
 
 def format_bytes(count: int) -> str:

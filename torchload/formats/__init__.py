@@ -201,7 +201,7 @@ def _is_checkpoint(path: str) -> bool:
     """Whether a file is of a format in the table, sound or damaged."""
     try:
         source = source_of_file(path)
-    except (TorchLoadError, OSError):
+    except (TorchLoadError, PermissionError):
         return False
     try:
         head = source.read(0, min(HEAD_BYTES, source.size))
@@ -209,7 +209,7 @@ def _is_checkpoint(path: str) -> bool:
             if kind.recognizes(head):
                 return kind.confirms is None or kind.confirms(source)
         return False
-    except (TorchLoadError, OSError):
+    except (TorchLoadError, PermissionError):
         return False
     finally:
         source.close()
@@ -219,7 +219,7 @@ def _opens(path: str) -> bool:
     """Whether a file turns out to hold a checkpoint when it is opened."""
     try:
         _Opening().shard(path).close()
-    except (TorchLoadError, OSError):
+    except (TorchLoadError, PermissionError):
         return False
     return True
 

@@ -7,9 +7,7 @@ grow into a hundred times its size in objects. `parse_object` refuses both.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torchload.errors import CorruptCheckpointError
 
@@ -64,7 +62,7 @@ def parse_object(data: bytes | bytearray, what: str, path: str) -> dict[str, Any
         data.clear()  # text and objects are enough at a time
     hook = _unique_and_encodable if escapes else _unique
     try:
-        parsed = json.loads(text, object_pairs_hook=hook, parse_int=_integer_parser())
+        parsed = json.loads(text, object_pairs_hook=hook, parse_int=_integer, parse_constant=_no_number)
     except _RefusedKeyError as error:
         raise refuse(str(error)) from None
     except RecursionError:
@@ -102,13 +100,14 @@ def _unique_and_encodable(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return _unique(pairs)
 
 
-def _integer_parser() -> Callable[[str], int] | None:
+def _integer(digits: str) -> int:
     # Python < 3.10.7 converts a number of any length, in quadratic time; later versions may be told to.
-    limit: Callable[[], int] = getattr(sys, "get_int_max_str_digits", lambda: 0)
-    return None if limit() else _bounded_integer
-
-
-def _bounded_integer(digits: str) -> int:
     if len(digits) > 40:
         raise ValueError(f"a number of {len(digits)} digits")
+    if digits == "-0":
+        raise ValueError("the number -0")
     return int(digits)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name}, which is no number in JSON")

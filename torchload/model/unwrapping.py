@@ -100,7 +100,7 @@ def bare_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         >>> bare_names(nn.DataParallel(nn.Linear(2, 2)), ["module.weight"])
         {'module.weight': 'weight'}
     """
-    if all(wrapped_child(module) is None for module in model.modules()):
+    if all(wrapped_child(module) is None for module in modules_of(model)):
         return {name: name for name in names}
     return {name: _own(model, name) or name for name in names}
 

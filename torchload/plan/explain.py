@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 from torchload.core.checkpoint import Shape
-from torchload.core.text import group_names, plural
+from torchload.core.text import group_names, plural, printable
 from torchload.errors import IncompatibleCheckpointError
 from torchload.match import Selection
 from torchload.model.target import Target
@@ -106,7 +106,7 @@ def _near(target: Target, selection: Selection, renamed: Mapping[str, str]) -> d
 def _listing(names: Sequence[str], near: dict[str, str] | None = None) -> list[str]:
     near = near or {}
     plain = group_names(name for name in names if name not in near)
-    hinted = [f"{name}    did you mean {near[name]}, which the file has?" for name in names if name in near]
+    hinted = [f"{name}    did you mean {printable(near[name])}, which the file has?" for name in names if name in near]
     return _cut([f"    {line}" for line in [*hinted, *plain]])
 
 

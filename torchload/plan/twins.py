@@ -50,6 +50,8 @@ def load_twins(target: Target, selection: Selection) -> Twins:
         try:
             twin = copy.deepcopy(hooked.module)
             hooks.load_itself(twin, hooked.prefix, selection, map_entry)
+        except (MemoryError, OSError):
+            raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - whatever the module's own code raises
             reason = f"{type(hooked.module).__name__} loads itself, and a copy of it did not: {error}"
             found.differing += [Difference(name, source, 0, 0, reason=reason) for name, source in given.items()]
@@ -87,6 +89,8 @@ def compare_extra_states(target: Target, selection: Selection) -> list[Differenc
             continue
         try:
             theirs, ours = hooks.plain(selection.leaves[source], map_entry), module.get_extra_state()
+        except (MemoryError, OSError):
+            raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - the module's own code, or a value that only code could build
             found.append(Difference(name, source, 0, 0, reason=str(error)))
             continue
@@ -96,6 +100,8 @@ def compare_extra_states(target: Target, selection: Selection) -> list[Differenc
             twin = copy.deepcopy(module)
             twin.set_extra_state(theirs)
             theirs = twin.get_extra_state()
+        except (MemoryError, OSError):
+            raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - the module's own code
             found.append(Difference(name, source, 0, 0, reason=f"a copy of the module did not take it: {error}"))
             continue

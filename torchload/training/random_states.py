@@ -80,6 +80,8 @@ def plan_random_states(tree: Any, rank: int, ranks: int) -> tuple[list[RandomSta
             if not is_mine and ranks > 1:
                 raise ValueError("the file does not say which of the processes it belongs to")
             get, put, state = _GENERATORS[kind](state)
+        except (MemoryError, OSError):
+            raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - each kind of generator has its own way to refuse
             notes.append(f"the random state {path!r} was left aside: {error}")
             continue

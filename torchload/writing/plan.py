@@ -19,6 +19,7 @@ from torchload.core.text import group_names, short_dtype
 from torchload.match.globs import Globs
 from torchload.model.shards import is_hollow, is_sharded
 from torchload.model.unwrapping import State
+from torchload.plan.dtypes import final_dtype
 from torchload.writing.blocks import Block, Content, StoredTensor
 from torchload.writing.formats import FileFormat
 from torchload.writing.plain import PlainCopy
@@ -37,11 +38,8 @@ class Casting:
 
     def of(self, names: Sequence[str], now: torch.dtype) -> torch.dtype:
         """The dtype in the file of a tensor that has these names and this dtype."""
-        if not now.is_floating_point:
-            return now
-        if any(map(self._keep_fp32.match, names)):
-            return torch.float32
-        return self._dtype or now
+        keeps = any(map(self._keep_fp32.match, names))
+        return final_dtype(now, self._dtype, keeps_fp32=keeps)
 
 
 class _Gathering:

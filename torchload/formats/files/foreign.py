@@ -55,14 +55,16 @@ def describe(source: Source, head: bytes, path: str) -> CheckpointFormatError:
     """
     for kind in KINDS:
         if kind.recognizes(head) and (kind.confirms is None or kind.confirms(source)):
-            detail = kind.detail(head) if kind.detail else ""
+            # Whoever made a link may have no right to read what it leads to, and would read it in the message.
+            detail = kind.detail(head) if kind.detail and not os.path.islink(path) else ""
             article, _, bare = kind.found.partition(" ")
             found = bare if article in {"a", "an"} else kind.found
             message = f"{path} is {kind.found}{detail}, not a checkpoint. {kind.advice}"
             return CheckpointFormatError(message + _unfinished(path), path=path, found=found)
     return CheckpointFormatError(
-        f"{path} ({source.size:,} bytes) is not a checkpoint in any format known here; it begins with the bytes "
-        f"{head[:16].hex(' ')}. Expected are files of torch.save or safetensors." + _unfinished(path),
+        f"{path} ({source.size:,} bytes) is not a checkpoint in any format known here"
+        + ("" if os.path.islink(path) else f"; it begins with the bytes {head[:16].hex(' ')}")
+        + f". Expected are files of torch.save or safetensors.{_unfinished(path)}",
         path=path,
     )
 

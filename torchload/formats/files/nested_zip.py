@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torchload.core.checkpoint import Checkpoint, Container
 from torchload.core.source import Source
+from torchload.core.text import printable
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats.files.magic import HEAD_BYTES
 from torchload.formats.files.zip_directory import STORED, ZipDirectory, ZipRecord
@@ -65,7 +66,7 @@ def open_members(
         if len(found) >= MAX_CHECKPOINTS:
             raise _too_much(path)
         try:
-            found[name] = open_inside(member, f"{path}/{name}")
+            found[name] = open_inside(member, f"{path}/{printable(name)}")
         except CorruptCheckpointError:
             raise
         except CheckpointFormatError:

@@ -21,6 +21,7 @@ import torch
 
 from torchload.core.checkpoint import Box, Checkpoint, Extent, Record, Shape, TensorEntry, box_end_bytes
 from torchload.core.source import Source
+from torchload.core.text import printable
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats.pickles.pickle_file import from_growing_window
 from torchload.formats.pickles.tensors import STORAGE_DTYPES
@@ -113,7 +114,7 @@ def read_members(source: Source, path: str) -> dict[str, Source]:
                     path=path,
                     found="tar archive",
                 )
-            members[name] = source.slice(position, size, f"{path}/{name}")
+            members[name] = source.slice(position, size, f"{path}/{printable(name)}")
         position += -(-size // BLOCK_BYTES) * BLOCK_BYTES
     raise CorruptCheckpointError(
         f"{path} is incomplete: it has {source.size} bytes, and the empty block that ends a tar archive is not among "

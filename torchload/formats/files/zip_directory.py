@@ -16,6 +16,7 @@ from typing import NamedTuple, NoReturn
 
 from torchload.core.checkpoint import Extent
 from torchload.core.source import Source, UnpackedSource
+from torchload.core.text import printable
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 
 __all__ = ["DEFLATED", "STORED", "ZipDirectory", "ZipRecord", "read_directory"]
@@ -98,7 +99,7 @@ class ZipDirectory:
             CorruptCheckpointError: It is compressed, and larger than the size of the archive accounts for.
         """
         record = self.records[name]
-        label = f"{self.source.name}/{name}"
+        label = f"{self.source.name}/{printable(name)}"
         if record.method == STORED:
             return self.source.slice(record.offset, record.size, label)
         self.source.budget.spend(record.size, self.source.name)

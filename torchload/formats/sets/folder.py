@@ -15,12 +15,14 @@ from typing import Protocol
 
 from torchload.core.budget import Budget
 from torchload.core.checkpoint import Checkpoint
+from torchload.core.text import printable
 from torchload.errors import AmbiguousCheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from torchload.formats.locate import UNFINISHED_SUFFIXES
 from torchload.formats.sets import rank_files
 
 __all__ = ["Choice", "choose", "describe"]
 
+_SHOWN_CHARACTERS = 200  # of a name
 _MAX_ENTRIES = 20_000  # directory entries looked at
 
 # Each row names the same weights, the preferred file first, as transformers, diffusers, peft and open_clip write them.
@@ -275,11 +277,11 @@ def _only(path: str, groups: list[tuple[str, ...]]) -> Choice:
 
 
 def _ambiguous(path: str, groups: list[tuple[str, ...]]) -> AmbiguousCheckpointError:
-    names = [group[0] if len(group) == 1 else f"{group[0]} (and {len(group) - 1} more shards)" for group in groups]
+    names = [printable(group[0]) + (f" (and {len(group) - 1} more shards)" if group[1:] else "") for group in groups]
     listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     return AmbiguousCheckpointError(
         f"{path} holds {len(groups)} checkpoints: {listed}. Give the path of the one you mean, such as "
-        f"{os.path.join(path, groups[0][0])}.",
+        f"{printable(os.path.join(path, groups[0][0]), None)}.",
         path=path,
         candidates=[os.path.join(path, group[0]) for group in groups],
         argument="path",
@@ -310,4 +312,5 @@ def _nothing_found(path: str, files: set[str], folders: set[str]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    listed = ", ".join(printable(name, _SHOWN_CHARACTERS) for name in names[:8])
+    return listed + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,135 @@
+"""Nothing that a file says reaches a terminal, a log or a warning raw: no colours, no forged lines, no turned text."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.security._handmade import safetensors_bytes, tensor, write
+from torchload import inspect_checkpoint, read_state_dict, smart_load, smart_resume, verify_weights
+from torchload.core.text import printable, printable_lines
+
+EVIL = "x\x1b[2K\rm.pth → Linear on cpu: all 2 tensors loaded\n  verified  yes \x1b[8m\u202e\u2066\x9b31m\x00"
+
+
+def is_clean(text: str) -> bool:
+    """One forged line more, or a character that a terminal acts on, and it isn't."""
+    return all(line.isprintable() for line in text.split("\n")) and "\n  verified" not in text
+
+
+def _state(folder: Path) -> str:
+    torch.save({**nn.Linear(3, 2).state_dict(), EVIL: torch.zeros(1)}, folder / "m.pth")
+    return str(folder / "m.pth")
+
+
+def _containers(folder: Path) -> str:
+    inner = nn.Linear(3, 2).state_dict()
+    torch.save({EVIL: inner, EVIL + "2": {name: value + 1 for name, value in inner.items()}}, folder / "m.pth")
+    return str(folder / "m.pth")
+
+
+def _beside(folder: Path) -> str:
+    values = {EVIL: 3, "note": EVIL, "list": [EVIL]}
+    torch.save({"state_dict": nn.Linear(3, 2).state_dict(), "args": values, **values}, folder / "m.pth")
+    return str(folder / "m.pth")
+
+
+def _safetensors(folder: Path) -> str:
+    header = {"__metadata__": {EVIL: EVIL}, EVIL: tensor("F32", [2], 0, 8), "b": tensor(EVIL, [2], 8, 16)}
+    return write(folder / "m.safetensors", safetensors_bytes(header, bytes(16)))
+
+
+def _members(folder: Path) -> str:
+    torch.save({"weight": torch.zeros(2, 3)}, folder / "inner.pth")
+    whole = (folder / "inner.pth").read_bytes()
+    with zipfile.ZipFile(folder / "m.zip", "w") as archive:
+        archive.writestr("a.pth", whole)
+        archive.writestr(zipfile.ZipInfo(EVIL.replace("\x00", "") + "/b.pth"), whole[:-40])
+    return str(folder / "m.zip")
+
+
+def _tar(folder: Path) -> str:
+    torch.save({"weight": torch.zeros(2, 3)}, folder / "inner.pth")
+    (folder / "inner.pth").write_bytes((folder / "inner.pth").read_bytes()[:-40])
+    with tarfile.open(folder / "m.tar", "w") as archive:
+        archive.add(folder / "inner.pth", EVIL.replace("\x00", "")[:40])
+    return str(folder / "m.tar")
+
+
+def _folder(folder: Path) -> str:
+    name = EVIL.replace("\x00", "").replace("/", "")[:60]
+    for number in range(2):
+        torch.save(nn.Linear(3, 2).state_dict(), folder / f"{name}{number}.pth")
+    return str(folder)
+
+
+def _nothing_in_a_folder(folder: Path) -> str:
+    (folder / f"{EVIL[:20]}.json").write_text("{}")
+    return str(folder)
+
+
+def _index(folder: Path) -> str:
+    return write(folder / "model.safetensors.index.json", json.dumps({"weight_map": {EVIL: EVIL}}))
+
+
+def _page(folder: Path) -> str:
+    return write(folder / "m.pth", f"<html><title>{EVIL}</title></html>")
+
+
+MAKERS: dict[str, Callable[[Path], str]] = {
+    make.__name__.strip("_"): make
+    for make in (
+        *(_state, _containers, _beside, _safetensors, _members, _tar, _folder, _nothing_in_a_folder, _index, _page),
+    )
+}
+
+
+def _resume(path: str) -> object:
+    model = nn.Linear(3, 2)
+    return smart_resume(model, path, torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+ENTRANCES: dict[str, Callable[[str], object]] = {
+    "smart_load": lambda path: smart_load(nn.Linear(3, 2), path),
+    "smart_load, strict=False": lambda path: smart_load(nn.Linear(3, 2), path, strict=False),
+    "inspect_checkpoint": inspect_checkpoint,
+    "read_state_dict": read_state_dict,
+    "verify_weights": lambda path: verify_weights(nn.Linear(3, 2), path),
+    "smart_resume": _resume,
+}
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_text_from_a_file_is_spelled_out(
+    kind: str, entrance: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = MAKERS[kind](tmp_path)
+    said: list[str] = []
+    with caplog.at_level(logging.DEBUG, "torchload"), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            result = ENTRANCES[entrance](path)
+            said += [str(result) if not isinstance(result, dict) else "", repr(result)]
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is printed
+            said += [str(error), repr(error)]
+    said += [record.getMessage() for record in caplog.records]
+    said += [str(warning.message) for warning in warned]
+    assert "".join(said)
+    assert all(map(is_clean, said)), said
+
+
+def test_honest_text_stays_as_it_is() -> None:
+    for text in ("layers.0.weight", "größe.重み", "→ 3 × 4 …", "a\\b 'c'"):
+        assert printable(text) == text
+    assert printable_lines("two\nlines\x07") == "two\nlines\\x07"
+    assert printable("\udcff\n\u202e") == "\\udcff\\n\\u202e"
