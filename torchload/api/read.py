@@ -87,9 +87,7 @@ def read_state_dict(
         chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes, map_entry)
         if chosen.is_guess:
             rivals = cut([repr(rival) for rival in chosen.rivals])
-            text = (
-                f"read {chosen.key!r}, called as weights usually are, but {rivals} may be meant; key= chooses"
-            )
+            text = f"read {chosen.key!r}, called as weights usually are, but {rivals} may be meant; key= chooses"
             warnings.warn(printable(f"{checkpoint.path}: {text}", None), CheckpointWarning, stacklevel=3)
         elif chosen.rivals:
             _log.info(
