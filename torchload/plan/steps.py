@@ -7,12 +7,13 @@ from typing import Any
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint
-from torchload.errors import IncompatibleCheckpointError
+from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError
 from torchload.match import Selection, Wanted, find_places, select
 from torchload.match.names import Alignment
 from torchload.match.paths import last
 from torchload.model.target import Target, own_loaders
 from torchload.plan import hooks
+from torchload.plan.trial import select_through_hooks
 from torchload.transfer import map_entry
 
 __all__ = ["select_for"]
@@ -44,10 +45,14 @@ def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: boo
         return select(checkpoint.root, wanted, strict=strict, **choice)
     try:
         selection = select(checkpoint.root, wanted, strict=strict, **choice)
-        second = not selection.fits
-    except IncompatibleCheckpointError:
-        second = True
-    if second:
+        is_open = not selection.fits
+    except (AmbiguousCheckpointError, IncompatibleCheckpointError):
+        is_open = True
+    if is_open and choice["prefix"] is None and choice["rename"] is None:
+        found = select_through_hooks(target, checkpoint, wanted, choice["key"], map_entry)
+        if found is not None:
+            return _left_to_own_loaders(target, found)
+    if is_open:
         # A module that loads itself may take another shape (observers of quantization do), but not of packed weights.
         own = tuple(item.prefix for item in target.overrides)
         free = {name for name in target.by_name if own and name.startswith(own)}
