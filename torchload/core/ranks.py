@@ -47,8 +47,9 @@ class Ranks:
         answers = self.gather(error, what)
         if any(meant != answers[0] for meant in answers):
             raise RuntimeError(
-                "The ranks hold different tensors, or save to different paths: one file can't hold them all. Save each "
-                "rank's part under a name of its own, with distributed=False. Nothing was saved."
+                "The ranks hold different tensors, or save to different paths: one file can't hold them all. Save to a "
+                "folder (a name without a suffix), or each rank's part under a name of its own with distributed=False. "
+                "Nothing was saved."
             )
 
     def gather(self, error: BaseException | None, what: Any) -> list[Any]:

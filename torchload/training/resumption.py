@@ -30,11 +30,11 @@ from torchload.plan.execute import Moved, carry_out
 from torchload.plan.plan import LoadPlan, Options, make_plan
 from torchload.plan.steps import select_for
 from torchload.training.optimizers import OptimizerPlan, Place, extents_in, plan_optimizer, read_states
-from torchload.training.pairing import NotPairedError, as_list, pairs_of
 from torchload.training.random_states import RandomState, plan_random_states
 from torchload.training.report import ResumeReport
 from torchload.training.restoring import RefusedError, like, receive, replace_attributes, restorer, taking_back
 from torchload.training.run_folder import lies_beside
+from torchload.training.several import NotPairedError, as_list, pairs_of
 from torchload.training.state import Found, average_of, find_training_state, plain_values, weights_of
 from torchload.transfer import map_entry, verify_extents
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Replicas", "read_together", "shares"]
 
-_EXCHANGED_BYTES = 128 << 20
+_EXCHANGED_BYTES = 64 << 20
 """All ranks together send so much at a time: each holds this much of scratch memory, and a rank's part of it."""
 _SMALL_BYTES = 64 << 10
 """Less than this isn't cut."""
@@ -177,7 +177,8 @@ def _exchange(replicas: Replicas, parts: Sequence[Sequence[Copy]], progress: Pro
     Returns:
         What went wrong here, if anything did: the others, who can't know, are kept company to the end.
     """
-    limit = max(_EXCHANGED_BYTES // replicas.count, _SMALL_BYTES)
+    largest = max(sum(map(_sent_bytes, part)) for part in parts)
+    limit = min(largest, max(_EXCHANGED_BYTES // replicas.count, _SMALL_BYTES))
     batches = [_deal(part, _sent_bytes, limit) for part in parts]
     total = sum(_file_bytes(copy) for part in parts for copy in part)
     done = 0

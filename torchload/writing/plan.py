@@ -18,6 +18,7 @@ from torchload.core.sharing import Layout, shared_runs
 from torchload.core.text import group_names, short_dtype
 from torchload.model.shards import is_hollow, is_sharded
 from torchload.model.unwrapping import State
+from torchload.plan.dtypes import final_dtype
 from torchload.plan.globs import glob_matcher
 from torchload.writing.blocks import Block, Content, StoredTensor
 from torchload.writing.formats import FileFormat
@@ -37,11 +38,8 @@ class Casting:
 
     def of(self, names: Sequence[str], now: torch.dtype) -> torch.dtype:
         """The dtype in the file of a tensor that has these names and this dtype."""
-        if not now.is_floating_point:
-            return now
-        if self._keep_fp32 is not None and any(self._keep_fp32.match(name) for name in names):
-            return torch.float32
-        return self._dtype or now
+        keeps = self._keep_fp32 is not None and any(self._keep_fp32.match(name) for name in names)
+        return final_dtype(now, self._dtype, keeps_fp32=keeps)
 
 
 class _Gathering:
