@@ -20,6 +20,8 @@ from torchload.core.wrappers import WRAPPERS
 from torchload.errors import AmbiguousCheckpointError, TorchLoadError
 from torchload.match import Leaf, Place, Selection, Wanted, find_places, select
 from torchload.match.names import Alignment
+from torchload.match.rename import Rename, renamed_from
+from torchload.match.tables import Standing, container_standing
 from torchload.model.target import HookedModule, Target, own_loaders
 from torchload.model.unwrapping import wrapped_child
 from torchload.plan import hooks
@@ -31,14 +33,20 @@ Respell = Callable[[str], str]
 
 
 class _Reading(NamedTuple):
-    """A container, and how its names are spelled for the model."""
+    """A container, how its names are spelled for the model, and what those are in the file that `rename` changed."""
 
     place: Place
     respell: Respell
+    original: Mapping[str, str]
 
 
 def select_through_hooks(
-    target: Target, checkpoint: Checkpoint, wanted: Wanted, key: str | None, read: hooks.ReadTensor
+    target: Target,
+    checkpoint: Checkpoint,
+    wanted: Wanted,
+    key: str | None,
+    rename: Rename | None,
+    read: hooks.ReadTensor,
 ) -> Selection | None:
     """Find the container that fits once the model's hooks have seen its names.
 
@@ -47,6 +55,7 @@ def select_through_hooks(
         checkpoint: Where to look.
         wanted: The model, as choosing sees it.
         key: The one container to look at, or ``None``.
+        rename: What the caller wants done to names first.
         read: Gives a tensor over the file's bytes, without reading them.
 
     Returns:
@@ -57,7 +66,7 @@ def select_through_hooks(
     """
     whole = next((loader for loader in own_loaders(target) if _is_all(loader[0], target)), None)
     found: dict[object, tuple[_Reading, Selection]] = {}
-    for reading in _readings(target, checkpoint, wanted, key):
+    for reading in _readings(target, checkpoint, wanted, key, rename):
         if whole is not None:
             selection = _claimed(target, reading)
             fits = hooks.would_load(*whole, selection, _without_memory)
@@ -86,7 +95,9 @@ def _is_all(hooked: HookedModule, target: Target) -> bool:
     return all(name.startswith(hooked.prefix) for name in target.names)
 
 
-def _readings(target: Target, checkpoint: Checkpoint, wanted: Wanted, key: str | None) -> Iterator[_Reading]:
+def _readings(
+    target: Target, checkpoint: Checkpoint, wanted: Wanted, key: str | None, rename: Rename | None
+) -> Iterator[_Reading]:
     """Containers with their names as they are, and with the wrappers that the model has in place of the file's."""
     allowance = Allowance(checkpoint.path, checkpoint.size_bytes)
     try:
@@ -101,10 +112,16 @@ def _readings(target: Target, checkpoint: Checkpoint, wanted: Wanted, key: str |
         return wrappers + ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
     for place in places[:_MOST_CONTAINERS]:
-        yield _Reading(place, str)
+        if container_standing(*place.segments) is Standing.NOT_WEIGHTS:
+            continue
+        original: dict[str, str] = {}
+        if rename is not None:
+            original = renamed_from(rename, place.leaves)
+            place = replace(place, leaves={new: place.leaves[old] for new, old in original.items()})
+        yield _Reading(place, str, original)
         respelled = {unwrapped(name) for name in place.leaves}
         if len(respelled) == len(place.leaves) and respelled != place.leaves.keys():
-            yield _Reading(place, unwrapped)
+            yield _Reading(place, unwrapped, original)
 
 
 def _claimed(target: Target, reading: _Reading) -> Selection:
@@ -126,6 +143,7 @@ def _claimed(target: Target, reading: _Reading) -> Selection:
         ignored=[],
         alignment=Alignment(leftover={source: name for source, name in spelled.items() if name not in known}),
         claimed=frozenset(source for source, name in spelled.items() if name not in known),
+        original=reading.original,
     )
 
 
@@ -166,7 +184,7 @@ def _through_pre_hooks(
     original: dict[str, str] = {}
     for name, value in state.items():
         if (source := known.get(id(value))) is not None:
-            rewritten[name], original[name] = leaves[source], source
+            rewritten[name], original[name] = leaves[source], reading.original.get(source, source)
         else:
             rewritten[name] = _computed(value)
     del held
