@@ -7,22 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from torchload.core.budget import Allowance
-from torchload.core.checkpoint import Checkpoint, TensorEntry
+from torchload.core.checkpoint import Checkpoint
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Selection, Wanted, find_places, select
 from torchload.match.globs import Globs
 from torchload.match.names import Alignment
 from torchload.match.partial import held_back
 from torchload.match.paths import last
-from torchload.match.rename import renamed_from
-from torchload.match.tables import Standing, container_standing
-from torchload.match.values import Read
 from torchload.model.target import Target, own_loaders
 from torchload.model.unwrapping import bare_names
 from torchload.plan import hooks
+from torchload.plan.trial import select_through_hooks
 from torchload.transfer import map_entry
 
 __all__ = ["select_for"]
@@ -73,6 +69,11 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
     selection: Selection | None = None
     with contextlib.suppress(IncompatibleCheckpointError, AmbiguousCheckpointError):
         selection = select(checkpoint.root, wanted, strict=strict, **choice)
+    is_open = selection is None or not selection.fits
+    if is_open and choice["prefix"] is None:
+        found = select_through_hooks(target, checkpoint, wanted, choice["key"], choice["rename"], map_entry)
+        if found is not None:
+            return _left_to_own_loaders(target, found)
     if selection is None or not selection.fits:
         # A module that loads itself may take another shape (observers of quantization do), but not of packed weights.
         own = tuple(item.prefix for item in target.overrides)
@@ -82,66 +83,11 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
             shapes={name: None if name in free else shape for name, shape in wanted.shapes.items()},
             optional=frozenset(name for name in wanted.shapes if name.startswith(hooked)),
         )
-        if "" in hooked and (whole := _taken_as_a_whole(target, checkpoint, wanted, choice)) is not None:
-            selection = whole
-        else:
-            selection = select(checkpoint.root, theirs, strict=strict, **choice)
-    return _as_hooks_leave_it(target, wanted, selection, map_entry)
-
-
-def _as_hooks_leave_it(target: Target, wanted: Wanted, selection: Selection, read: Read) -> Selection:
-    selection = hooks.run_pre_hooks(target, selection, read)
+        selection = select(checkpoint.root, theirs, strict=strict, **choice)
+    selection = hooks.run_pre_hooks(target, selection, map_entry)
     missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
     ignored = list(dict.fromkeys([*selection.ignored, *harmless]))
     return _left_to_own_loaders(target, replace(selection, missing=missing, ignored=ignored))
-
-
-def _taken_as_a_whole(
-    target: Target, checkpoint: Checkpoint, wanted: Wanted, choice: Mapping[str, Any]
-) -> Selection | None:
-    """The one container that the model's own hooks turn into what it needs, tried on tensors without data."""
-    if choice.get("prefix") is not None:
-        return None
-    allowance = Allowance(checkpoint.path, checkpoint.size_bytes)
-    found: list[Selection] = []
-    for place in find_places(checkpoint.root, choice.get("key"), allowance):
-        if container_standing(*place.segments) is Standing.NOT_WEIGHTS:
-            continue
-        original = renamed_from(rename, place.leaves) if (rename := choice.get("rename")) is not None else {}
-        leaves = {new: place.leaves[old] for new, old in original.items()} if original else place.leaves
-        pairs = {name: name for name in wanted.shapes if name in leaves}
-        leftover = {name: name for name in leaves if name not in pairs}
-        offer = Selection(
-            key=place.path,
-            prefix="",
-            segments=place.segments,
-            container=place.container,
-            leaves=leaves,
-            pairs=pairs,
-            missing=[name for name in wanted.shapes if name not in pairs],
-            mismatched={},
-            unexpected=list(leftover),
-            outside=[],
-            ignored=[],
-            alignment=Alignment(leftover=leftover),
-            original=original,
-        )
-        try:
-            turned = _as_hooks_leave_it(target, wanted, offer, _without_data)
-            fills = all(
-                hooks.filled_by_itself(hooked, slots, offer, _without_data).issuperset(offer.missing)
-                for hooked, slots in own_loaders(target)
-                if not hooked.prefix
-            )
-        except TorchLoadError:
-            continue
-        if turned.fits and fills:
-            found.append(offer)
-    return found[0] if len(found) == 1 else None
-
-
-def _without_data(entry: TensorEntry) -> torch.Tensor:
-    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
 
 def _nothing_wanted(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selection:
