@@ -96,7 +96,7 @@ def test_public_things_are_documented(name: str) -> None:
         assert inspect.getdoc(value)
 
 
-@pytest.mark.parametrize("name", errors.__all__)
+@pytest.mark.parametrize("name", sorted({*errors.__all__} - {"CheckpointWarning"}))
 def test_errors_have_one_base(name: str) -> None:
     error = getattr(errors, name)
     assert issubclass(error, errors.TorchLoadError)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,20 +15,22 @@ from torch import nn
 
 from torchload.core.collector import collector_paused
 from torchload.core.progress import progress_reporter
-from torchload.core.text import group_names, plural, printable
+from torchload.core.text import printable
+from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
 from torchload.formats.files import archives, torch_zip  # the commonest one: imported before its first use
-from torchload.match import Selection
+from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.agreement import agree_on
-from torchload.plan.arguments import check_arguments
+from torchload.plan.arguments import check_arguments, check_choice, with_hints
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Changes, carry_out
-from torchload.plan.globs import glob_matcher
-from torchload.plan.plan import Options, make_plan
+from torchload.plan.options import Options
+from torchload.plan.plan import make_plan
+from torchload.plan.quantized import elsewhere_says
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
 from torchload.plan.verdict import Verdict
@@ -44,6 +46,7 @@ _PRELOADED = (archives, torch_zip)  # keeps the import above from being called u
 _log = logging.getLogger("torchload")
 
 
+@with_hints
 def smart_load(
     model: nn.Module,
     path: Any,
@@ -128,22 +131,34 @@ def smart_load(
         with ExitStack() as stack:
             replicas = stack.enter_context(Replicas(process_group))
             check_arguments(model, dtype, skip, keep_fp32, atomic)
+            check_choice(key, prefix, rename, strict)
             if mmap and process_group is not None:
                 raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
             placement = Placement(device)
             checkpoint = stack.enter_context(open_checkpoint(path))
             with collector_paused():
                 options = Options(
-                    placement, dtype, tuple(keep_fp32), strict, atomic is not False, checkpoint.path, mmap, verify
+                    placement,
+                    dtype,
+                    tuple(keep_fp32),
+                    strict,
+                    atomic is not False,
+                    checkpoint.path,
+                    mmap,
+                    verify,
+                    skip=Globs(skip),
+                    rename=rename,
+                    size_bytes=checkpoint.size_bytes,
+                    elsewhere=partial(elsewhere_says, checkpoint),
                 )
                 target = describe_model(model)
                 choice = {"key": key, "prefix": prefix, "rename": rename}
-                selection = select_for(target, checkpoint, glob_matcher(skip), strict, **choice)
+                selection = select_for(target, checkpoint, options.skip, strict, **choice)
                 plan = make_plan(target, selection, options)
+            for text in plan.warnings:
+                warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
             if verify:
                 verify_extents(plan.extents_to_check_first)
-            if not strict:
-                _warn_of_a_part(selection, checkpoint.path)
             agree_on(plan, replicas, checkpoint.path)
             verdict = Verdict(target, selection, plan, options, replicas)
             moved = carry_out(
@@ -165,20 +180,3 @@ def smart_load(
     except BaseException as error:
         changes.tell(error)
         raise
-
-
-def _warn_of_a_part(selection: Selection, path: str) -> None:
-    """Say what `strict=False` leaves as it is, before anything is changed: a warning may be an error."""
-    parts = []
-    if kept := [*selection.missing, *selection.mismatched]:
-        parts.append(f"{plural(len(kept), 'tensor')} of the model kept initial values: {_listed(kept)}")
-    if unused := selection.unexpected:
-        parts.append(f"{plural(len(unused), 'tensor')} of the file went unused: {_listed(unused)}")
-    if parts:
-        text = f"{path} was loaded in part (strict=False). {'; '.join(parts)}"
-        warnings.warn(printable(text, None), stacklevel=3)
-
-
-def _listed(names: Sequence[str]) -> str:
-    groups = group_names(names)
-    return ", ".join(groups[:8]) + (f" and {len(groups) - 8} more" if len(groups) > 8 else "")

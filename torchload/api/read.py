@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,11 +16,13 @@ from torchload.core.copies import Copy
 from torchload.core.quantized import quantized_tensor
 from torchload.core.sharing import Layout, Run, shared_runs
 from torchload.core.text import group_names, printable
-from torchload.errors import CastOverflowError, IncompatibleCheckpointError
+from torchload.errors import CastOverflowError, CheckpointWarning, IncompatibleCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.match import Leaf
+from torchload.match.containers import cut
 from torchload.match.state_dicts import StateDict, find_state_dict
 from torchload.model.placement import check_room, resolve_device
+from torchload.plan.arguments import check_choice, with_hints
 from torchload.transfer import allocate, map_entries, map_entry, run
 
 __all__ = ["read_state_dict"]
@@ -28,6 +31,7 @@ _CPU = torch.device("cpu")
 _log = logging.getLogger("torchload")
 
 
+@with_hints
 @with_collector_paused
 def read_state_dict(
     path: Any,
@@ -41,8 +45,9 @@ def read_state_dict(
 
     Only the weights are read, not the optimizer beside them, and nothing that the file names is imported or called.
 
-    Which container is meant is told by its name where there are several: averaged (EMA) weights before the plain ones
-    if they have all of their tensors, conventional names such as ``"state_dict"`` and ``"model"`` before others.
+    Where there are several containers, an average (EMA) comes before the raw weights of the same network if it has all
+    of their tensors. A usual name such as ``"state_dict"`` comes before odd ones of another layout, with a warning.
+    Anything else is a question.
 
     Args:
         path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
@@ -76,13 +81,18 @@ def read_state_dict(
     wanted: Any = dtype
     if wanted is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise TypeError(f"dtype must be None or a floating-point torch.dtype, not {dtype!r}")
+    check_choice(key, None, None)
     spec: Any = device
     if spec is None or isinstance(spec, Mapping):
         raise TypeError("device must be one device: 'auto', a torch.device, a string or an index")
     place = resolve_device(device)
     with open_checkpoint(path) as checkpoint:
         chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes, map_entry)
-        if chosen.rivals:
+        if chosen.is_guess:
+            rivals = cut([repr(rival) for rival in chosen.rivals])
+            text = f"read {chosen.key!r}, called as weights usually are, but {rivals} may be meant; key= chooses"
+            warnings.warn(printable(f"{checkpoint.path}: {text}", None), CheckpointWarning, stacklevel=4)
+        elif chosen.rivals:
             _log.info(
                 "%s: read %r; beside it are %s",
                 printable(checkpoint.path, None),
