@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from torchload.core.collector import collector_paused
 from torchload.core.progress import progress_reporter
+from torchload.core.public import CheckpointLike, public
 from torchload.core.text import printable
 from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
@@ -36,9 +37,6 @@ from torchload.plan.steps import select_for
 from torchload.plan.verdict import Verdict
 from torchload.transfer import Replicas, read_together, verify_extents
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 __all__ = ["smart_load"]
 
 _PRELOADED = (archives, torch_zip)  # keeps the import above from being called unused
@@ -46,9 +44,10 @@ _PRELOADED = (archives, torch_zip)  # keeps the import above from being called u
 _log = logging.getLogger("torchload")
 
 
+@public
 def smart_load(
     model: nn.Module,
-    path: Any,
+    path: CheckpointLike,
     device: DeviceSpec = None,
     *,
     dtype: DtypeSpec = None,
@@ -61,7 +60,7 @@ def smart_load(
     verify: bool = False,
     atomic: bool | AbstractContextManager[object] = False,
     mmap: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> LoadReport:
     """Load a checkpoint's weights into a model, in place.
