@@ -25,7 +25,7 @@ if _typing.TYPE_CHECKING:
     from torchload.training.report import ResumeReport
     from torchload.writing.report import SaveReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointInfo",
@@ -67,10 +67,19 @@ _HOME = {
     "verify_weights": "api.verify",
 }
 
+_PEERS = {
+    "load": "smart_load(model, path) fills a model, read_state_dict(path) reads the weights alone",
+    "load_state_dict": "smart_load(model, path) fills a model, from a file or from a state dict",
+    "load_model": "smart_load(model, path) fills a model",
+    "save": "smart_save(model, path) writes a model's weights",
+}
+
 
 def __getattr__(name: str) -> _typing.Any:
     if name == "errors":
         return _importlib.import_module("torchload.errors")
+    if name in _PEERS:
+        raise AttributeError(f"module 'torchload' has no attribute {name!r}: {_PEERS[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'torchload' has no attribute {name!r}")
     value = getattr(_importlib.import_module(f"torchload.{_HOME[name]}"), name)

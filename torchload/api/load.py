@@ -26,7 +26,7 @@ from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.agreement import agree_on
-from torchload.plan.arguments import check_arguments
+from torchload.plan.arguments import check_arguments, check_choice, with_hints
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Changes, carry_out
 from torchload.plan.options import Options
@@ -45,6 +45,7 @@ _log = logging.getLogger("torchload")
 
 
 @public
+@with_hints
 def smart_load(
     model: nn.Module,
     path: CheckpointLike,
@@ -129,6 +130,7 @@ def smart_load(
         with ExitStack() as stack:
             replicas = stack.enter_context(Replicas(process_group))
             check_arguments(model, dtype, skip, keep_fp32, atomic)
+            check_choice(key, prefix, rename, strict)
             if mmap and process_group is not None:
                 raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
             placement = Placement(device)
@@ -153,7 +155,7 @@ def smart_load(
                 selection = select_for(target, checkpoint, options.skip, strict, **choice)
                 plan = make_plan(target, selection, options)
             for text in plan.warnings:
-                warnings.warn(printable(text, None), CheckpointWarning, stacklevel=2)
+                warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
             if verify:
                 verify_extents(plan.extents_to_check_first)
             agree_on(plan, replicas, checkpoint.path)

@@ -23,6 +23,7 @@ from torchload.match import Leaf
 from torchload.match.containers import cut
 from torchload.match.state_dicts import StateDict, find_state_dict
 from torchload.model.placement import check_room, resolve_device
+from torchload.plan.arguments import check_choice, with_hints
 from torchload.plan.dtypes import final_dtype
 from torchload.transfer import allocate, map_entries, map_entry, run
 
@@ -33,6 +34,7 @@ _log = logging.getLogger("torchload")
 
 
 @public
+@with_hints
 def read_state_dict(
     path: CheckpointLike,
     device: torch.device | str | int = "cpu",
@@ -81,6 +83,7 @@ def read_state_dict(
     wanted: Any = dtype
     if wanted is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise TypeError(f"dtype must be None or a floating-point torch.dtype, not {dtype!r}")
+    check_choice(key, None, None)
     spec: Any = device
     if spec is None or isinstance(spec, Mapping):
         raise TypeError("device must be one device: 'auto', a torch.device, a string or an index")
@@ -92,7 +95,7 @@ def read_state_dict(
         if chosen.is_guess:
             rivals = cut([repr(rival) for rival in chosen.rivals])
             text = f"read {chosen.key!r}, called as weights usually are, but {rivals} may be meant; key= chooses"
-            warnings.warn(printable(f"{checkpoint.path}: {text}", None), CheckpointWarning, stacklevel=2)
+            warnings.warn(printable(f"{checkpoint.path}: {text}", None), CheckpointWarning, stacklevel=3)
         elif chosen.rivals:
             _log.info(
                 "%s: read %r; beside it are %s",

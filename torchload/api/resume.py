@@ -19,7 +19,7 @@ from torchload.formats import open_checkpoint
 from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
-from torchload.plan.arguments import check_arguments
+from torchload.plan.arguments import check_arguments, check_choice, with_hints
 from torchload.plan.dtypes import DtypeSpec
 from torchload.training.report import ResumeReport
 from torchload.training.resumption import Resumption
@@ -31,6 +31,7 @@ _log = logging.getLogger("torchload")
 
 
 @public
+@with_hints
 def smart_resume(
     model: nn.Module,
     path: CheckpointLike,
@@ -98,6 +99,7 @@ def smart_resume(
         True
     """
     check_arguments(model, dtype, skip, (), False)
+    check_choice(key, prefix, rename, strict)
     with ExitStack() as stack:
         with collector_paused():
             checkpoint = stack.enter_context(open_checkpoint(path))
@@ -112,7 +114,7 @@ def smart_resume(
                 resumption.plan_random_states()
             resumption.check()
         for text in dict.fromkeys(resumption.warnings()):
-            warnings.warn(printable(text, None), CheckpointWarning, stacklevel=2)
+            warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
         if verify:
             resumption.verify()
         resumption.carry_out()

@@ -21,6 +21,7 @@ from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.shards import is_hollow
 from torchload.model.target import Slot, Target, describe_model
+from torchload.plan.arguments import check_arguments, check_choice, with_hints
 from torchload.plan.compare import Difference, Pair, compare
 from torchload.plan.steps import select_for
 from torchload.plan.twins import Twins, compare_extra_states, load_twins
@@ -94,6 +95,7 @@ class VerifyReport(Shown):
 
 
 @public
+@with_hints
 def verify_weights(
     model: nn.Module,
     path: CheckpointLike,
@@ -142,10 +144,8 @@ def verify_weights(
         (False, 'fc.bias', 1)
     """
     started = time.perf_counter()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the first argument is the model, an nn.Module, not {type(model).__name__}")
-    if isinstance(skip, str):
-        raise TypeError(f"skip is a list of globs: skip=[{skip!r}]")
+    check_arguments(model, None, skip, (), False)
+    check_choice(key, prefix, rename)
     with open_checkpoint(path) as checkpoint, torch.no_grad():
         with collector_paused():
             target = describe_model(model)

@@ -78,10 +78,9 @@ class Replicas:
 
     def send_from(self, kinds: set[str]) -> None:
         """Choose where data is sent from, knowing on which kinds of devices it is on any rank."""
-        supported = [device.type for device in self._ranks.group._device_types]
-        kind = next(iter(kinds)) if len(kinds) == 1 else "cpu"
-        if kind not in supported:
-            kind = "cpu" if "cpu" in supported else supported[0]
+        group = self._ranks.group
+        supported = [device.type for device in group._device_types]
+        kind = _kind_to_send_from(kinds, supported, torch.distributed.get_backend(group))
         module: Any = getattr(torch, kind, None)
         index = module.current_device() if kind != "cpu" and hasattr(module, "current_device") else None
         self.device = torch.device(kind) if index is None else torch.device(kind, index)
@@ -99,6 +98,20 @@ class Replicas:
         if error is not None and not self._is_over:
             with contextlib.suppress(BaseException):  # it is on its way already
                 self.meet(error=error)
+
+
+def _kind_to_send_from(kinds: set[str], supported: Sequence[str], backend: str) -> str:
+    """Where data is sent from: where it is, if the group can send from there without help of the host.
+
+    Example:
+        >>> _kind_to_send_from({"cuda"}, ["cuda"], "nccl"), _kind_to_send_from({"cuda"}, ["cpu", "cuda"], "gloo")
+        ('cuda', 'cpu')
+        >>> _kind_to_send_from({"cuda", "cpu"}, ["cpu", "cuda"], "cpu:gloo,cuda:nccl")
+        'cpu'
+    """
+    if len(kinds) == 1 and kinds <= set(supported) and backend != "gloo":
+        return next(iter(kinds))
+    return "cpu" if "cpu" in supported else supported[0]
 
 
 def _check(group: Any) -> None:
