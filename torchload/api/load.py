@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from torchload.core.collector import collector_paused
 from torchload.core.progress import progress_reporter
+from torchload.core.public import CheckpointLike, public
 from torchload.core.text import printable
 from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
@@ -25,7 +26,7 @@ from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.agreement import agree_on
-from torchload.plan.arguments import check_arguments
+from torchload.plan.arguments import check_arguments, check_choice, with_hints
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Changes, carry_out
 from torchload.plan.options import Options
@@ -36,9 +37,6 @@ from torchload.plan.steps import select_for
 from torchload.plan.verdict import Verdict
 from torchload.transfer import Replicas, read_together, verify_extents
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 __all__ = ["smart_load"]
 
 _PRELOADED = (archives, torch_zip)  # keeps the import above from being called unused
@@ -46,9 +44,11 @@ _PRELOADED = (archives, torch_zip)  # keeps the import above from being called u
 _log = logging.getLogger("torchload")
 
 
+@public
+@with_hints
 def smart_load(
     model: nn.Module,
-    path: Any,
+    path: CheckpointLike,
     device: DeviceSpec = None,
     *,
     dtype: DtypeSpec = None,
@@ -61,7 +61,7 @@ def smart_load(
     verify: bool = False,
     atomic: bool | AbstractContextManager[object] = False,
     mmap: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> LoadReport:
     """Load a checkpoint's weights into a model, in place.
@@ -130,6 +130,7 @@ def smart_load(
         with ExitStack() as stack:
             replicas = stack.enter_context(Replicas(process_group))
             check_arguments(model, dtype, skip, keep_fp32, atomic)
+            check_choice(key, prefix, rename, strict)
             if mmap and process_group is not None:
                 raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
             placement = Placement(device)
@@ -154,7 +155,7 @@ def smart_load(
                 selection = select_for(target, checkpoint, options.skip, strict, **choice)
                 plan = make_plan(target, selection, options)
             for text in plan.warnings:
-                warnings.warn(printable(text, None), CheckpointWarning, stacklevel=2)
+                warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
             if verify:
                 verify_extents(plan.extents_to_check_first)
             agree_on(plan, replicas, checkpoint.path)

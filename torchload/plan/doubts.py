@@ -71,7 +71,7 @@ class Doubts:
         elsewhere = look(selection) if plain and look is not None else None
         if (problem := quantized_problem(self._target, selection, elsewhere)) is not None:
             self.problems.append(problem)
-        elif plain:
+        elif plain and self._options.dtype != "auto":
             self.warnings.append(
                 f"{plural(len(plain), 'tensor')} of the file {'is' if len(plain) == 1 else 'are'} 8-bit floats, and no "
                 f"scale for them was found: cast as they are ({_listed(plain)})"
