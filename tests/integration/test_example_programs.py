@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -182,7 +183,7 @@ def _each_way(rank: int, folder: Path) -> list[tuple[int, int]]:
     want = torch.load(folder / "x.pth")
     found = []
     for name in ("load_replicas", "load_replicas_together", "load_sharded"):
-        if name == "load_sharded" and not hasattr(torch.distributed.fsdp, "fully_shard"):
+        if name == "load_sharded" and not hasattr(importlib.import_module("torch.distributed.fsdp"), "fully_shard"):
             continue
         model, report = program[name](str(folder / "x.pth"))
         for key, value in model.state_dict().items():

@@ -205,7 +205,7 @@ class _Planner:
         if not sources:
             self._plan_unread(slot, device)
             return
-        name, source = sources[-1]  # as load_state_dict, where the last of several names wins
+        name, source = sources[0]
         entry = self.selection.leaves[source]
         if not isinstance(entry, TensorEntry):
             what = entry.reason if isinstance(entry, OpaqueTensor) else f"a {type(entry).__name__}, not a tensor"
@@ -220,7 +220,7 @@ class _Planner:
             self.problems.append(f"{name}{unfit}")
             return
         dtype = self._dtype(slot, entry)
-        self._compare_ties(name, sources)
+        self._compare_ties(name, sources)  # of several, any one will do
         item = Assignment(slot, name, source, entry, dtype, device)
         item.way = self._way(item)
         item.check = _check(item) if self.options.verify else Check.NONE
