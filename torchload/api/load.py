@@ -73,8 +73,8 @@ def smart_load(
     Args:
         model: The model to fill: plain, wrapped, on any device, wholly or partly on the meta device. Its parameters
             stay the same objects, so optimizers, hooks and ties survive.
-        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
-            object.
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, a binary file
+            object, or a mapping that is in memory already: a state dict, or a checkpoint's dictionary around one.
         device: ``None`` keeps each tensor on its parameter's device (meta goes to the CPU); a device, string or index
             moves the model; ``"auto"`` takes the device with the most free memory; a mapping ``{module-prefix:
             device}`` places parts. Where the checkpoint was saved never matters.

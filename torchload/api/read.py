@@ -52,8 +52,8 @@ def read_state_dict(
     Anything else is a question.
 
     Args:
-        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
-            object.
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, a binary file
+            object, or a mapping that is in memory already: a state dict, or a checkpoint's dictionary around one.
         device: Where the tensors go: a device, a string, an index, or ``"auto"``. Where they were saved never matters.
         dtype: Floating dtype to cast floating tensors to; ``None`` keeps each tensor's own.
         key: Dotted path of the container to read, such as ``"ema"`` or ``"optimizer.state"``; ``""`` is the whole file.
