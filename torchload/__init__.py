@@ -18,6 +18,7 @@ if _typing.TYPE_CHECKING:
     from torchload.api.resume import smart_resume
     from torchload.api.save import smart_save
     from torchload.api.verify import VerifyReport, verify_weights
+    from torchload.core.checkpoint import Record
     from torchload.model.placement import best_device
     from torchload.plan.compare import Difference
     from torchload.plan.report import LoadReport
@@ -31,6 +32,7 @@ __all__ = [
     "ContainerInfo",
     "Difference",
     "LoadReport",
+    "Record",
     "ResumeReport",
     "SaveReport",
     "TensorInfo",
@@ -51,6 +53,7 @@ _HOME = {
     "ContainerInfo": "api.inspect",
     "Difference": "plan.compare",
     "LoadReport": "plan.report",
+    "Record": "core.checkpoint",
     "ResumeReport": "training.report",
     "SaveReport": "writing.report",
     "TensorInfo": "api.inspect",

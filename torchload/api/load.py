@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from torchload.core.collector import collector_paused
 from torchload.core.progress import progress_reporter
+from torchload.core.public import CheckpointLike, public
 from torchload.core.text import printable
 from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
@@ -23,6 +24,7 @@ from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
+from torchload.plan.acceptance import Acceptance
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.agreement import agree_on
 from torchload.plan.arguments import check_arguments, check_choice, with_hints
@@ -33,11 +35,7 @@ from torchload.plan.plan import make_plan
 from torchload.plan.quantized import elsewhere_says
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
-from torchload.plan.verdict import Verdict
 from torchload.transfer import Replicas, read_together, verify_extents
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["smart_load"]
 
@@ -46,10 +44,11 @@ _PRELOADED = (archives, torch_zip)  # keeps the import above from being called u
 _log = logging.getLogger("torchload")
 
 
+@public
 @with_hints
 def smart_load(
     model: nn.Module,
-    path: Any,
+    path: CheckpointLike,
     device: DeviceSpec = None,
     *,
     dtype: DtypeSpec = None,
@@ -62,7 +61,7 @@ def smart_load(
     verify: bool = False,
     atomic: bool | AbstractContextManager[object] = False,
     mmap: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> LoadReport:
     """Load a checkpoint's weights into a model, in place.
@@ -74,8 +73,8 @@ def smart_load(
     Args:
         model: The model to fill: plain, wrapped, on any device, wholly or partly on the meta device. Its parameters
             stay the same objects, so optimizers, hooks and ties survive.
-        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
-            object.
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, a binary file
+            object, or a mapping that is in memory already: a state dict, or a checkpoint's dictionary around one.
         device: ``None`` keeps each tensor on its parameter's device (meta goes to the CPU); a device, string or index
             moves the model; ``"auto"`` takes the device with the most free memory; a mapping ``{module-prefix:
             device}`` places parts. Where the checkpoint was saved never matters.
@@ -161,20 +160,20 @@ def smart_load(
             if verify:
                 verify_extents(plan.extents_to_check_first)
             agree_on(plan, replicas, checkpoint.path)
-            verdict = Verdict(target, selection, plan, options, replicas)
+            acceptance = Acceptance(target, selection, plan, options, replicas)
             moved = carry_out(
                 plan,
                 target,
                 selection,
                 progress=progress_reporter(progress, checkpoint.path),
                 guard=None if isinstance(atomic, bool) else atomic,
-                finish=verdict.ask,
+                finish=acceptance.ask,
                 move=partial(read_together, replicas),
                 changes=changes,
             )
-            notes = tuple(notes_of(checkpoint, verdict.selection, plan, verify))
+            notes = tuple(notes_of(checkpoint, acceptance.selection, plan, verify))
             seconds = time.perf_counter() - started
-            report = report_of(target, checkpoint, verdict.selection, plan, moved, notes, seconds)
+            report = report_of(target, checkpoint, acceptance.selection, plan, moved, notes, seconds)
         with contextlib.suppress(Exception):  # a filter or handler of the caller's
             _log.info("%s", report)
         return report

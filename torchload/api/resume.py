@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from torchload.core.collector import collector_paused
+from torchload.core.public import CheckpointLike, public
 from torchload.core.text import printable
 from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint
@@ -29,10 +30,11 @@ __all__ = ["smart_resume"]
 _log = logging.getLogger("torchload")
 
 
+@public
 @with_hints
 def smart_resume(
     model: nn.Module,
-    path: Any,
+    path: CheckpointLike,
     optimizer: torch.optim.Optimizer
     | Sequence[torch.optim.Optimizer]
     | Mapping[str, torch.optim.Optimizer]
@@ -98,18 +100,19 @@ def smart_resume(
     """
     check_arguments(model, dtype, skip, (), False)
     check_choice(key, prefix, rename, strict)
-    with collector_paused(), ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(path))
-        resumption = Resumption(
-            checkpoint, path, training_tree(checkpoint, path, stack), strict, Placement(device), dtype
-        )
-        matcher = Globs(skip)
-        resumption.plan_model(model, matcher, key, prefix, rename)
-        resumption.plan_average(ema, matcher, rename)
-        resumption.plan_rest(optimizer, scheduler, scaler)
-        if rng:
-            resumption.plan_random_states()
-        resumption.check()
+    with ExitStack() as stack:
+        with collector_paused():
+            checkpoint = stack.enter_context(open_checkpoint(path))
+            resumption = Resumption(
+                checkpoint, path, training_tree(checkpoint, path, stack), strict, Placement(device), dtype
+            )
+            matcher = Globs(skip)
+            resumption.plan_model(model, matcher, key, prefix, rename)
+            resumption.plan_average(ema, matcher, rename)
+            resumption.plan_rest(optimizer, scheduler, scaler)
+            if rng:
+                resumption.plan_random_states()
+            resumption.check()
         for text in dict.fromkeys(resumption.warnings()):
             warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
         if verify:

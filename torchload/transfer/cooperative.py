@@ -146,13 +146,14 @@ def read_together(
     with torch.inference_mode():
         parts = shares(copies, replicas.count)
     own = parts[replicas.rank]
-    read_bytes = run(own, notes=notes)
+    total = sum(map(_file_bytes, copies))
+    read_bytes = run(own, progress=_within(progress, 0, total), notes=notes)
     written = own
     try:
         replicas.meet()
         written = list(copies)
         with torch.inference_mode():
-            failure = _exchange(replicas, parts, progress)
+            failure = _exchange(replicas, parts, _within(progress, sum(map(_file_bytes, own)), total))
         replicas.meet(error=failure)
     except BaseException as error:
         error.written = tuple(dict.fromkeys(copy.name for copy in written))  # type: ignore[attr-defined]
@@ -184,8 +185,18 @@ def shares(copies: Sequence[Copy], count: int) -> list[list[Copy]]:
     return hands + [[] for _ in range(count - len(hands))]
 
 
+def _within(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress of a part, as that of the whole."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
+
+
 def _exchange(replicas: Replicas, parts: Sequence[Sequence[Copy]], progress: Progress | None) -> Exception | None:
     """Send this rank's part, and receive the others', a bounded amount at a time.
+
+    Args:
+        replicas: The ranks.
+        parts: What each of them has read.
+        progress: Receives how many bytes have come from others, in the file's dtypes.
 
     Returns:
         What went wrong here, if anything did: the others, who can't know, are kept company to the end.
@@ -193,12 +204,12 @@ def _exchange(replicas: Replicas, parts: Sequence[Sequence[Copy]], progress: Pro
     largest = max(sum(map(_sent_bytes, part)) for part in parts)
     limit = min(largest, max(_EXCHANGED_BYTES // replicas.count, _SMALL_BYTES))
     batches = [_deal(part, _sent_bytes, limit) for part in parts]
-    total = sum(_file_bytes(copy) for part in parts for copy in part)
     done = 0
     failure: Exception | None = None
     width = limit + _SMALL_BYTES
-    mine = torch.empty(width, dtype=torch.uint8, device=replicas.device)
-    room = torch.empty(width * replicas.count, dtype=torch.uint8, device=replicas.device)
+    with torch.inference_mode(False):  # gloo's threads, before torch 2.5, may not write to inference tensors
+        mine = torch.empty(width, dtype=torch.uint8, device=replicas.device)
+        room = torch.empty(width * replicas.count, dtype=torch.uint8, device=replicas.device)
     for batch in zip_longest(*batches, fillvalue=()):
         used = max(sum(map(_sent_bytes, part)) for part in batch)
         everyones = list(room[: used * replicas.count].view(replicas.count, used).unbind())
@@ -212,9 +223,9 @@ def _exchange(replicas: Replicas, parts: Sequence[Sequence[Copy]], progress: Pro
             for rank, (part, received) in enumerate(zip(batch, everyones, strict=True)):
                 for copy, place in _places(part, received) if rank != replicas.rank else ():
                     _bits(copy.target).copy_(place)
-            done += sum(_file_bytes(copy) for part in batch for copy in part)
+                    done += _file_bytes(copy)
             if progress is not None:
-                progress(done, total)
+                progress(done, done)
         except Exception as error:  # noqa: BLE001 - returned
             failure = failure or error
     return failure
