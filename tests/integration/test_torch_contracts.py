@@ -115,6 +115,167 @@ def test_post_hooks_hear_what_torch_would_tell_them(tmp_path: Path) -> None:
     assert ours == theirs
 
 
+# --- pre-hooks, and modules that load themselves, rename and drop names ---
+
+
+class Part(nn.Module):
+    """Drops a name of older versions, in one of the two ways that modules have; maybe renames others."""
+
+    def __init__(self, how: str, junk: str, renames: bool) -> None:
+        super().__init__()
+        self.a, self.lora = nn.Linear(3, 3), nn.Parameter(torch.zeros(3))
+        self.how, self.junk, self.calls = how, junk, 0
+        if renames:
+            self._register_load_state_dict_pre_hook(self.rename)
+        if how == "pre-hook":
+            self._register_load_state_dict_pre_hook(self.drop)
+
+    def rename(self, state_dict: Any, prefix: str, *_: Any) -> None:
+        for name in [name for name in state_dict if name.startswith(prefix + "old.")]:
+            state_dict[prefix + "a." + name[len(prefix) + 4 :]] = state_dict.pop(name)
+
+    def drop(self, state_dict: Any, prefix: str, *_: Any) -> None:
+        self.calls += any(not value.is_meta for value in state_dict.values())
+        state_dict.pop(prefix + self.junk, None)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.how == "override":
+            self.drop(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ByHook(Part):
+    _load_from_state_dict = nn.Module._load_from_state_dict
+
+
+@pytest.mark.parametrize("wrapped", ["", "file", "model", "both"])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("renames", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("junk", ["junk", "a.junk", "old_part.junk"])
+@pytest.mark.parametrize("how", ["pre-hook", "override"])
+def test_hooks_that_rename_and_drop(
+    tmp_path: Path, how: str, junk: str, nested: bool, renames: bool, strict: bool, wrapped: str
+) -> None:
+    def build() -> nn.Module:
+        part = ByHook(how, junk, renames) if how == "pre-hook" else Part(how, junk, renames)
+        return nn.Sequential(part, nn.Linear(3, 3)) if nested else part
+
+    trained, prefix = randomise(build(), 1), "0." if nested else ""
+    state = {**trained.state_dict(), prefix + junk: torch.ones(2)}
+    if renames:
+        new = {name: name.replace(prefix + "a.", prefix + "old.") for name in state if name != prefix + junk}
+        state = {new.get(name, name): value for name, value in state.items()}
+    in_file = {f"module.{name}" if wrapped in ("file", "both") else name: value for name, value in state.items()}
+    torch.save({"epoch": 1, "state_dict": in_file}, tmp_path / "x.pth")
+    plain = build()
+    plain.load_state_dict(state)  # it loads as torch does, from what torch would be given
+    model = build()
+    report = smart_load(
+        nn.DataParallel(model) if wrapped in ("model", "both") else model, tmp_path / "x.pth", strict=strict
+    )
+    assert_equal_bits(snapshot(model), snapshot(plain))
+    assert (report.missing_keys, report.unexpected_keys, report.key) == ([], [], "state_dict")
+    assert not report.outside
+    if how == "pre-hook":
+        assert (model[0] if nested else model).calls == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("how", ["pre-hook", "override"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_renamed_submodule(tmp_path: Path, how: str, strict: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.fc = nn.Linear(4, 2)
+            if how == "pre-hook":
+                self.register_load_state_dict_pre_hook(self.rename)
+
+        @staticmethod
+        def rename(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+            for name in [name for name in state_dict if name.startswith(prefix + "encoder.")]:
+                state_dict[prefix + "backbone." + name[len(prefix) + 8 :]] = state_dict.pop(name)
+
+    class Overriding(Net):
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+            self.rename(self, state_dict, prefix)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    build = Net if how == "pre-hook" else Overriding
+    trained = randomise(build(), 1)
+    old = {name.replace("backbone.", "encoder."): value for name, value in trained.state_dict().items()}
+    torch.save({"model": old, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "x.pth")
+    model = build()
+    report = smart_load(model, tmp_path / "x.pth", strict=strict)
+    assert (report.tensors, report.total, report.outside, report.rivals) == (6, 6, (), ())
+    assert_equal_bits(snapshot(model), snapshot(trained))
+    assert verify_weights(model, tmp_path / "x.pth")
+
+
+class Scales(nn.Parameter):
+    """A parameter with an attribute, as bitsandbytes has."""
+
+    scale: torch.Tensor
+
+    def __new__(cls, data: torch.Tensor, scale: torch.Tensor) -> Scales:
+        tensor = torch.Tensor._make_subclass(cls, data, False)
+        tensor.scale = scale
+        return tensor
+
+    def __deepcopy__(self, memo: Any) -> Scales:
+        return Scales(self.data.clone(), self.scale.clone())
+
+
+class EightBit(nn.Module):
+    """Built as `bitsandbytes.nn.Linear8bitLt` is: a pre-hook takes a name away, then a loader looks at an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = Scales(torch.zeros(3, 3, dtype=torch.int8), torch.ones(3))
+        self._register_load_state_dict_pre_hook(lambda state, prefix, *_: state.pop(prefix + "fmt", None))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scale"] = self.weight.scale
+        destination[prefix + "fmt"] = torch.tensor(0, dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected = args[3]
+        if prefix + "scale" in state_dict:
+            self.weight.scale.copy_(state_dict[prefix + "scale"])
+            unexpected.remove(prefix + "scale")
+
+
+def test_a_module_as_bitsandbytes_has_it(tmp_path: Path) -> None:
+    trained = nn.Sequential(EightBit(), nn.Linear(3, 3))
+    trained[0].weight.scale.fill_(7)
+    torch.save(trained.state_dict(), tmp_path / "x.pth")
+    model = nn.Sequential(EightBit(), nn.Linear(3, 3))
+    smart_load(model, tmp_path / "x.pth")
+    assert model[0].weight.scale.tolist() == [7, 7, 7]
+    assert torch.equal(model[1].weight, trained[1].weight)
+    assert verify_weights(model, tmp_path / "x.pth")
+    trained[0].weight.scale.fill_(8)
+    assert not verify_weights(model, trained.state_dict())
+
+
+def test_hooks_that_accept_two_sets_of_weights_ask(tmp_path: Path) -> None:
+    def build() -> Part:
+        return ByHook("pre-hook", "junk", renames=True)
+
+    def old(seed: int) -> dict[str, Any]:
+        return {name.replace("a.", "old."): value for name, value in randomise(build(), seed).state_dict().items()}
+
+    torch.save({"first": old(1), "second": old(2)}, tmp_path / "x.pth")
+    with pytest.raises(errors.AmbiguousCheckpointError, match="key='second'"):
+        smart_load(build(), tmp_path / "x.pth")
+    model = build()
+    smart_load(model, tmp_path / "x.pth", key="second")
+    assert torch.equal(model.lora, old(2)["lora"])
+
+
 # --- memory is private ---
 
 
@@ -299,3 +460,33 @@ def test_a_model_without_state_loads_from_an_empty_state_dict(tmp_path: Path) ->
         smart_load(nn.Softmax(), {"weight": torch.ones(2)})
     with pytest.raises(errors.IncompatibleCheckpointError, match="no tensors"):
         smart_load(nn.Linear(2, 2), {})
+
+
+@pytest.mark.parametrize("options", [{}, {"atomic": True}, {"strict": False}, {"mmap": True}, {"dtype": torch.float64}])
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_modules_in_file_and_model(tmp_path: Path, options: dict[str, Any], in_memory: bool) -> None:
+    def lazy() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.Linear(3, 2))
+
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+    def load(source: nn.Module, model: nn.Module) -> None:
+        torch.save(source.state_dict(), tmp_path / "x.pth")
+        smart_load(model, source.state_dict() if in_memory else tmp_path / "x.pth", **options)
+
+    trained, model = randomise(plain(), 1), lazy()
+    load(trained, model)
+    for (name, ours), theirs in zip(model.state_dict().items(), trained.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype)), name
+    source, model = lazy(), lazy()
+    load(source, model)
+    assert model[0].has_uninitialized_params()  # type: ignore[index]
+    assert model[1].has_uninitialized_params()  # type: ignore[index]
+    assert torch.equal(model[2].weight, source[2].weight.to(model[2].weight.dtype))  # type: ignore[index]
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(errors.IncompatibleCheckpointError, match="0.weight is an uninitialized parameter"):
+        load(lazy(), model)
+    assert_equal_bits(snapshot(model), before)

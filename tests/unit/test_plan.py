@@ -11,8 +11,8 @@ from torch import nn
 
 from torchload.core.checkpoint import Box, Extent, TensorEntry, contiguous_strides
 from torchload.core.source import MemorySource
+from torchload.match.globs import Globs
 from torchload.model.shards import Region
-from torchload.plan.globs import glob_matcher
 from torchload.plan.pairing import copies_of
 from torchload.transfer import run
 
@@ -82,8 +82,8 @@ def test_a_plain_tensor_is_one_copy():
 
 
 def test_globs_match_whole_names():
-    matcher = glob_matcher(["fc.*", "*.bias", "exact"])
+    matcher = Globs(["fc.*", "*.bias", "exact"])
     assert [bool(matcher.match(name)) for name in ("fc.weight", "a.bias", "exact", "exact.not", "xfc.weight")] == [
         True, True, True, False, False,
     ]  # fmt: skip
-    assert glob_matcher([]) is None
+    assert not Globs([]).match("fc.weight")

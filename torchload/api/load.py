@@ -6,36 +6,36 @@ import contextlib
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from torchload.core.collector import collector_paused
 from torchload.core.progress import progress_reporter
-from torchload.core.text import group_names, plural, printable
+from torchload.core.public import CheckpointLike, public
+from torchload.core.text import printable
+from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
 from torchload.formats.files import archives, torch_zip  # the commonest one: imported before its first use
-from torchload.match import Selection
+from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
+from torchload.plan.acceptance import Acceptance
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.agreement import agree_on
-from torchload.plan.arguments import check_arguments
+from torchload.plan.arguments import check_arguments, check_choice, with_hints
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Changes, carry_out
-from torchload.plan.globs import glob_matcher
-from torchload.plan.plan import Options, make_plan
+from torchload.plan.options import Options
+from torchload.plan.plan import make_plan
+from torchload.plan.quantized import elsewhere_says
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
-from torchload.plan.verdict import Verdict
 from torchload.transfer import Replicas, read_together, verify_extents
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["smart_load"]
 
@@ -44,9 +44,11 @@ _PRELOADED = (archives, torch_zip)  # keeps the import above from being called u
 _log = logging.getLogger("torchload")
 
 
+@public
+@with_hints
 def smart_load(
     model: nn.Module,
-    path: Any,
+    path: CheckpointLike,
     device: DeviceSpec = None,
     *,
     dtype: DtypeSpec = None,
@@ -59,7 +61,7 @@ def smart_load(
     verify: bool = False,
     atomic: bool | AbstractContextManager[object] = False,
     mmap: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> LoadReport:
     """Load a checkpoint's weights into a model, in place.
@@ -71,17 +73,18 @@ def smart_load(
     Args:
         model: The model to fill: plain, wrapped, on any device, wholly or partly on the meta device. Its parameters
             stay the same objects, so optimizers, hooks and ties survive.
-        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
-            object.
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, a binary file
+            object, or a mapping that is in memory already: a state dict, or a checkpoint's dictionary around one.
         device: ``None`` keeps each tensor on its parameter's device (meta goes to the CPU); a device, string or index
             moves the model; ``"auto"`` takes the device with the most free memory; a mapping ``{module-prefix:
             device}`` places parts. Where the checkpoint was saved never matters.
         dtype: ``None`` keeps each parameter's dtype and casts the checkpoint to it; a floating dtype casts floating
             parameters and buffers; ``"auto"`` takes the checkpoint's. Integer and bool tensors never change.
         keep_fp32: Globs of names that stay float32, such as ``["*.norm*"]``.
-        strict: Whether every tensor of the model must be filled and every checkpoint tensor in the model's own modules
-            used. ``False`` loads what fits and warns of what keeps its initial values.
-        key: Which container of the file to use, such as ``"ema"`` or ``"state.model"``. Found by itself as a rule.
+        strict: Whether every tensor of the model must be filled, and every name of the part of the file that was taken
+            used. ``False`` loads what fits, layer by layer, and warns of what keeps its initial values.
+        key: Which container of the file to use, such as ``"ema"`` or ``"state.model"``, as reports print it. Found by
+            itself as a rule; where several fit and hold different values, an error lists them.
         prefix: Which sub-tree of names to use, such as ``"backbone."``. Found by itself as a rule.
         rename: A mapping of regular expression → replacement, or a callable that returns the new name (``None`` drops
             it).
@@ -128,57 +131,52 @@ def smart_load(
         with ExitStack() as stack:
             replicas = stack.enter_context(Replicas(process_group))
             check_arguments(model, dtype, skip, keep_fp32, atomic)
+            check_choice(key, prefix, rename, strict)
             if mmap and process_group is not None:
                 raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
             placement = Placement(device)
             checkpoint = stack.enter_context(open_checkpoint(path))
             with collector_paused():
                 options = Options(
-                    placement, dtype, tuple(keep_fp32), strict, atomic is not False, checkpoint.path, mmap, verify
+                    placement,
+                    dtype,
+                    tuple(keep_fp32),
+                    strict,
+                    atomic is not False,
+                    checkpoint.path,
+                    mmap,
+                    verify,
+                    skip=Globs(skip),
+                    rename=rename,
+                    size_bytes=checkpoint.size_bytes,
+                    elsewhere=partial(elsewhere_says, checkpoint),
                 )
                 target = describe_model(model)
                 choice = {"key": key, "prefix": prefix, "rename": rename}
-                selection = select_for(target, checkpoint, glob_matcher(skip), strict, **choice)
+                selection = select_for(target, checkpoint, options.skip, strict, **choice)
                 plan = make_plan(target, selection, options)
+            for text in plan.warnings:
+                warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
             if verify:
                 verify_extents(plan.extents_to_check_first)
-            if not strict:
-                _warn_of_a_part(selection, checkpoint.path)
             agree_on(plan, replicas, checkpoint.path)
-            verdict = Verdict(target, selection, plan, options, replicas)
+            acceptance = Acceptance(target, selection, plan, options, replicas)
             moved = carry_out(
                 plan,
                 target,
                 selection,
                 progress=progress_reporter(progress, checkpoint.path),
                 guard=None if isinstance(atomic, bool) else atomic,
-                finish=verdict.ask,
+                finish=acceptance.ask,
                 move=partial(read_together, replicas),
                 changes=changes,
             )
-            notes = tuple(notes_of(checkpoint, verdict.selection, plan, verify))
+            notes = tuple(notes_of(checkpoint, acceptance.selection, plan, verify))
             seconds = time.perf_counter() - started
-            report = report_of(target, checkpoint, verdict.selection, plan, moved, notes, seconds)
+            report = report_of(target, checkpoint, acceptance.selection, plan, moved, notes, seconds)
         with contextlib.suppress(Exception):  # a filter or handler of the caller's
             _log.info("%s", report)
         return report
     except BaseException as error:
         changes.tell(error)
         raise
-
-
-def _warn_of_a_part(selection: Selection, path: str) -> None:
-    """Say what `strict=False` leaves as it is, before anything is changed: a warning may be an error."""
-    parts = []
-    if kept := [*selection.missing, *selection.mismatched]:
-        parts.append(f"{plural(len(kept), 'tensor')} of the model kept initial values: {_listed(kept)}")
-    if unused := selection.unexpected:
-        parts.append(f"{plural(len(unused), 'tensor')} of the file went unused: {_listed(unused)}")
-    if parts:
-        text = f"{path} was loaded in part (strict=False). {'; '.join(parts)}"
-        warnings.warn(printable(text, None), stacklevel=3)
-
-
-def _listed(names: Sequence[str]) -> str:
-    groups = group_names(names)
-    return ", ".join(groups[:8]) + (f" and {len(groups) - 8} more" if len(groups) > 8 else "")

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchload.core.public import public
+
 if TYPE_CHECKING:
     from torchload.core.source import Source
 
@@ -201,7 +203,16 @@ class OpaqueTensor:
     parts: tuple[tuple[Shape, TensorEntry], ...] = ()
     quantized: Quantized | None = None
 
+    @property
+    def is_uninitialized(self) -> bool:
+        """Whether it is a lazy module's tensor before its first forward pass, which has neither shape nor values."""
+        return self.reason in _UNINITIALIZED
 
+
+_UNINITIALIZED = frozenset({"an uninitialized parameter", "an uninitialized buffer"})
+
+
+@public
 @dataclass(slots=True, eq=False)
 class Record:
     """An object that a pickle describes, as inert data. Nothing was imported, called or built.

@@ -67,7 +67,8 @@ class Ranks:
         if self.count > 1:
             answers *= self.count
             try:
-                self._distributed.all_gather_object(answers, (_portable(error), what), group=self.group)
+                with torch.inference_mode(False):  # before torch 2.5, gloo can't write to inference tensors
+                    self._distributed.all_gather_object(answers, (_portable(error), what), group=self.group)
             except RuntimeError as failure:  # gloo's and NCCL's
                 if error is None:
                     error = _left_alone(failure)
@@ -89,7 +90,8 @@ class Ranks:
         """
         if self.count > 1:
             box = [(_portable(error), result)]
-            self._distributed.broadcast_object_list(box, src=WRITER)
+            with torch.inference_mode(False):
+                self._distributed.broadcast_object_list(box, src=WRITER)
             if not self.is_writer:
                 error, result = box[0]
         if error is not None:

@@ -18,7 +18,7 @@ from torchload.core.wrappers import WRAPPERS
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError
 from torchload.match.company import is_average_of, lags_behind, standing_in_company
 from torchload.match.containers import Leaf, Place, find_places
-from torchload.match.tables import NEVER_THE_MODELS, USUAL_CONTAINERS, Standing
+from torchload.match.tables import NEVER_THE_MODELS, UNTOUCHED, USUAL_CONTAINERS, Standing
 from torchload.match.values import Read, hold_same_values, was_never_updated
 
 __all__ = ["StateDict", "find_state_dict"]
@@ -212,11 +212,12 @@ def _alike(one: _Candidate, other: _Candidate) -> bool:
 
 
 def _signature(leaves: Mapping[str, Leaf]) -> set[tuple[str, object]]:
-    """Names without wrappers, with shapes."""
-    return {
+    """Names without wrappers, with shapes; without what averages keep beside the weights."""
+    bare = (
         (".".join(part for part in name.split(".") if part not in WRAPPERS), getattr(leaf, "shape", None))
         for name, leaf in leaves.items()
-    }
+    )
+    return {(name, shape) for name, shape in bare if name not in UNTOUCHED}
 
 
 def _ambiguous(equals: list[_Candidate], path: str) -> AmbiguousCheckpointError:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from torchload.core.launch import has_siblings, local_rank
+from torchload.core.public import public
 from torchload.errors import DeviceError
 
 __all__ = ["DeviceSpec", "Placement", "available_devices", "best_device", "check_room", "resolve_device"]
@@ -35,12 +36,6 @@ class Placement:
             self._by_prefix = {prefix.rstrip("."): resolve_device(device) for prefix, device in spec.items()}
         elif spec is not None:
             self._everywhere = resolve_device(spec)
-
-    @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """Every device that was asked for."""
-        wanted = [*self._by_prefix.values(), *([self._everywhere] if self._everywhere else [])]
-        return tuple(dict.fromkeys(wanted))
 
     def unused_prefixes(self, names: Any) -> list[str]:
         """Prefixes of the mapping under which the model has nothing: a typing error, most likely."""
@@ -120,6 +115,7 @@ def resolve_device(device: torch.device | str | int) -> torch.device:
     return torch.device(wanted.type, index)
 
 
+@public
 def best_device() -> torch.device:
     """The accelerator with the most free memory, else the CPU. This is what ``device="auto"`` uses.
 

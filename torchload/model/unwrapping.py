@@ -5,6 +5,7 @@ A child that is called ``module`` is not a wrapper; a child that is a `torch.nn.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from torchload.core.wrappers import WRAPPER_CLASSES, WRAPPER_STATE
 from torchload.model.walk import modules_of, tensors_of
 
-__all__ = ["State", "module_within", "unwrapped_state", "wrapped_child"]
+__all__ = ["State", "bare_names", "module_within", "unwrapped_state", "wrapped_child"]
 
 _FSDP1_ATTRIBUTE = "_fsdp_wrapped_module"
 
@@ -90,6 +91,18 @@ def unwrapped_state(model: nn.Module) -> State:
             raise ValueError(f"without its wrappers the model has two tensors called {clean!r}")
         state.entries[clean] = value
     return state
+
+
+def bare_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Each name → the same without the segments of wrappers that are really there.
+
+    Example:
+        >>> bare_names(nn.DataParallel(nn.Linear(2, 2)), ["module.weight"])
+        {'module.weight': 'weight'}
+    """
+    if all(wrapped_child(module) is None for module in modules_of(model)):
+        return {name: name for name in names}
+    return {name: _own(model, name) or name for name in names}
 
 
 def _own(model: nn.Module, name: str) -> str | None:

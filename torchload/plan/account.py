@@ -55,7 +55,7 @@ def report_of(
         mismatched=selection.mismatched,
         skipped=tuple(selection.skipped),
         outside=tuple(selection.outside),
-        ignored=tuple(selection.ignored),
+        ignored=(*selection.ignored, *plan.kept),
         seconds=seconds,
         training=target.model.training,
         notes=notes,

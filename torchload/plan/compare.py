@@ -11,6 +11,7 @@ import torch
 
 from torchload.core.checkpoint import Box, Shape, TensorEntry
 from torchload.core.copies import Copy
+from torchload.core.public import public
 from torchload.model.target import Slot
 from torchload.plan.pairing import copies_of
 from torchload.transfer import allocate, not_seen_equal, run
@@ -23,6 +24,7 @@ _CPU = torch.device("cpu")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Difference:
     """A tensor of the model that isn't what the file has.

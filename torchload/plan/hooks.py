@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,10 @@ from torchload.model.target import HookedModule, Slot, Target
 from torchload.model.walk import modules_of, paths_of
 
 __all__ = [
+    "COMPUTED",
+    "ReadTensor",
+    "attribute_restorer",
+    "call_pre_hooks",
     "filled_by_itself",
     "is_given",
     "load_itself",
@@ -39,9 +43,10 @@ __all__ = [
     "run_post_hooks",
     "run_pre_hooks",
     "set_extra_states",
+    "would_load",
 ]
 
-_COMPUTED = "<computed by a hook>"
+COMPUTED = "<computed by a hook>"
 ReadTensor = Callable[[TensorEntry], torch.Tensor]
 
 
@@ -59,21 +64,14 @@ def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Sel
     """
     state: dict[str, Any] = {}
     entries: dict[int, str] = {}
-    for name, source in offered(target.pre_hooks, selection).items():
+    for name, source in offered(_early(target), selection).items():
         value = selection.leaves[source]
         if isinstance(value, TensorEntry):
             value = read(value)
             entries[id(value)] = source
         state[name] = value
     before = dict(state)
-    complaints: list[str] = []
-    for hooked in target.pre_hooks:
-        part = {name: state.pop(name) for name in list(state) if name.startswith(hooked.prefix)}
-        metadata = _local_metadata(selection, hooked.prefix)
-        for hook in list(hooked.module._load_state_dict_pre_hooks.values()):
-            hook(part, hooked.prefix, metadata, True, [], [], complaints)
-        state.update(part)
-    if complaints:
+    if complaints := call_pre_hooks(target, state, partial(_local_metadata, selection)):
         raise IncompatibleCheckpointError(
             "A load-state-dict pre-hook of the model refused the checkpoint. Nothing was loaded; the model is "
             "unchanged.\n  " + "\n  ".join(complaints),
@@ -82,6 +80,32 @@ def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Sel
     if state.keys() == before.keys() and all(state[name] is before[name] for name in state):
         return selection
     return _revised(target, selection, before, state, entries)
+
+
+def _early(target: Target) -> list[HookedModule]:
+    """Modules whose pre-hooks are called here: those below a module that loads itself are called by that."""
+    own = tuple(hooked.prefix for hooked in target.overrides)
+    return [hooked for hooked in target.pre_hooks if not (own and hooked.prefix.startswith(own))]
+
+
+def call_pre_hooks(target: Target, state: dict[str, Any], metadata: Callable[[str], dict[str, Any]]) -> list[str]:
+    """Call load-state-dict pre-hooks, parents first, each with what is below its module.
+
+    Args:
+        target: The model.
+        state: Its state dict, under the model's names; rewritten.
+        metadata: What the checkpoint's `_metadata` says of the module at a prefix.
+
+    Returns:
+        What they complain of.
+    """
+    complaints: list[str] = []
+    for hooked in _early(target):
+        part = {name: state.pop(name) for name in list(state) if name.startswith(hooked.prefix)}
+        for hook in list(hooked.module._load_state_dict_pre_hooks.values()):
+            hook(part, hooked.prefix, metadata(hooked.prefix), True, [], [], complaints)
+        state.update(part)
+    return complaints
 
 
 def offered(hooked: list[HookedModule], selection: Selection) -> dict[str, str]:
@@ -111,7 +135,7 @@ def _revised(
         source = entries.get(id(value))
         if source is None:
             source = name if name not in leaves else f"{name} (from a hook)"
-            leaves[source] = entry_of(value, _COMPUTED) if isinstance(value, torch.Tensor) else value
+            leaves[source] = entry_of(value, COMPUTED) if isinstance(value, torch.Tensor) else value
         if name in known:
             pairs[name] = source
             used.add(source)
@@ -185,20 +209,36 @@ def filled_by_itself(hooked: HookedModule, slots: Sequence[Slot], selection: Sel
     missing = [name for name in selection.missing if name.startswith(hooked.prefix)]
     if not missing or not is_given(hooked, selection):
         return set()
-    memo = {id(slot.tensor): _without_memory(slot) for slot in slots if slot.shape is not None}
+    lacking = _lacking(hooked, slots, selection, read)
+    return set() if lacking is None else {name for name in missing if name[len(hooked.prefix) :] not in lacking}
+
+
+def would_load(hooked: HookedModule, slots: Sequence[Slot], selection: Selection, read: ReadTensor) -> bool:
+    """Whether a module that loads itself accepts all that it is offered, and lacks nothing."""
+    return _lacking(hooked, slots, selection, read) == []
+
+
+def _lacking(hooked: HookedModule, slots: Sequence[Slot], selection: Selection, read: ReadTensor) -> list[str] | None:
+    """What a copy of a module without memory says that it lacks; ``None`` if it doesn't load."""
+    memo: dict[int, Any] = {}
+    for slot in slots:
+        if slot.shape is not None:
+            memo[id(slot.tensor)] = _without_memory(slot, memo)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, that copying into a meta tensor does nothing
-            twin = copy.deepcopy(hooked.module, memo)
-            lacking = load_itself(twin, hooked.prefix, selection, read)
-    except Exception:  # noqa: BLE001 - whatever the module's own code raises: then it fills nothing
-        return set()
-    return {name for name in missing if name[len(hooked.prefix) :] not in lacking}
+            return load_itself(copy.deepcopy(hooked.module, memo), hooked.prefix, selection, read)
+    except Exception:  # noqa: BLE001 - whatever the module's own code raises
+        return None
 
 
-def _without_memory(slot: Slot) -> torch.Tensor:
+def _without_memory(slot: Slot, memo: dict[int, Any]) -> torch.Tensor:
+    """A stand-in on meta for a slot's tensor, of its class and with its attributes, as a deep copy has them."""
     tensor = torch.empty_like(slot.tensor.detach(), device="meta")
-    return nn.Parameter(tensor, slot.tensor.requires_grad) if slot.is_parameter else tensor
+    if slot.is_parameter:
+        tensor = torch.Tensor._make_subclass(type(slot.tensor), tensor, slot.tensor.requires_grad)
+    tensor.__dict__.update(copy.deepcopy(slot.tensor.__dict__, memo))
+    return tensor
 
 
 def load_itself(module: nn.Module, prefix: str, selection: Selection, read: ReadTensor) -> list[str]:
@@ -230,19 +270,29 @@ def _may_lack(prefix: str, selection: Selection) -> bool:
 def restorer(module: nn.Module, slots: Sequence[Slot]) -> Callable[[], None]:
     """What puts back the values that slots of a module have now, and the attributes of all its parts."""
     saved = [(slot.tensor, slot.tensor.detach().clone()) for slot in slots if not slot.tensor.is_meta]
-    held = [(values, dict(values)) for part in modules_of(module) for values in _attributes(part)]
+    put_back = attribute_restorer(modules_of(module))
 
     def restore() -> None:
-        for now, before in held:
-            for name in now.keys() - before.keys():
-                del now[name]
-            now.update(before)
+        put_back()
         with torch.no_grad():
             for tensor, values in saved:
                 if tensor.shape == values.shape:
                     tensor.detach().copy_(values)
                 else:
                     tensor.data = values
+
+    return restore
+
+
+def attribute_restorer(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """What puts back the attributes that modules have now."""
+    held = [(values, dict(values)) for module in modules for values in _attributes(module)]
+
+    def restore() -> None:
+        for now, before in held:
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update(before)
 
     return restore
 

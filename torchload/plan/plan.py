@@ -7,7 +7,7 @@ asks it and decides nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, Flag
 from functools import cached_property
@@ -18,42 +18,21 @@ from torchload.core.checkpoint import Extent, OpaqueTensor, Record, TensorEntry,
 from torchload.core.copies import Copy
 from torchload.core.in_memory import TensorSource
 from torchload.match import Selection
-from torchload.model.placement import Placement, check_room
+from torchload.match.globs import Globs
+from torchload.model.placement import check_room
 from torchload.model.shards import held_numel, home_of, is_hollow, is_ordinary, is_sharded
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
-from torchload.plan.dtypes import DtypeSpec, final_dtype, impossible_cast
+from torchload.model.unwrapping import bare_names
+from torchload.plan.doubts import Doubts
+from torchload.plan.dtypes import final_dtype, impossible_cast
 from torchload.plan.explain import incompatible
-from torchload.plan.globs import glob_matcher
+from torchload.plan.numbers import Verdict, judge_numbers
+from torchload.plan.options import Options
 from torchload.transfer import can_map, has_checksum, is_summed_in_place, same_data, verify_extents
 
-__all__ = ["Assignment", "Check", "Conversion", "LoadPlan", "Options", "Way", "make_plan"]
+__all__ = ["Assignment", "Check", "Conversion", "LoadPlan", "Way", "make_plan"]
 
 _ZERO_AT_FIRST = frozenset({"num_batches_tracked"})  # buffers that begin as zeros, which torch's own upgrade fills in
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the caller asked for, checked and ready for planning.
-
-    Attributes:
-        placement: Where tensors go.
-        dtype: Floating dtype to cast to, ``"auto"`` for the checkpoint's, ``None`` for the model's own.
-        keep_fp32: Globs of names that stay float32.
-        strict: Whether anything missing, mismatched or unexpected is an error.
-        atomic: Whether everything is staged in fresh memory first.
-        path: The checkpoint, for messages.
-        mmap: Whether tensors on the CPU may become private views of the file.
-        verify: Whether data is compared with what the file records, and with what landed.
-    """
-
-    placement: Placement
-    dtype: DtypeSpec
-    keep_fp32: tuple[str, ...]
-    strict: bool
-    atomic: bool
-    path: str
-    mmap: bool = False
-    verify: bool = False
 
 
 class Way(Enum):
@@ -120,7 +99,9 @@ class LoadPlan:
         casts: (dtype in the file, dtype in the model) → number of tensors.
         own_loaders: Modules that load themselves, with the slots that this takes care of.
         given: What those modules are given, and what is given as extra state.
+        kept: Names whose numbers the model keeps, since the file's are the same or nothing depends on them.
         notes: Sentences for the report.
+        warnings: What a careful person would want to know before anything is written.
         keeps_old: Whether old memory is kept until all has succeeded, so that it can be shown again.
         is_tentative: Whether the model's post-hooks have yet to forgive what is missing or unexpected.
         mmap: Whether modules that load themselves may keep views of the file.
@@ -132,7 +113,9 @@ class LoadPlan:
     casts: Counter[tuple[torch.dtype, torch.dtype]] = field(default_factory=Counter)
     own_loaders: list[tuple[HookedModule, list[Slot]]] = field(default_factory=list)
     given: list[TensorEntry] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     keeps_old: bool = False
     is_tentative: bool = False
     mmap: bool = False
@@ -181,7 +164,7 @@ class _Planner:
             mmap=options.mmap,
             verify=options.verify,
         )
-        self._keep_fp32 = glob_matcher(options.keep_fp32)
+        self._keep_fp32 = Globs(options.keep_fp32).of(bare_names(target.model, _all_names(target)))
         self._by_themselves = {id(slot) for _, slots in self.plan.own_loaders for slot in slots}
         self._lacking = {*selection.missing, *selection.skipped}
 
@@ -222,17 +205,25 @@ class _Planner:
         if not sources:
             self._plan_unread(slot, device)
             return
-        name, source = sources[-1]  # as load_state_dict, where the last of several names wins
+        name, source = sources[0]
         entry = self.selection.leaves[source]
+        if slot.shape is None and isinstance(entry, OpaqueTensor) and entry.is_uninitialized:
+            self.plan.kept.append(name)  # as in torch, a lazy tensor stays lazy
+            return
         if not isinstance(entry, TensorEntry):
             what = entry.reason if isinstance(entry, OpaqueTensor) else f"a {type(entry).__name__}, not a tensor"
             self.problems.append(f"{name} is {what} in the file, which can't be loaded into a dense tensor")
             return
-        if (reason := self._unfit(slot, entry)) is not None:
-            self.problems.append(f"{name}{reason}")
+        unfit = self._unfit(name, slot, entry)
+        if unfit is Verdict.KEEP:
+            self.plan.kept.append(name)
+            self._plan_unread(slot, device, is_filled=True)
+            return
+        if isinstance(unfit, str):
+            self.problems.append(f"{name}{unfit}")
             return
         dtype = self._dtype(slot, entry)
-        self._compare_ties(name, sources)
+        self._compare_ties(name, sources)  # of several, any one will do
         item = Assignment(slot, name, source, entry, dtype, device)
         item.way = self._way(item)
         item.check = _check(item) if self.options.verify else Check.NONE
@@ -273,8 +264,8 @@ class _Planner:
         if dtype is not tensor.dtype or device != tensor.device:
             self.plan.conversions.append(Conversion(slot, dtype, device))
 
-    def _unfit(self, slot: Slot, entry: TensorEntry) -> str | None:
-        """Why a slot can't take a tensor, as the rest of a sentence that begins with its name."""
+    def _unfit(self, name: str, slot: Slot, entry: TensorEntry) -> Verdict | str:
+        """Why a slot can't take a tensor, as the rest of a sentence that begins with its name; or a verdict."""
         if is_hollow(slot.tensor):
             return (
                 f" is a {type(slot.tensor).__name__} without memory that could be written to; load the weights before "
@@ -282,15 +273,18 @@ class _Planner:
             )
         if slot.shape is None and entry.is_expanded:
             return " takes its shape from the file, where it has more elements than there is data"
-        reason = impossible_cast(entry.dtype, self._dtype(slot, entry))
-        return None if reason is None else f": {reason}"
+        dtype = self._dtype(slot, entry)
+        if (reason := impossible_cast(entry.dtype, dtype)) is None:
+            return Verdict.LOAD
+        is_number = not (dtype.is_floating_point or entry.dtype.is_complex or dtype.is_complex)
+        return judge_numbers(name, entry, slot.tensor) if is_number else f": {reason}"
 
     def _dtype(self, slot: Slot, entry: TensorEntry) -> torch.dtype:
         wish, keeps = self.options.dtype, self._keeps_fp32(slot)
         return final_dtype(slot.tensor.dtype, wish, stored=entry.dtype, keeps_fp32=keeps)
 
     def _keeps_fp32(self, slot: Slot) -> bool:
-        return self._keep_fp32 is not None and any(map(self._keep_fp32.match, slot.names))
+        return not self._keep_fp32.isdisjoint(slot.names)
 
     def _compare_ties(self, name: str, sources: list[tuple[str, str]]) -> None:
         """Refuse different values for names that the model ties together."""
@@ -341,9 +335,12 @@ class _Planner:
         """Raise what stands against the plan."""
         target, selection, problems = self.target, self.selection, self.problems
         if unused := self.options.placement.unused_prefixes(target.names):
-            problems.append(f"device= names parts that the model does not have: {', '.join(map(repr, unused))}")
+            problems.append(_misplaced(unused))
         for name, claims in list(selection.alignment.ambiguous.items())[:5]:
             problems.append(f"{name} could be any of {', '.join(claims[:4])}; use rename= or prefix= to decide")
+        doubts = Doubts(target, selection, self.options)
+        problems += doubts.problems
+        self.plan.warnings += doubts.warnings
         lacking = selection.missing or selection.mismatched or selection.unexpected
         if (not self.options.strict or self.plan.is_tentative) and self._almost_nothing():
             problems.append(
@@ -359,10 +356,27 @@ class _Planner:
         items, target = self.plan.assignments, self.target
         if self.plan.own_loaders and self.plan.given:
             return False  # how much is enough, those modules know
+        if items and self.selection.used_up and not (self.selection.prefix or self.selection.added):
+            return False  # a small file that is used up under its own names: an adapter, a prompt
         wanted = {id(slot): slot.tensor.numel() for slot in target.by_name.values() if slot.shape is not None}
         few_tensors = len(items) * 10 < len(wanted)
         few_elements = sum(item.entry.numel for item in items) * 10 < sum(wanted.values())
-        return bool(target.names) and (not items or (few_tensors and few_elements))
+        return bool(target.names) and ((not items and not self.plan.kept) or (few_tensors and few_elements))
+
+
+def _all_names(target: Target) -> list[str]:
+    return [name for slot in target.slots for name in slot.names]
+
+
+def _misplaced(unused: Sequence[str]) -> str:
+    """What is wrong with a mapping of devices that names what the model doesn't have."""
+    text = f"device= names parts that the model does not have: {', '.join(map(repr, unused))}"
+    if any(name.partition(":")[0] in _DEVICE_TYPES for name in unused):
+        text += "; it maps from the names of modules to devices, such as {'encoder': 'cuda:0', '': 'cpu'}"
+    return text
+
+
+_DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "meta"})
 
 
 def _can_map(item: Assignment) -> bool:

@@ -27,7 +27,9 @@ from torchload.plan import hooks
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Moved, carry_out
-from torchload.plan.plan import LoadPlan, Options, make_plan
+from torchload.plan.options import Options
+from torchload.plan.plan import LoadPlan, make_plan
+from torchload.plan.quantized import elsewhere_says
 from torchload.plan.steps import select_for
 from torchload.training.optimizer_states import Place, extents_in, read_states
 from torchload.training.optimizers import OptimizerPlan, plan_optimizer
@@ -141,7 +143,18 @@ class Resumption:
         target = describe_model(model)
         # Fresh memory, so that a failure anywhere leaves everything as it was; parts of tensors stay where they are.
         atomic = not any(is_sharded(slot.tensor) for slot in target.slots)
-        options = Options(self.placement, self.dtype, (), self.strict, atomic, self.checkpoint.path)
+        options = Options(
+            self.placement,
+            self.dtype,
+            (),
+            self.strict,
+            atomic,
+            self.checkpoint.path,
+            skip=skip,
+            rename=choice["rename"],
+            size_bytes=self.checkpoint.size_bytes,
+            elsewhere=partial(elsewhere_says, self.checkpoint),
+        )
         selection = select_for(target, replace(self.checkpoint, root=root), skip, self.strict, **choice)
         plan = make_plan(target, selection, options)
         return _Load(target, selection, plan, options)
@@ -258,6 +271,11 @@ class Resumption:
                 path=self.checkpoint.path,
                 problems=self.problems,
             )
+
+    def warnings(self) -> Iterator[str]:
+        """What a careful person would want to know before anything is restored."""
+        for load in self.loads:
+            yield from load.plan.warnings
 
     def verify(self) -> None:
         """Compare the data of weights and optimizer states with the checksums that the file records."""

@@ -11,13 +11,14 @@ from torchload.model.target import Target
 from torchload.plan import hooks
 from torchload.plan.execute import compare_landed
 from torchload.plan.explain import incompatible
-from torchload.plan.plan import LoadPlan, Options
+from torchload.plan.options import Options
+from torchload.plan.plan import LoadPlan
 from torchload.transfer import Replicas
 
-__all__ = ["Verdict"]
+__all__ = ["Acceptance"]
 
 
-class Verdict:
+class Acceptance:
     """Asked once the model shows what was loaded; until then it may be taken back.
 
     Attributes:
