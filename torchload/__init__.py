@@ -18,19 +18,21 @@ if _typing.TYPE_CHECKING:
     from torchload.api.resume import smart_resume
     from torchload.api.save import smart_save
     from torchload.api.verify import VerifyReport, verify_weights
+    from torchload.core.checkpoint import Record
     from torchload.model.placement import best_device
     from torchload.plan.compare import Difference
     from torchload.plan.report import LoadReport
     from torchload.training.report import ResumeReport
     from torchload.writing.report import SaveReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointInfo",
     "ContainerInfo",
     "Difference",
     "LoadReport",
+    "Record",
     "ResumeReport",
     "SaveReport",
     "TensorInfo",
@@ -51,6 +53,7 @@ _HOME = {
     "ContainerInfo": "api.inspect",
     "Difference": "plan.compare",
     "LoadReport": "plan.report",
+    "Record": "core.checkpoint",
     "ResumeReport": "training.report",
     "SaveReport": "writing.report",
     "TensorInfo": "api.inspect",
@@ -64,10 +67,19 @@ _HOME = {
     "verify_weights": "api.verify",
 }
 
+_PEERS = {
+    "load": "smart_load(model, path) fills a model, read_state_dict(path) reads the weights alone",
+    "load_state_dict": "smart_load(model, path) fills a model, from a file or from a state dict",
+    "load_model": "smart_load(model, path) fills a model",
+    "save": "smart_save(model, path) writes a model's weights",
+}
+
 
 def __getattr__(name: str) -> _typing.Any:
     if name == "errors":
         return _importlib.import_module("torchload.errors")
+    if name in _PEERS:
+        raise AttributeError(f"module 'torchload' has no attribute {name!r}: {_PEERS[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'torchload' has no attribute {name!r}")
     value = getattr(_importlib.import_module(f"torchload.{_HOME[name]}"), name)

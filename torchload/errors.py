@@ -11,6 +11,8 @@ Every one of them derives from `TorchLoadError` and from the builtin a caller wo
     ├── CastOverflowError          (OverflowError)      a finite value would become inf in the new dtype
     └── DeviceError                (RuntimeError)       the device isn't there, or has too little memory
 
+What a careful person would want to know and is no error is a `CheckpointWarning`, given before a byte is written.
+
 Errors carry their data as attributes and survive pickling. Each message says what was found, what was
 expected, and what to do.
 """
@@ -27,6 +29,7 @@ __all__ = [
     "CastOverflowError",
     "CheckpointFormatError",
     "CheckpointNotFoundError",
+    "CheckpointWarning",
     "CorruptCheckpointError",
     "DeviceError",
     "IncompatibleCheckpointError",
@@ -34,6 +37,14 @@ __all__ = [
 ]
 
 Shape = tuple[int, ...]
+
+
+class CheckpointWarning(UserWarning):
+    """Something that a careful person would want to know of a load that goes on all the same.
+
+    It is given when everything has been planned and nothing was written: where warnings are errors (``-W error``), the
+    load is refused and the model is as it was.
+    """
 
 
 class TorchLoadError(Exception):

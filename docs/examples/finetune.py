@@ -9,13 +9,12 @@ same line again to go on where it stopped.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from torchload import smart_load, smart_resume
+from torchload import smart_load, smart_resume, smart_save
 
 
 class Classifier(nn.Module):
@@ -93,16 +92,9 @@ def main() -> None:
         model.backbone.requires_grad_(epoch >= options.frozen)
         loss = train_epoch(model, optimizer, points, arms)
         scheduler.step()
-        checkpoint = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "epoch": epoch + 1,
-            "torch_rng_state": torch.get_rng_state(),
-        }
-        # Written under another name and renamed: the script may be stopped at any moment.
-        torch.save(checkpoint, options.out / "next.pth")
-        os.replace(options.out / "next.pth", last)
+        # The file appears as a whole or not at all: the script may be stopped at any moment.
+        extra = {"epoch": epoch + 1, "torch_rng_state": torch.get_rng_state()}
+        smart_save(model, last, optimizer=optimizer, scheduler=scheduler, extra=extra)
         print(f"epoch {epoch + 1}: loss {loss:.3f}, accuracy {accuracy(model, *held_out):.1%}")
 
 

@@ -133,9 +133,41 @@ def _meta(rank: int, folder: Path) -> None:
     assert torch.allclose(model(inputs), plain(inputs), atol=1e-5)
 
 
+class Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("inv_freq", 1 / 10000 ** (torch.arange(4) / 4), persistent=False)
+
+
+def _tables(rank: int, folder: Path) -> None:
+    from tests.distributed._parallel import fully_shard
+
+    def build(*, real: bool) -> nn.Module:
+        with torch.device("meta"):
+            model = Rotary()
+        if real:
+            model.inv_freq = Rotary().inv_freq
+        return fully_shard(model)
+
+    model = build(real=False)
+    with pytest.raises(errors.IncompatibleCheckpointError, match="inv_freq is on the meta device"):
+        smart_load(model, folder / "rotary.pth")
+    model = build(real=True)
+    smart_load(model, folder / "rotary.pth")
+    assert_holds(model, torch.load(folder / "rotary.pth"))
+    assert torch.equal(model.inv_freq, Rotary().inv_freq)
+
+
+def _meta_and_tables(rank: int, folder: Path) -> None:
+    _meta(rank, folder)
+    _tables(rank, folder)
+
+
 def test_fsdp2_from_the_meta_device(tmp_path):
     torch.save(randomise(Net(), 1).state_dict(), tmp_path / "x.pth")
-    on_two_ranks(_meta, tmp_path)
+    torch.save(Rotary().state_dict(), tmp_path / "rotary.pth")
+    on_two_ranks(_meta_and_tables, tmp_path)
 
 
 def _refused(rank: int, folder: Path) -> None:

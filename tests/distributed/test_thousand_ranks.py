@@ -14,10 +14,13 @@ from torch import distributed, nn
 
 from torchload.core.copies import Copy
 from torchload.formats import open_checkpoint
+from torchload.match.globs import Globs
 from torchload.model import shards
 from torchload.model.placement import Placement
 from torchload.model.target import describe_model
-from torchload.plan.plan import Options, copies_into, copies_of, make_plan
+from torchload.plan.options import Options
+from torchload.plan.pairing import copies_of
+from torchload.plan.plan import make_plan
 from torchload.plan.steps import select_for
 from torchload.transfer import cooperative
 
@@ -93,10 +96,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(model: nn.Module, path: Path) -> list[Copy]:
     with open_checkpoint(path) as checkpoint:
         target = describe_model(model)
-        selection = select_for(target, checkpoint, None, True, key=None, prefix=None, rename=None)
+        selection = select_for(target, checkpoint, Globs(), True, key=None, prefix=None, rename=None)
         options = Options(Placement("cpu"), None, (), True, False, checkpoint.path)
         plan = make_plan(target, selection, options)
-        return [copy for item in plan.assignments for copy in copies_into(item, item.slot.tensor)]
+        return [copy for item in plan.assignments for copy in copies_of(item.name, item.entry, item.slot.tensor)]
 
 
 def nbytes(copy: Copy) -> int:

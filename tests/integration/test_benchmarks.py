@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # the suite is not part of the installed package
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import files, machine, report, worker  # noqa: E402
+from benchmarks import distributed, files, machine, report, worker  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.arms import ARMS, Arm, applicable  # noqa: E402
 from benchmarks.cases import Case, list_cases  # noqa: E402
@@ -171,3 +171,16 @@ def test_the_command_writes_table_json_charts_and_docs(tmp_path: Path, capsys: p
 
 def case_fields(case: Case) -> dict[str, object]:
     return {name: getattr(case, name) for name in Case.__slots__}
+
+
+def test_several_ranks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+        pytest.skip("FSDP2 came with torch 2.6")
+    options = "--ranks 2 --size 0.02 --samples 1 --cache warm --only torchload".split()
+    assert distributed.main([*options, "--data", str(folder), "--json", str(folder / "ranks.json")]) == 0
+    run = json.loads((folder / "ranks.json").read_text())
+    reads = {(case["kind"], case["way"]): case["samples"][0]["read_bytes"] for case in run["cases"]}
+    assert reads["replicas", "torchload"] >= 2 * run["file_bytes"]
+    assert reads["replicas", "torchload, process_group="] < 2 * run["file_bytes"]
+    assert reads["fsdp", "torchload"] < 2 * run["file_bytes"]
+    assert capsys.readouterr().out.count("| warm |") == 3

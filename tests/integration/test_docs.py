@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import torchload
-from tests.examples import NothingRaised, record_prints, run_example, without_figures
+from tests.examples import NothingRaised, pages, record_prints, run_example, without_figures
 from torchload.core import wrappers
 from torchload.match import tables
 
@@ -120,3 +120,9 @@ def test_every_error_has_its_cause_and_its_cure() -> None:
         assert "**Cause:**" in text
         assert "**Cure:**" in text
         assert re.search(rf"^\.\. auto\w+:: {name}$", text, re.MULTILINE)
+
+
+def test_every_page_with_an_example_is_collected() -> None:
+    with_examples = [page for page in PAGES if "```python\n" in page.read_text(encoding="utf-8")]
+    assert ROOT / "docs" / "tutorial.md" in with_examples
+    assert [page for page in with_examples if not pages.should_parse(page)] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed._ranks import on_ranks
 from torchload import smart_save
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -148,13 +150,14 @@ def test_fine_tuning_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
 
     frozen = _finetune(tmp_path, "--out", "frozen", "--epochs", "1", "--frozen", "1")
     assert any("skipped head." in line for line in frozen)
-    kept = torch.load(tmp_path / "frozen" / "last.pth", weights_only=True)["model"]
+    kept = torch.load(tmp_path / "frozen" / "last.pth", weights_only=True)["state_dict"]
     assert torch.equal(kept["backbone.0.weight"], pretrained.backbone[0].weight)
 
     whole = _finetune(tmp_path, "--out", "whole", "--epochs", "4")
     # The same program, ended after two epochs as by a machine that went away.
     program = (EXAMPLES / "finetune.py").read_text(encoding="utf-8")
     end = '%}", flush=True)\n        if epoch == 1:\n            os._exit(9)\n'
+    program = program.replace("import argparse\n", "import argparse\nimport os\n", 1)
     assert program.count('%}")\n') == 1
     stopping = tmp_path / "stopping.py"
     stopping.write_text(program.replace('%}")\n', end), encoding="utf-8")
@@ -168,8 +171,39 @@ def test_fine_tuning_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
     epochs = [line for line in whole if line.startswith("epoch")]
     assert [line for line in stopped.stdout.splitlines() if line.startswith("epoch")] + rest[1:] == epochs
 
-    one = torch.load(tmp_path / "whole" / "last.pth", weights_only=True)["model"]
-    other = torch.load(tmp_path / "parts" / "last.pth", weights_only=True)["model"]
+    one = torch.load(tmp_path / "whole" / "last.pth", weights_only=True)["state_dict"]
+    other = torch.load(tmp_path / "parts" / "last.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(one[name], other[name]) for name in one)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", " ".join(epochs))]
     assert losses == sorted(losses, reverse=True)
+
+
+def _each_way(rank: int, folder: Path) -> list[tuple[int, int]]:
+    program = _names("ranks.py")
+    want = torch.load(folder / "x.pth")
+    found = []
+    for name in ("load_replicas", "load_replicas_together", "load_sharded"):
+        if name == "load_sharded" and not hasattr(importlib.import_module("torch.distributed.fsdp"), "fully_shard"):
+            continue
+        model, report = program[name](str(folder / "x.pth"))
+        for key, value in model.state_dict().items():
+            held = value.full_tensor() if hasattr(value, "full_tensor") else value
+            assert torch.equal(held, want[key.removeprefix("module.")]), (name, key)
+        inner = getattr(model, "module", model)
+        assert torch.equal(inner.inv_freq, program["Net"]().inv_freq)
+        assert model(torch.ones(2, 8)).isfinite().all()
+        found.append((report.nbytes, report.read_bytes))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_way_of_loading_on_several_ranks(tmp_path: Path, ranks: int) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs gloo")
+    pytest.importorskip("torch.distributed.fsdp")
+    weights = _names("ranks.py")["Net"]().state_dict()
+    torch.save(weights, tmp_path / "x.pth")
+    whole = sum(value.nbytes for value in weights.values())
+    outcomes = on_ranks(_each_way, tmp_path, ranks)
+    for way, held in zip(zip(*outcomes), (ranks * whole, ranks * whole, whole)):
+        assert sum(nbytes for nbytes, _ in way) == held

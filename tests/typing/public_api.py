@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import threading
 from pathlib import Path
@@ -138,3 +139,15 @@ def misuse(model: nn.Module) -> None:
 
 assert_type(best_device(), torch.device)
 assert_type(torchload.__version__, str)
+
+
+def anything_that_holds_weights(model: nn.Module, source: nn.Module) -> None:
+    smart_load(model, source.state_dict())
+    smart_load(model, {"epoch": 3, "state_dict": source.state_dict()})
+    smart_load(model, ["a.safetensors", Path("b.safetensors")])
+    with Path("model.pth").open("rb") as file:
+        smart_load(model, file)
+    smart_load(model, io.BytesIO())
+    smart_load(model, 3)  # type: ignore[arg-type]
+    verify_weights(model, None)  # type: ignore[arg-type]
+    assert_type(inspect_checkpoint("model.pth").values["args"], object)

@@ -80,8 +80,8 @@ def test_a_renamed_head_is_recognised_by_its_shape(tmp_path):
     model = nn.ModuleDict({"body": nn.Linear(3, 3), "fc": nn.Linear(3, 7)})
     lines = explain(tmp_path, lambda state: {k.replace("fc.", "classifier."): v for k, v in state.items()}, model)
     assert "    fc.weight    did you mean classifier.weight, which the file has?" in lines
-    assert r"rename={r'\bclassifier\b': 'fc'}" in lines[-2]
-    smart_load(model, tmp_path / "x.pth", rename={r"\bclassifier\b": "fc"})
+    assert r"rename={r'^classifier\.': 'fc.'}" in lines[-2]
+    smart_load(model, tmp_path / "x.pth", rename={r"^classifier\.": "fc."})
 
 
 def test_shapes_alone_bring_no_advice_about_spelling(tmp_path):

@@ -11,9 +11,9 @@ from torch import nn
 
 from torchload.core.checkpoint import Box, Extent, TensorEntry, contiguous_strides
 from torchload.core.source import MemorySource
+from torchload.match.globs import Globs
 from torchload.model.shards import Region
-from torchload.model.target import Slot
-from torchload.plan.plan import Assignment, copies_into, glob_matcher
+from torchload.plan.pairing import copies_of
 from torchload.transfer import run
 
 
@@ -38,16 +38,11 @@ def boxed_tensors(draw):
     return tensor, TensorEntry(torch.float32, shape, boxes)
 
 
-def assignment(entry, shape):
-    slot = Slot(["w"], torch.empty(0), shape, [], is_parameter=True)
-    return Assignment(slot, "w", "w", entry, torch.float32, torch.device("cpu"), fresh=False)
-
-
 @given(boxed_tensors())
 def test_any_grid_of_boxes_fills_a_whole_tensor(case):
     tensor, entry = case
     memory = torch.full_like(tensor, -1)
-    run(list(copies_into(assignment(entry, entry.shape), memory)))
+    run(list(copies_of("w", entry, memory)))
     assert torch.equal(memory, tensor)
 
 
@@ -64,12 +59,12 @@ def test_any_region_of_it_gets_just_its_part(case, data):
         """Stands for a DTensor's local part."""
 
     memory = torch.full(region.shape, -1.0).as_subclass(Part)
-    import torchload.plan.plan as plan
+    import torchload.plan.pairing as plan
 
     original = plan.local_region
     plan.local_region = lambda _: (memory.as_subclass(torch.Tensor), region)
     try:
-        copies = list(copies_into(assignment(entry, entry.shape), memory))
+        copies = list(copies_of("w", entry, memory))
     finally:
         plan.local_region = original
     run(copies)
@@ -81,14 +76,14 @@ def test_a_plain_tensor_is_one_copy():
     memory = nn.Parameter(torch.zeros(2, 3))
     extent = Extent(MemorySource(bytes(24)), 0, 24)
     entry = TensorEntry(torch.float32, (2, 3), (Box(extent, 0, (2, 3), (3, 1), (0, 0)),))
-    (copy,) = copies_into(assignment(entry, (2, 3)), memory)
+    (copy,) = copies_of("w", entry, memory)
     assert copy.target is memory
     assert copy.box is entry.boxes[0]
 
 
 def test_globs_match_whole_names():
-    matcher = glob_matcher(["fc.*", "*.bias", "exact"])
+    matcher = Globs(["fc.*", "*.bias", "exact"])
     assert [bool(matcher.match(name)) for name in ("fc.weight", "a.bias", "exact", "exact.not", "xfc.weight")] == [
         True, True, True, False, False,
     ]  # fmt: skip
-    assert glob_matcher([]) is None
+    assert not Globs([]).match("fc.weight")

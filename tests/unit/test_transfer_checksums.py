@@ -16,10 +16,11 @@ from torchload.api import load as loading
 from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError
 from torchload.formats import open_checkpoint
+from torchload.match.globs import Globs
 from torchload.model.placement import Placement
 from torchload.model.target import describe_model
-from torchload.plan.execute import extents_to_check_first
-from torchload.plan.plan import LoadPlan, Options, make_plan
+from torchload.plan.options import Options
+from torchload.plan.plan import LoadPlan, make_plan
 from torchload.plan.steps import select_for
 from torchload.transfer import run
 from torchload.transfer.pieces import DIRECT_BYTES, STAGED_BYTES
@@ -95,10 +96,11 @@ def plan_for(model: nn.Module, path: Path, **options: object) -> tuple[LoadPlan,
     """The plan, and the sizes of what has to be checked before it is carried out."""
     with open_checkpoint(path) as checkpoint:
         target = describe_model(model)
-        selection = select_for(target, checkpoint, None, True, key=None, prefix=None, rename=None)
-        settings = Options(Placement(None), options.get("dtype"), (), True, bool(options.get("atomic")), str(path))
+        selection = select_for(target, checkpoint, Globs(), True, key=None, prefix=None, rename=None)
+        atomic, mmap = bool(options.get("atomic")), bool(options.get("mmap"))
+        settings = Options(Placement(None), options.get("dtype"), (), True, atomic, str(path), mmap, verify=True)
         plan = make_plan(target, selection, settings)
-        return plan, sorted(extent.nbytes for extent in extents_to_check_first(plan, mmap=bool(options.get("mmap"))))
+        return plan, sorted(extent.nbytes for extent in plan.extents_to_check_first)
 
 
 def test_only_what_cannot_be_taken_back_is_checked_first(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint, OpaqueTensor, Record, Shape, TensorEntry, entries_in
 from torchload.core.collector import with_collector_paused
+from torchload.core.public import CheckpointLike, public
 from torchload.core.text import format_bytes, plural, printable, short_dtype
 from torchload.core.wrappers import WRAPPERS
 from torchload.formats import open_checkpoint
@@ -28,6 +29,7 @@ _LISTED_ELEMENTS = 1_000
 _DEEPEST = 3
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor in a checkpoint.
@@ -49,6 +51,7 @@ class TensorInfo:
     kind: str = ""
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class ContainerInfo:
     """A container of tensors in a checkpoint.
@@ -68,6 +71,7 @@ class ContainerInfo:
     origin: str | None = None
 
 
+@public
 @dataclass(frozen=True, slots=True, repr=False)
 class CheckpointInfo:
     """What a checkpoint holds. `str()` gives the essentials; notebooks show a table. It holds no tensor data.
@@ -166,15 +170,16 @@ class CheckpointInfo:
             yield "note", printable(note, limit=1000)
 
 
+@public
 @with_collector_paused
-def inspect_checkpoint(path: Any) -> CheckpointInfo:
+def inspect_checkpoint(path: CheckpointLike) -> CheckpointInfo:
     """Look into a checkpoint: what containers, tensors and values it holds.
 
     No tensor data is read, however large the file, and nothing that it names is imported or called.
 
     Args:
-        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
-            object.
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, a binary file
+            object, or a mapping that is in memory already: a state dict, or a checkpoint's dictionary around one.
 
     Returns:
         What is in it; print it.

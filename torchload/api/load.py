@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from torchload.core.collector import with_collector_paused
+from torchload.core.collector import collector_paused
 from torchload.core.progress import progress_reporter
-from torchload.core.text import group_names, plural, printable
+from torchload.core.public import CheckpointLike, public
+from torchload.core.text import printable
+from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
 from torchload.formats.files import archives, torch_zip  # the commonest one: imported before its first use
+from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
-from torchload.plan import hooks
+from torchload.plan.acceptance import Acceptance
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.agreement import agree_on
-from torchload.plan.arguments import check_arguments
-from torchload.plan.execute import carry_out, compare_landed, compare_ties, extents_to_check_first
-from torchload.plan.plan import DtypeSpec, Options, glob_matcher, make_plan
+from torchload.plan.arguments import check_arguments, check_choice, with_hints
+from torchload.plan.dtypes import DtypeSpec
+from torchload.plan.execute import Changes, carry_out
+from torchload.plan.options import Options
+from torchload.plan.plan import make_plan
+from torchload.plan.quantized import elsewhere_says
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
 from torchload.transfer import Replicas, read_together, verify_extents
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["smart_load"]
 
@@ -40,10 +44,11 @@ _PRELOADED = (archives, torch_zip)  # keeps the import above from being called u
 _log = logging.getLogger("torchload")
 
 
-@with_collector_paused
+@public
+@with_hints
 def smart_load(
     model: nn.Module,
-    path: Any,
+    path: CheckpointLike,
     device: DeviceSpec = None,
     *,
     dtype: DtypeSpec = None,
@@ -56,7 +61,7 @@ def smart_load(
     verify: bool = False,
     atomic: bool | AbstractContextManager[object] = False,
     mmap: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> LoadReport:
     """Load a checkpoint's weights into a model, in place.
@@ -68,8 +73,8 @@ def smart_load(
     Args:
         model: The model to fill: plain, wrapped, on any device, wholly or partly on the meta device. Its parameters
             stay the same objects, so optimizers, hooks and ties survive.
-        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
-            object.
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, a binary file
+            object, or a mapping that is in memory already: a state dict, or a checkpoint's dictionary around one.
         device: ``None`` keeps each tensor on its parameter's device (meta goes to the CPU); a device, string or index
             moves the model; ``"auto"`` takes the device with the most free memory; a mapping ``{module-prefix:
             device}`` places parts. Where the checkpoint was saved never matters.
@@ -119,66 +124,58 @@ def smart_load(
         >>> torch.equal(plain.weight, model.module.weight)
         True
     """
-    started = time.perf_counter()
-    with ExitStack() as stack:
-        replicas = stack.enter_context(Replicas(process_group))
-        check_arguments(model, dtype, skip, keep_fp32, atomic)
-        if mmap and process_group is not None:
-            raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
-        placement = Placement(device)
-        checkpoint = stack.enter_context(open_checkpoint(path))
-        options = Options(placement, dtype, tuple(keep_fp32), strict, atomic is not False, checkpoint.path)
-        target = describe_model(model)
-        skipped = glob_matcher(skip)
-        selection = select_for(target, checkpoint, skipped, strict, key=key, prefix=prefix, rename=rename)
-        plan = make_plan(target, selection, options)
-        if verify:
-            verify_extents(extents_to_check_first(plan, mmap=mmap))
-        compare_ties(plan, checkpoint.path)
-        agree_on(plan, replicas, checkpoint.path)
-
-        def finish() -> None:
+    changes = Changes()
+    try:
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            replicas = stack.enter_context(Replicas(process_group))
+            check_arguments(model, dtype, skip, keep_fp32, atomic)
+            check_choice(key, prefix, rename, strict)
+            if mmap and process_group is not None:
+                raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
+            placement = Placement(device)
+            checkpoint = stack.enter_context(open_checkpoint(path))
+            with collector_paused():
+                options = Options(
+                    placement,
+                    dtype,
+                    tuple(keep_fp32),
+                    strict,
+                    atomic is not False,
+                    checkpoint.path,
+                    mmap,
+                    verify,
+                    skip=Globs(skip),
+                    rename=rename,
+                    size_bytes=checkpoint.size_bytes,
+                    elsewhere=partial(elsewhere_says, checkpoint),
+                )
+                target = describe_model(model)
+                choice = {"key": key, "prefix": prefix, "rename": rename}
+                selection = select_for(target, checkpoint, options.skip, strict, **choice)
+                plan = make_plan(target, selection, options)
+            for text in plan.warnings:
+                warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
             if verify:
-                compare_landed(plan, checkpoint.path, mmap=mmap)
-            hooks.run_post_hooks(target, selection.missing, selection.unexpected)
-            replicas.meet(last=True)
-
-        with progress_reporter(progress, checkpoint.path) as report_progress:
-            guard = None if isinstance(atomic, bool) else atomic
+                verify_extents(plan.extents_to_check_first)
+            agree_on(plan, replicas, checkpoint.path)
+            acceptance = Acceptance(target, selection, plan, options, replicas)
             moved = carry_out(
                 plan,
                 target,
                 selection,
-                report_progress,
-                mmap=mmap,
-                verify=verify,
-                atomic=options.atomic,
-                guard=guard,
-                finish=finish,
+                progress=progress_reporter(progress, checkpoint.path),
+                guard=None if isinstance(atomic, bool) else atomic,
+                finish=acceptance.ask,
                 move=partial(read_together, replicas),
+                changes=changes,
             )
-        notes = tuple(notes_of(checkpoint, selection, plan, verify))
-        report = report_of(target, checkpoint, selection, plan, moved, notes, time.perf_counter() - started)
-    _tell(report, strict)
-    return report
-
-
-def _tell(report: LoadReport, strict: bool) -> None:
-    _log.info("%s", report)
-    kept = [*report.missing_keys, *report.mismatched]
-    if not strict and (kept or report.unexpected_keys):
-        parts = []
-        if kept:
-            names = group_names(kept)
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            parts.append(
-                f"{plural(len(kept), 'tensor')} of the model kept initial values: {', '.join(names[:8])}{more}"
-            )
-        if report.unexpected_keys:
-            names = group_names(report.unexpected_keys)
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            parts.append(
-                f"{plural(len(report.unexpected_keys), 'tensor')} of the file went unused: {', '.join(names[:8])}{more}"
-            )
-        text = f"{report.path} was loaded in part (strict=False). {'; '.join(parts)}"
-        warnings.warn(printable(text, None), stacklevel=4)
+            notes = tuple(notes_of(checkpoint, acceptance.selection, plan, verify))
+            seconds = time.perf_counter() - started
+            report = report_of(target, checkpoint, acceptance.selection, plan, moved, notes, seconds)
+        with contextlib.suppress(Exception):  # a filter or handler of the caller's
+            _log.info("%s", report)
+        return report
+    except BaseException as error:
+        changes.tell(error)
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,16 +11,20 @@ from typing import Any
 import torch
 
 from torchload.core.checkpoint import Box, Copies, OpaqueTensor, Record, TensorEntry, contiguous_strides
-from torchload.core.collector import with_collector_paused
+from torchload.core.collector import collector_paused
 from torchload.core.copies import Copy
+from torchload.core.public import CheckpointLike, public
 from torchload.core.quantized import quantized_tensor
 from torchload.core.sharing import Layout, Run, shared_runs
 from torchload.core.text import group_names, printable
-from torchload.errors import CastOverflowError, IncompatibleCheckpointError
+from torchload.errors import CastOverflowError, CheckpointWarning, IncompatibleCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.match import Leaf, as_mapping
+from torchload.match.containers import cut
 from torchload.match.state_dicts import StateDict, find_state_dict
 from torchload.model.placement import check_room, resolve_device
+from torchload.plan.arguments import check_choice, with_hints
+from torchload.plan.dtypes import final_dtype
 from torchload.transfer import allocate, map_entries, map_entry, run
 
 __all__ = ["read_state_dict"]
@@ -28,9 +33,10 @@ _CPU = torch.device("cpu")
 _log = logging.getLogger("torchload")
 
 
-@with_collector_paused
+@public
+@with_hints
 def read_state_dict(
-    path: Any,
+    path: CheckpointLike,
     device: torch.device | str | int = "cpu",
     *,
     dtype: torch.dtype | None = None,
@@ -41,12 +47,13 @@ def read_state_dict(
 
     Only the weights are read, not the optimizer beside them, and nothing that the file names is imported or called.
 
-    Which container is meant is told by its name where there are several: averaged (EMA) weights before the plain ones
-    if they have all of their tensors, conventional names such as ``"state_dict"`` and ``"model"`` before others.
+    Where there are several containers, an average (EMA) comes before the raw weights of the same network if it has all
+    of their tensors. A usual name such as ``"state_dict"`` comes before odd ones of another layout, with a warning.
+    Anything else is a question.
 
     Args:
-        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
-            object.
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, a binary file
+            object, or a mapping that is in memory already: a state dict, or a checkpoint's dictionary around one.
         device: Where the tensors go: a device, a string, an index, or ``"auto"``. Where they were saved never matters.
         dtype: Floating dtype to cast floating tensors to; ``None`` keeps each tensor's own.
         key: Dotted path of the container to read, such as ``"ema"`` or ``"optimizer.state"``; ``""`` is the whole file.
@@ -76,20 +83,26 @@ def read_state_dict(
     wanted: Any = dtype
     if wanted is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise TypeError(f"dtype must be None or a floating-point torch.dtype, not {dtype!r}")
+    check_choice(key, None, None)
     spec: Any = device
     if spec is None or isinstance(spec, Mapping):
         raise TypeError("device must be one device: 'auto', a torch.device, a string or an index")
     place = resolve_device(device)
     with open_checkpoint(path) as checkpoint:
-        chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes, map_entry)
-        if chosen.rivals:
+        with collector_paused():
+            chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes, map_entry)
+            entries = _tensors(chosen, checkpoint.path)
+        if chosen.is_guess:
+            rivals = cut([repr(rival) for rival in chosen.rivals])
+            text = f"read {chosen.key!r}, called as weights usually are, but {rivals} may be meant; key= chooses"
+            warnings.warn(printable(f"{checkpoint.path}: {text}", None), CheckpointWarning, stacklevel=3)
+        elif chosen.rivals:
             _log.info(
                 "%s: read %r; beside it are %s",
                 printable(checkpoint.path, None),
                 chosen.key,
                 ", ".join(map(repr, chosen.rivals)),
             )
-        entries = _tensors(chosen, checkpoint.path)
         tensors = _read(entries, place, dtype, checkpoint.path, mmap=mmap)
         tensors.update((name, tensor.to(place)) for name, tensor in _quantized(chosen.leaves))
     result: Any = OrderedDict((name, tensors[name]) for name in chosen.leaves if name in tensors)
@@ -169,7 +182,7 @@ def _read(
     layouts = [_layout(entry) for entry in entries.values()]
     runs = shared_runs(layouts)
     sources = [_source(entries[names[item.members[0]]], item) for item in runs]
-    dtypes = [_final_dtype(source.dtype, dtype) for source in sources]
+    dtypes = [final_dtype(source.dtype, dtype) for source in sources]
     mapped: dict[int, torch.Tensor] = {}
     if mmap and device == _CPU:
         keep = [index for index, source in enumerate(sources) if dtypes[index] is source.dtype]
@@ -218,10 +231,6 @@ def _source(entry: TensorEntry, item: Run) -> TensorEntry:
         return entry
     shape = (item.numel,)
     return TensorEntry(entry.dtype, shape, (Box(box.extent, item.start_bytes, shape, (1,), (0,)),))
-
-
-def _final_dtype(now: torch.dtype, wish: torch.dtype | None) -> torch.dtype:
-    return wish if wish is not None and now.is_floating_point else now
 
 
 def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,11 +12,15 @@ import torch
 from torch import nn
 
 from torchload.core.collector import collector_paused
+from torchload.core.public import CheckpointLike, public
+from torchload.core.text import printable
+from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint
+from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
-from torchload.plan.arguments import check_arguments
-from torchload.plan.plan import DtypeSpec, glob_matcher
+from torchload.plan.arguments import check_arguments, check_choice, with_hints
+from torchload.plan.dtypes import DtypeSpec
 from torchload.training.report import ResumeReport
 from torchload.training.resumption import Resumption
 from torchload.training.run_folder import training_tree
@@ -25,9 +30,11 @@ __all__ = ["smart_resume"]
 _log = logging.getLogger("torchload")
 
 
+@public
+@with_hints
 def smart_resume(
     model: nn.Module,
-    path: Any,
+    path: CheckpointLike,
     optimizer: torch.optim.Optimizer
     | Sequence[torch.optim.Optimizer]
     | Mapping[str, torch.optim.Optimizer]
@@ -92,18 +99,22 @@ def smart_resume(
         True
     """
     check_arguments(model, dtype, skip, (), False)
-    with collector_paused(), ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(path))
-        resumption = Resumption(
-            checkpoint, path, training_tree(checkpoint, path, stack), strict, Placement(device), dtype
-        )
-        matcher = glob_matcher(skip)
-        resumption.plan_model(model, matcher, key, prefix, rename)
-        resumption.plan_average(ema, matcher, rename)
-        resumption.plan_rest(optimizer, scheduler, scaler)
-        if rng:
-            resumption.plan_random_states()
-        resumption.check()
+    check_choice(key, prefix, rename, strict)
+    with ExitStack() as stack:
+        with collector_paused():
+            checkpoint = stack.enter_context(open_checkpoint(path))
+            resumption = Resumption(
+                checkpoint, path, training_tree(checkpoint, path, stack), strict, Placement(device), dtype
+            )
+            matcher = Globs(skip)
+            resumption.plan_model(model, matcher, key, prefix, rename)
+            resumption.plan_average(ema, matcher, rename)
+            resumption.plan_rest(optimizer, scheduler, scaler)
+            if rng:
+                resumption.plan_random_states()
+            resumption.check()
+        for text in dict.fromkeys(resumption.warnings()):
+            warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
         if verify:
             resumption.verify()
         resumption.carry_out()

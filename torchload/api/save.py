@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from torchload.core.public import public
 from torchload.core.ranks import Ranks
 from torchload.model.unwrapping import State, unwrapped_state
 from torchload.writing.formats import format_of
@@ -26,6 +27,7 @@ __all__ = ["smart_save"]
 _Optimizer = torch.optim.Optimizer
 
 
+@public
 def smart_save(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -6,22 +6,23 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from torchload.core.checkpoint import OpaqueTensor, TensorEntry, entries_in
 from torchload.core.collector import collector_paused
+from torchload.core.public import CheckpointLike, public
 from torchload.core.shown import Shown
 from torchload.core.text import format_bytes, format_seconds, group_names, plural, short_dtype
 from torchload.formats import open_checkpoint
 from torchload.match import Selection
+from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.shards import is_hollow
 from torchload.model.target import Slot, Target, describe_model
+from torchload.plan.arguments import check_arguments, check_choice, with_hints
 from torchload.plan.compare import Difference, Pair, compare
-from torchload.plan.plan import glob_matcher
 from torchload.plan.steps import select_for
 from torchload.plan.twins import Twins, compare_extra_states, load_twins
 
@@ -30,6 +31,7 @@ __all__ = ["Difference", "VerifyReport", "verify_weights"]
 _SHOWN = 8
 
 
+@public
 @dataclass(frozen=True, slots=True, repr=False)
 class VerifyReport(Shown):
     """What a comparison found. It is true if the model holds the file's weights; `str()` says so, or what differs.
@@ -92,9 +94,11 @@ class VerifyReport(Shown):
         return [*lines, *(("as cast", f"{a} → {b} in {plural(n, 'tensor')}") for (a, b), n in self.casts.items())]
 
 
+@public
+@with_hints
 def verify_weights(
     model: nn.Module,
-    path: Any,
+    path: CheckpointLike,
     *,
     key: str | None = None,
     prefix: str | None = None,
@@ -140,15 +144,13 @@ def verify_weights(
         (False, 'fc.bias', 1)
     """
     started = time.perf_counter()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the first argument is the model, an nn.Module, not {type(model).__name__}")
-    if isinstance(skip, str):
-        raise TypeError(f"skip is a list of globs: skip=[{skip!r}]")
-    with collector_paused(), open_checkpoint(path) as checkpoint, torch.no_grad():
-        target = describe_model(model)
-        selection = select_for(
-            target, checkpoint, glob_matcher(skip), strict=True, key=key, prefix=prefix, rename=rename
-        )
+    check_arguments(model, None, skip, (), False)
+    check_choice(key, prefix, rename)
+    with open_checkpoint(path) as checkpoint, torch.no_grad():
+        with collector_paused():
+            target = describe_model(model)
+            choice = {"key": key, "prefix": prefix, "rename": rename}
+            selection = select_for(target, checkpoint, Globs(skip), strict=True, **choice)
         twins = load_twins(target, selection)
         pairs, differing = _pairs(target, selection, twins)
         differing += [*compare(pairs), *twins.differing, *compare_extra_states(target, selection)]

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchload.core.public import public
+
 if TYPE_CHECKING:
     from torchload.core.source import Source
 
@@ -202,6 +204,7 @@ class OpaqueTensor:
     quantized: Quantized | None = None
 
 
+@public
 @dataclass(slots=True, eq=False)
 class Record:
     """An object that a pickle describes, as inert data. Nothing was imported, called or built.

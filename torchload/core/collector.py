@@ -1,17 +1,22 @@
-"""The garbage collector, paused where many objects are made and no garbage."""
+"""The garbage collector, paused where many objects are made and no garbage.
+
+It belongs to the whole process: what other threads throw away meanwhile waits. So it is paused while a file's index is
+made and a load is planned, never while data is read, nor while a stream is waited for.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import TypeVar
 
 from typing_extensions import ParamSpec
 
-__all__ = ["collector_paused", "with_collector_paused"]
+__all__ = ["collector_paused", "collector_running", "with_collector_paused"]
 
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
@@ -48,6 +53,21 @@ class collector_paused:  # noqa: N801 - used as a context manager, as if it were
             if len(_holders) == 1 and _was_enabled:
                 gc.enable()
             _holders.discard(id(self))
+
+
+@contextmanager
+def collector_running() -> Iterator[None]:
+    """Collections as usual while the block waits for something, although it is inside a paused one."""
+    with _lock:
+        is_resumed = bool(_holders) and _was_enabled
+        if is_resumed:
+            gc.enable()
+    try:
+        yield
+    finally:
+        with _lock:
+            if is_resumed and _holders:
+                gc.disable()
 
 
 def with_collector_paused(function: Callable[ParamsT, ResultT]) -> Callable[ParamsT, ResultT]:

@@ -47,8 +47,9 @@ class Ranks:
         answers = self.gather(error, what)
         if any(meant != answers[0] for meant in answers):
             raise RuntimeError(
-                "The ranks hold different tensors, or save to different paths: one file can't hold them all. Save each "
-                "rank's part under a name of its own, with distributed=False. Nothing was saved."
+                "The ranks hold different tensors, or save to different paths: one file can't hold them all. Save to a "
+                "folder (a name without a suffix), or each rank's part under a name of its own with distributed=False. "
+                "Nothing was saved."
             )
 
     def gather(self, error: BaseException | None, what: Any) -> list[Any]:
@@ -66,7 +67,8 @@ class Ranks:
         if self.count > 1:
             answers *= self.count
             try:
-                self._distributed.all_gather_object(answers, (_portable(error), what), group=self.group)
+                with torch.inference_mode(False):  # before torch 2.5, gloo can't write to inference tensors
+                    self._distributed.all_gather_object(answers, (_portable(error), what), group=self.group)
             except RuntimeError as failure:  # gloo's and NCCL's
                 if error is None:
                     error = _left_alone(failure)
@@ -88,7 +90,8 @@ class Ranks:
         """
         if self.count > 1:
             box = [(_portable(error), result)]
-            self._distributed.broadcast_object_list(box, src=WRITER)
+            with torch.inference_mode(False):
+                self._distributed.broadcast_object_list(box, src=WRITER)
             if not self.is_writer:
                 error, result = box[0]
         if error is not None:

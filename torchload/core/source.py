@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torchload.core.budget import Budget
+from torchload.core.collector import collector_running
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ class StreamSource(Source):
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
-        with self._lock:
+        with collector_running(), self._lock:
             position = self._stream.tell()
             try:
                 self._stream.seek(self.base + offset)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torchload.core.budget import Budget
@@ -88,8 +88,8 @@ def open_checkpoint(path: Any) -> Checkpoint:
 
     Args:
         path: A file; a folder that holds a checkpoint; the ``*.index.json`` of a sharded one; a list of shard files;
-            or a binary file object with ``seek`` and ``read``, which is read from where it stands and left behind what
-            was read.
+            a binary file object with ``seek`` and ``read``, which is read from where it stands and left behind what was
+            read; or a mapping that is in memory already: a state dict, or a checkpoint's dictionary.
 
     Returns:
         The opened checkpoint. Close it, or use it as a context manager.
@@ -115,6 +115,10 @@ def open_checkpoint(path: Any) -> Checkpoint:
     """
     opening = _Opening()
     with collector_paused():
+        if isinstance(path, Mapping):
+            from torchload.formats.mapping import open_mapping
+
+            return open_mapping(path)
         if isinstance(path, (list, tuple)):
             from torchload.formats.sets import sharded
 

@@ -207,7 +207,7 @@ class _Judge:
         wanted = self.search.wanted
         missing, harmless = wanted.lacks(alignment.pairs, alignment.spare)
         leftovers = Leftovers(
-            self.leaves, node, prefix, alignment, wanted, self.search.read, self.search.allowance, added
+            self.leaves, node, prefix, alignment, wanted, self.search.read, self.search.allowance, self.original
         ).sorted()
         segments = (*self.place.segments, *(prefix.split(".") if prefix else ()))
         return Selection(

@@ -79,7 +79,7 @@ def select(
     if not strict:
         if likely := choice.likely(_fullest(partial)):
             return choice.best(likely)
-    elif nearest := max(choice.meant(partial), key=_nearness, default=None):
+    elif nearest := _nearest(choice.meant(partial)):
         return nearest
     raise _nothing(places, wanted, prefix, path)
 
@@ -99,6 +99,23 @@ def _places_for(
             if any(name.startswith(f"{inner}.") for name in place.leaves):
                 return [place], inner
     return find_places(root, key, allowance, wanted.whole), prefix  # says what there is
+
+
+_OWN_NAMES = 4  # what fills a quarter of the best under the model's own names is nearer than the best
+
+
+def _nearest(candidates: Iterable[Selection]) -> Selection | None:
+    """Of what doesn't fit, what to speak of: the model's own names, if the file has some, else what fills most."""
+    best: Selection | None = None
+    own: Selection | None = None
+    for candidate in candidates:
+        if best is None or _nearness(candidate) > _nearness(best):
+            best = candidate
+        if not (candidate.prefix or candidate.added) and (own is None or _nearness(candidate) > _nearness(own)):
+            own = candidate
+    if best is None or own is None or _filled(own) * _OWN_NAMES < _filled(best):
+        return best
+    return own
 
 
 def _nearness(candidate: Selection) -> tuple[Any, ...]:

@@ -41,7 +41,7 @@ class Leftovers:
     wanted: Wanted
     read: Read | None
     allowance: Allowance
-    added: str
+    original: Mapping[str, str]
     unexpected: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Leftovers:
             if name in used:
                 continue
             here = self.alignment.leftover.get(name, name)
-            if self.wanted.skips(here) or self.wanted.skips(name):
+            if any(map(self.wanted.skips, (here, name, self.original.get(name, name)))):
                 if here not in self.wanted.skipped:
                     self.skipped.append(name)
             elif name not in inside:
@@ -79,12 +79,17 @@ class Leftovers:
         elif (row := BENIGN_UNEXPECTED.get(last(name))) and row.covers(shape):
             self.ignored.append(name)
             self.constants.append(name)
-        elif _first(local) in NEVER_THE_MODELS or self._is_average(local, shape) or self._is_mask(leaf):
+        elif self._is_nobodys(local, shape, leaf):
             self.ignored.append(name)
         else:
             self.unexpected.append(name)
 
-    def _is_mask(self, leaf: Leaf) -> bool:
+    def _is_nobodys(self, local: str, shape: Shape | None, leaf: Leaf) -> bool:
+        """Whether no model has such a tensor: what stands beside models, an average or its counter, a mask."""
+        if _first(local) in NEVER_THE_MODELS or (local in UNTOUCHED and shape in ((), (1,))):
+            return True
+        if self._is_average(local, shape):
+            return True
         return self.read is not None and is_mask(leaf, self.read, self.allowance)
 
     def _is_average(self, local: str, shape: Shape | None) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torchload.core.checkpoint import Shape
 from torchload.match.containers import Leaf
+from torchload.match.globs import Globs
 from torchload.match.names import Alignment
 from torchload.match.paths import joined, last
 from torchload.match.tables import BENIGN_MISSING, Standing
@@ -16,6 +16,7 @@ from torchload.match.tables import BENIGN_MISSING, Standing
 __all__ = ["Selection", "Wanted", "is_bare"]
 
 
+_NO_GLOBS = Globs()
 _EVERY_LAYERS = frozenset(
     {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "weight_g", "weight_v"}
 )
@@ -45,7 +46,7 @@ class Wanted:
         buffers: Names of buffers, as against parameters.
         whole: Last segments of the names under which modules of the model save values of any kind, not only tensors.
         transient: Non-persistent buffers → shape. No checkpoint need have them; older ones, and TorchScript, do.
-        skip_pattern: What `skipped` was derived from, for the checkpoint's names.
+        skip: What `skipped` was derived from, for the checkpoint's names.
     """
 
     shapes: Mapping[str, Shape | None]
@@ -55,7 +56,7 @@ class Wanted:
     buffers: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
     transient: Mapping[str, Shape | None] = field(default_factory=dict)
-    skip_pattern: re.Pattern[str] | None = None
+    skip: Globs = _NO_GLOBS
 
     def may_lack(self, name: str) -> bool:
         """Whether it is known to be harmless if nothing fills a name."""
@@ -74,7 +75,7 @@ class Wanted:
 
     def skips(self, name: str) -> bool:
         """Whether the caller wants a name, of either side, left alone."""
-        return self.skip_pattern is not None and self.skip_pattern.match(name) is not None
+        return self.skip.match_in_file(name)
 
     @property
     def is_bare(self) -> bool:
@@ -112,6 +113,7 @@ class Selection:
         claimed: Names without a place in the model that a module which loads itself is offered all the same.
         added: Prefix that all of the model's names have and the file's lack.
         original: Name in `leaves` → name in the file, where `rename` changed it.
+        attempt: Tells whether a `skip` and a `rename` beside what the caller gave would make the file fit.
         alignment: The matcher's account.
         standing: What the path says of these weights.
     """
@@ -138,6 +140,7 @@ class Selection:
     original: Mapping[str, str] = field(default_factory=dict)
     rivals: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    attempt: Callable[[Sequence[str], Mapping[str, str] | None], bool] | None = None
 
     @property
     def path(self) -> str:

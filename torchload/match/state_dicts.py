@@ -13,14 +13,15 @@ from typing import Any
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import OpaqueTensor, TensorEntry
+from torchload.core.optimizers import is_optimizer_state
 from torchload.core.wrappers import WRAPPERS
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError
 from torchload.match.company import is_average_of, lags_behind, standing_in_company
 from torchload.match.containers import Leaf, Place, find_places
-from torchload.match.tables import NEVER_THE_MODELS, USUAL_CONTAINERS, Standing
+from torchload.match.tables import NEVER_THE_MODELS, UNTOUCHED, USUAL_CONTAINERS, Standing
 from torchload.match.values import Read, hold_same_values, was_never_updated
 
-__all__ = ["StateDict", "find_state_dict", "is_optimizer_state"]
+__all__ = ["StateDict", "find_state_dict"]
 
 _LISTED = 10
 
@@ -111,11 +112,6 @@ def find_state_dict(
     while (below := descent.step_down(here)) is not None:
         here = below
     return StateDict(here.path, here.container, here.leaves, tuple(descent.rivals), descent.is_guess)
-
-
-def is_optimizer_state(container: Any) -> bool:
-    """Whether a container is what `torch.optim.Optimizer.state_dict` returns, whatever it is called."""
-    return isinstance(container, Mapping) and "param_groups" in container and "state" in container
 
 
 class _Descent:
@@ -216,11 +212,12 @@ def _alike(one: _Candidate, other: _Candidate) -> bool:
 
 
 def _signature(leaves: Mapping[str, Leaf]) -> set[tuple[str, object]]:
-    """Names without wrappers, with shapes."""
-    return {
+    """Names without wrappers, with shapes; without what averages keep beside the weights."""
+    bare = (
         (".".join(part for part in name.split(".") if part not in WRAPPERS), getattr(leaf, "shape", None))
         for name, leaf in leaves.items()
-    }
+    )
+    return {(name, shape) for name, shape in bare if name not in UNTOUCHED}
 
 
 def _ambiguous(equals: list[_Candidate], path: str) -> AmbiguousCheckpointError:

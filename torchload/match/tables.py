@@ -122,6 +122,7 @@ RENAMES: tuple[Rename, ...] = (
 NEVER_THE_MODELS: dict[str, str] = {
     "train_state": "torchtitan: the trainer's state at the root of the weights' folder",
     "trainer_state": "transformers' Trainer",
+    "averaging_state": "Lightning's WeightAveraging: its counters",
     "dataloader": "torchtitan, torchdata's StatefulDataLoader",
     "lr_scheduler": "torchtitan, torchvision's references",
     "lr_schedulers": "Lightning",

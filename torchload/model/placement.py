@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from torchload.core.launch import has_siblings, local_rank
+from torchload.core.public import public
 from torchload.errors import DeviceError
 
 __all__ = ["DeviceSpec", "Placement", "available_devices", "best_device", "check_room", "resolve_device"]
@@ -120,6 +121,7 @@ def resolve_device(device: torch.device | str | int) -> torch.device:
     return torch.device(wanted.type, index)
 
 
+@public
 def best_device() -> torch.device:
     """The accelerator with the most free memory, else the CPU. This is what ``device="auto"`` uses.
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchload.core.checkpoint import Shape
+from torchload.model.walk import modules_of
 
 __all__ = [
     "Region",
@@ -170,7 +171,9 @@ def refresh_shards(model: nn.Module) -> None:
 def _fsdp_modules(model: nn.Module) -> list[Any]:
     if _dtensor_class() is None:
         return []
-    return [module for module in model.modules() if any(base.__name__ == "FSDPModule" for base in type(module).__mro__)]
+    return [
+        module for module in modules_of(model) if any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+    ]
 
 
 def _dtensor_class() -> type[torch.Tensor] | None:

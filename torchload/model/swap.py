@@ -9,20 +9,18 @@ forward pass that sees some layers old and some new: only a lock that forward pa
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
-from torchload.model.shards import is_sharded
 from torchload.model.target import Slot, settle
 
-__all__ = ["remember", "show_again", "swap"]
+__all__ = ["Exchange"]
 
 PATIENCE_SECONDS = 2.0
 """How long old memory is kept for operators of other threads. Few run as long on the CPU, and what an unfinished
@@ -30,76 +28,122 @@ backward graph holds is held for longer."""
 _PAUSE_SECONDS = 0.0005
 
 Change = tuple[Slot, torch.Tensor]
-Memory = tuple[Slot, torch.Tensor, torch.Tensor]
-"""A slot, its tensor, what the tensor showed."""
 
 
-def remember(changes: Sequence[Change]) -> list[Memory]:
-    """What slots show that are about to be changed; nothing for those on the meta device, which have no memory."""
-    return [(slot, tensor, _kept(tensor)) for slot, tensor in _tensors(changes)]
+class Exchange:
+    """New memory for slots of a model, and the way back.
 
-
-def swap(
-    changes: Sequence[Change], *, before: Sequence[Memory] = (), guard: AbstractContextManager[object] | None = None
-) -> BaseException | None:
-    """Install new memory in slots of a model.
-
-    Args:
-        changes: (slot, what it shows from now on).
-        before: What they show now, where the model may be in use: if one slot fails, all show it again, and this
-            waits until operators that other threads began earlier are done with it.
-        guard: What to hold meanwhile, such as a lock that forward passes take.
-
-    Returns:
-        An interrupt that came too late: the model is changed, and the caller has yet to raise it.
+    Attributes:
+        shown: The slots that show their new memory, or may, at this moment.
     """
-    if not changes:
-        return None
-    if not before:
-        _finish_kernels({tensor.device for _, tensor in _tensors(changes)})
-    with guard if guard is not None else contextlib.nullcontext():
-        interrupt = _uninterrupted(partial(_install, changes, before))
-    return _outlast(before, {data.device for _, _, data in before}) or interrupt
 
+    def __init__(
+        self,
+        changes: Sequence[Change],
+        *,
+        keeps_old: bool = False,
+        guard: AbstractContextManager[object] | None = None,
+    ) -> None:
+        """Nothing is changed yet.
 
-def show_again(before: Sequence[Memory], guard: AbstractContextManager[object] | None = None) -> None:
-    """Take a swap back; the memory that it showed must be kept until then."""
-    devices = {tensor.device for _, tensor, _ in before}
-    with guard if guard is not None else contextlib.nullcontext():
-        interrupt = _uninterrupted(partial(_reinstall, before))
-    if interrupt := _outlast(before, devices) or interrupt:
-        raise interrupt
+        Args:
+            changes: (slot, what it shows from now on).
+            keeps_old: Whether the model may be in use, and what it shows now is kept: if one slot fails, all show it
+                again, and operators that other threads began earlier are waited for.
+            guard: What to hold meanwhile, such as a lock that forward passes take.
+        """
+        self.shown: list[Slot] = []
+        self._changes = changes
+        self._before = [
+            (slot, tensor, _kept(slot, tensor, data)) for slot, tensor, data in _tensors(changes, keeps_old)
+        ]
+        self._keeps_old = keeps_old
+        self._guard = _Guard(guard)
 
+    def make(self) -> BaseException | None:
+        """Let all slots show their new memory.
 
-def _tensors(changes: Sequence[Change]) -> list[tuple[Slot, torch.Tensor]]:
-    return [(slot, tensor) for slot, _ in changes for tensor in (slot.tensor, *slot.twins) if _has_memory(slot)]
+        Returns:
+            An interrupt that came meanwhile, which the caller has yet to raise. One that comes before is raised, and
+            all is as it was.
+        """
+        if not self._changes:
+            return None
+        if not self._keeps_old:
+            _finish_kernels({tensor.device for _, tensor, _ in _tensors(self._changes, True)})
+        return self._guarded(self._install)
 
+    def take_back(self) -> None:
+        """Let all slots show what they showed before, if that was kept; does nothing where they do."""
+        if not (self.shown and self._keeps_old):
+            return
+        try:
+            interrupt = self._guarded(self._reinstall)
+        except BaseException:
+            if self.shown:  # the guard failed, which is left out from now on
+                self._guarded(self._reinstall)
+            raise
+        if interrupt is not None:
+            raise interrupt
 
-def _has_memory(slot: Slot) -> bool:
-    return slot.shape is not None and not slot.tensor.is_meta
+    def _guarded(self, action: Callable[[], object]) -> BaseException | None:
+        devices = {tensor.device for _, tensor, _ in self._before}
+        with self._guard:
+            interrupt = _uninterrupted(action)
+        return _outlast([tensor for _, tensor, _ in self._before], devices) or interrupt
 
+    def _install(self) -> None:
+        try:
+            with torch.no_grad():
+                for slot, data in self._changes:
+                    self.shown.append(slot)
+                    slot.install(data)
+                settle([slot for slot, _ in self._changes])
+        except BaseException:
+            if self._keeps_old:
+                self._reinstall()
+            raise
 
-def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a tensor, to be shown again; a copy of a `DTensor`'s, which is filled and not replaced."""
-    return tensor.detach().clone() if is_sharded(tensor) else tensor.detach()
-
-
-def _install(changes: Sequence[Change], before: Sequence[Memory]) -> None:
-    try:
+    def _reinstall(self) -> None:
         with torch.no_grad():
-            for slot, data in changes:
+            for slot, _, data in self._before:
                 slot.install(data)
-            settle([slot for slot, _ in changes])
-    except BaseException:
-        _reinstall(before)
-        raise
+            settle([slot for slot, _, _ in self._before])
+        self.shown.clear()
 
 
-def _reinstall(before: Sequence[Memory]) -> None:
-    with torch.no_grad():
-        for slot, _, data in before:
-            slot.install(data)
-        settle([slot for slot, _, _ in before])
+class _Guard:
+    """What the caller wants held, until it fails once: then it may be held for ever, and isn't asked for again."""
+
+    def __init__(self, guard: AbstractContextManager[object] | None) -> None:
+        self._guard = guard
+
+    def __enter__(self) -> None:
+        self._call("__enter__")
+
+    def __exit__(self, *exc: object) -> None:
+        self._call("__exit__", *exc)
+
+    def _call(self, method: str, *arguments: object) -> None:
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            getattr(guard, method)(*arguments)
+        self._guard = guard
+
+
+def _tensors(changes: Sequence[Change], wanted: bool) -> list[tuple[Slot, torch.Tensor, torch.Tensor]]:
+    """Each tensor object that is about to show other memory, with its slot and that memory."""
+    if not wanted:
+        return []
+    return [(slot, tensor, data) for slot, data in changes for tensor in (slot.tensor, *slot.twins)]
+
+
+def _kept(slot: Slot, tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """What a tensor shows, to be shown again; a copy where its memory is filled and not replaced."""
+    if is_lazy(tensor):
+        lazy: Any = type(tensor)
+        return lazy(device=tensor.device, dtype=tensor.dtype)  # type: ignore[no-any-return]
+    return tensor.detach().clone() if slot.is_filled_by(data) else tensor.detach()
 
 
 def _uninterrupted(action: Callable[[], object]) -> BaseException | None:
@@ -111,7 +155,7 @@ def _uninterrupted(action: Callable[[], object]) -> BaseException | None:
     if threading.current_thread() is not threading.main_thread():
         action()
         return None
-    turn = [action]  # who takes it out decides: the helper, or an interrupt before it
+    turn = [action]  # who takes it out decides: the helper, or what came before it
     done = threading.Event()
     errors: list[BaseException] = []
 
@@ -123,7 +167,20 @@ def _uninterrupted(action: Callable[[], object]) -> BaseException | None:
         finally:
             done.set()
 
-    interrupt = _start(threading.Thread(target=work, name="torchload-swap", daemon=True), turn)
+    interrupt: BaseException | None = None
+    try:
+        threading.Thread(target=work, name="torchload-swap", daemon=True).start()
+        done.wait()
+    except BaseException as error:  # noqa: BLE001 - left to the caller
+        try:
+            taken = turn.pop()
+        except IndexError:  # it has begun
+            interrupt = error
+        else:
+            if not isinstance(error, RuntimeError):
+                raise
+            turn.append(taken)  # no thread is to be had: do it here
+            work()
     while not done.is_set():
         try:
             done.wait()
@@ -137,27 +194,7 @@ def _uninterrupted(action: Callable[[], object]) -> BaseException | None:
     return interrupt
 
 
-def _start(helper: threading.Thread, turn: list[Callable[[], object]]) -> BaseException | None:
-    """Start the helper.
-
-    Returns:
-        An interrupt that came too late to stop it.
-    """
-    try:
-        helper.start()
-    except BaseException as error:
-        try:
-            action = turn.pop()
-        except IndexError:
-            return error
-        if not isinstance(error, RuntimeError):
-            raise
-        turn.append(action)  # no thread is to be had: do it here
-        helper.run()
-    return None
-
-
-def _outlast(before: Sequence[Memory], devices: Iterable[torch.device]) -> BaseException | None:
+def _outlast(before: Iterable[torch.Tensor], devices: Iterable[torch.device]) -> BaseException | None:
     """Wait until operators that other threads began before now, and their kernels, are done with these tensors.
 
     An operator holds a reference to each tensor it was given. Once no one but Python does, none is left.
@@ -170,7 +207,7 @@ def _outlast(before: Sequence[Memory], devices: Iterable[torch.device]) -> BaseE
         An interrupt that ended the wait.
     """
     try:
-        busy: list[Any] = [tensor for _, tensor, _ in before] if threading.active_count() > 1 else []
+        busy: list[Any] = [tensor for tensor in before if not is_lazy(tensor)] if threading.active_count() > 1 else []
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (busy := [tensor for tensor in busy if tensor._use_count() > 1]) and time.monotonic() < deadline:
             time.sleep(_PAUSE_SECONDS)

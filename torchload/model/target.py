@@ -7,7 +7,7 @@ model happens here (`Slot.install`), after the plan was accepted.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchload.core.checkpoint import Shape
-from torchload.model.shards import is_sharded, show_shards
+from torchload.model.elsewhere import elsewhere, refusal
+from torchload.model.shards import is_sharded, local_region, show_shards
+from torchload.model.walk import paths_of
 
 __all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders", "settle"]
 
@@ -26,6 +28,8 @@ _HARMLESS_OVERRIDES = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._
 # Hooks of torch that only prepare what is prepared here by other means: lazy parameters are materialised, and the names
 # below wrappers are matched with or without their segment.
 _HARMLESS_HOOKS = frozenset({"LazyModuleMixin._lazy_load_hook", "ActivationWrapper._pre_load_state_dict_hook"})
+
+_ORDINARY = (torch.Tensor, nn.Parameter)
 
 
 @dataclass(slots=True, eq=False)
@@ -56,22 +60,43 @@ class Slot:
         """The first of its names."""
         return self.names[0]
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes see the same memory (`share_memory()`)."""
+        tensor = self.tensor
+        return (
+            tensor.is_cpu and type(tensor) in _ORDINARY and not is_lazy(tensor) and tensor.untyped_storage().is_shared()
+        )
+
+    def is_filled_by(self, data: torch.Tensor) -> bool:
+        """Whether `install` copies other memory into the tensor's own, which others know by its address."""
+        tensor = self.tensor
+        if tensor.is_meta or (tensor.dtype, tensor.device) != (data.dtype, data.device):
+            return False
+        return is_sharded(tensor) or self.is_shared
+
     def install(self, data: torch.Tensor) -> None:
         """Let the model's tensor show other memory: same object, new data.
 
+        Memory that other processes or FSDP know by its address is filled instead.
+
         Args:
-            data: The new contents, of the slot's shape, in the dtype and on the device it shall have from now on.
+            data: The new contents, of the slot's shape, in the dtype and on the device it shall have from now on; a
+                lazy tensor to be without contents again.
         """
         self.tensor = self._show(self.tensor, data)
         self.twins = [self._show(twin, data) for twin in self.twins]
 
     def _show(self, tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-        if self.shape is None:
+        if is_lazy(data):
+            if not is_lazy(tensor):
+                tensor.data, tensor.__class__ = data.data, type(data)
+            return tensor
+        if is_lazy(tensor):
             lazy: Any = tensor
             lazy.materialize(data.shape, device=data.device, dtype=data.dtype)
-        if is_sharded(tensor) and not tensor.is_meta and (tensor.dtype, tensor.device) == (data.dtype, data.device):
-            sharded: Any = tensor  # its memory is FSDP's: filled, not replaced
-            sharded._local_tensor.detach().copy_(data._local_tensor)  # type: ignore[attr-defined]
+        elif self.is_filled_by(data):
+            local_region(tensor)[0].copy_(local_region(data)[0])
             return tensor
         if tensor.is_meta or is_sharded(tensor) or not torch._has_compatible_shallow_copy_type(tensor, data):
             tensor = self._exchange(tensor, data)
@@ -128,7 +153,7 @@ class Target:
             packed weights and a scale) → its shape, where another one would be an error.
         pre_hooks: Modules with load-state-dict pre-hooks, parents first.
         overrides: Modules with a `_load_from_state_dict` of their own.
-        post_hooks: Modules with load-state-dict post-hooks, children first.
+        post_hooks: Modules with load-state-dict post-hooks.
     """
 
     model: nn.Module
@@ -154,12 +179,18 @@ def describe_model(model: nn.Module) -> Target:
 
     Returns:
         Its slots and the modules that take part in their own loading.
+
+    Raises:
+        IncompatibleCheckpointError: Its weights live elsewhere (offloaded, flattened or partitioned by a framework).
     """
     show_shards(model)
     target = Target(model)
     by_object: dict[int, Slot] = {}
     by_address: dict[int, Slot] = {}
-    for prefix, module in _modules(model):
+    lives_elsewhere: dict[str, list[str]] = {}
+    for prefix, module in paths_of(model):
+        if (what := elsewhere(module)) is not None:
+            lives_elsewhere.setdefault(what, []).append(prefix.rstrip("."))
         if not (module._parameters or module._buffers):
             _note_hooks(target, prefix, module)
             continue
@@ -183,7 +214,8 @@ def describe_model(model: nn.Module) -> Target:
                 if persistent:
                     target.by_name[prefix + attribute] = slot
         _note_hooks(target, prefix, module)
-    target.post_hooks.reverse()
+    if lives_elsewhere:
+        raise refusal(model, lives_elsewhere)
     return target
 
 
@@ -200,21 +232,6 @@ def _slot_for(tensor: torch.Tensor, by_address: dict[int, Slot], slots: list[Slo
     if address:
         by_address[address] = slot
     return slot
-
-
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module under every path that leads to it, parents first, as `state_dict` walks them."""
-    stack: list[tuple[str, nn.Module, frozenset[int]]] = [("", model, frozenset())]
-    while stack:
-        prefix, module, above = stack.pop()
-        yield prefix, module
-        if module._modules:
-            inside = above | {id(module)}
-            stack.extend(
-                (f"{prefix}{name}.", child, inside)
-                for name, child in reversed(module._modules.items())
-                if child is not None and id(child) not in inside
-            )
 
 
 def _note_hooks(target: Target, prefix: str, module: nn.Module) -> None:
@@ -258,7 +275,7 @@ def _name(hook: Callable[..., object]) -> str:
 
 def _address(tensor: torch.Tensor) -> int:
     """Where a tensor's memory begins; 0 where it has none of its own (meta, lazy, empty, wrapper subclasses)."""
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+    if type(tensor) not in _ORDINARY or tensor.layout is not torch.strided:
         return 0
     return tensor.data_ptr()
 

@@ -5,6 +5,7 @@ A child that is called ``module`` is not a wrapper; a child that is a `torch.nn.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 from torch import nn
 
 from torchload.core.wrappers import WRAPPER_CLASSES, WRAPPER_STATE
+from torchload.model.walk import modules_of, tensors_of
 
-__all__ = ["State", "module_within", "unwrapped_state", "wrapped_child"]
+__all__ = ["State", "bare_names", "module_within", "unwrapped_state", "wrapped_child"]
 
 _FSDP1_ATTRIBUTE = "_fsdp_wrapped_module"
 
@@ -69,13 +71,13 @@ def unwrapped_state(model: nn.Module) -> State:
     Raises:
         ValueError: Without wrappers two tensors would have the same name.
     """
-    if any(wrapped_child(module) == _FSDP1_ATTRIBUTE for module in model.modules()):
+    if any(wrapped_child(module) == _FSDP1_ATTRIBUTE for module in modules_of(model)):
         return _gathered(model)
     while (attribute := wrapped_child(model)) is not None:
         model = model._modules[attribute]  # type: ignore[assignment]
     raw = model.state_dict(keep_vars=True)
     versions = getattr(raw, "_metadata", {})
-    has_wrappers = any(wrapped_child(module) is not None for module in model.modules())
+    has_wrappers = any(wrapped_child(module) is not None for module in modules_of(model))
     if not has_wrappers:
         return State(dict(raw), dict(versions))
     state = State(
@@ -89,6 +91,18 @@ def unwrapped_state(model: nn.Module) -> State:
             raise ValueError(f"without its wrappers the model has two tensors called {clean!r}")
         state.entries[clean] = value
     return state
+
+
+def bare_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Each name → the same without the segments of wrappers that are really there.
+
+    Example:
+        >>> bare_names(nn.DataParallel(nn.Linear(2, 2)), ["module.weight"])
+        {'module.weight': 'weight'}
+    """
+    if all(wrapped_child(module) is None for module in modules_of(model)):
+        return {name: name for name in names}
+    return {name: _own(model, name) or name for name in names}
 
 
 def _own(model: nn.Module, name: str) -> str | None:
@@ -114,6 +128,6 @@ def _gathered(model: nn.Module) -> State:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     # Offloading keeps whole tensors off the accelerator; where there is none, FSDP can't do it.
-    offload = any(parameter.device.type != "cpu" for parameter in model.parameters())
+    offload = any(tensor.device.type != "cpu" for tensor in tensors_of(model))
     options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
     return State(dict(get_model_state_dict(model, options=options)), is_gathered=True)

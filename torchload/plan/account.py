@@ -10,7 +10,7 @@ from torchload.core.text import format_bytes, plural, short_dtype
 from torchload.match import Selection
 from torchload.match.containers import cut
 from torchload.model.target import Target
-from torchload.plan.execute import Moved, extents_of
+from torchload.plan.execute import Moved
 from torchload.plan.plan import LoadPlan
 from torchload.plan.report import LoadReport
 
@@ -55,7 +55,7 @@ def report_of(
         mismatched=selection.mismatched,
         skipped=tuple(selection.skipped),
         outside=tuple(selection.outside),
-        ignored=tuple(selection.ignored),
+        ignored=(*selection.ignored, *plan.kept),
         seconds=seconds,
         training=target.model.training,
         notes=notes,
@@ -99,7 +99,7 @@ def notes_of(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verif
     """The sentences that are worth reading, whatever was done."""
     yield from checkpoint.notes
     if verify:
-        yield from _unverified(extents_of(plan))
+        yield from _unverified(plan.extents)
     yield from selection.notes
     rivals = cut([repr(rival) for rival in selection.rivals])
     if selection.averaged and rivals:

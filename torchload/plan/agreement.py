@@ -64,7 +64,7 @@ def _digest(plan: LoadPlan, sources: dict[Source, int]) -> bytes:
             for box in item.entry.boxes
         ]
         place = None if item.slot.shape is None else local_region(item.slot.tensor)[1]
-        digest.update(repr((item.name, item.entry.dtype, item.dtype, item.fresh, place, boxes)).encode())
+        digest.update(repr((item.name, item.entry.dtype, item.dtype, item.way.name, place, boxes)).encode())
     return digest.digest()
 
 

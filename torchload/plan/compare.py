@@ -11,8 +11,9 @@ import torch
 
 from torchload.core.checkpoint import Box, Shape, TensorEntry
 from torchload.core.copies import Copy
+from torchload.core.public import public
 from torchload.model.target import Slot
-from torchload.plan.plan import Assignment, copies_into
+from torchload.plan.pairing import copies_of
 from torchload.transfer import allocate, not_seen_equal, run
 from torchload.transfer.overflow import overflows
 
@@ -23,6 +24,7 @@ _CPU = torch.device("cpu")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Difference:
     """A tensor of the model that isn't what the file has.
@@ -110,7 +112,9 @@ def compare(pairs: Sequence[Pair]) -> list[Difference]:
 
 def _to_look_at(pairs: Sequence[Pair]) -> list[int]:
     """Indices of the pairs that a quick look doesn't show to be equal."""
-    owners = {copy: index for index, pair in enumerate(pairs) for copy in _copies(pair)}
+    owners = {
+        copy: index for index, pair in enumerate(pairs) for copy in copies_of(pair.name, pair.entry, pair.slot.tensor)
+    }
     return sorted({owners[copy] for copy in not_seen_equal(list(owners))})
 
 
@@ -160,20 +164,14 @@ def _brief(value: object) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
 
 
-def _copies(pair: Pair) -> Iterator[Copy]:
-    name, source, slot, entry = pair
-    ours = slot.tensor
-    return copies_into(Assignment(slot, name, source, entry, ours.dtype, ours.device, fresh=False), ours)
-
-
 def _batches(pairs: Sequence[Pair], indices: Iterable[int]) -> Iterator[list[_Piece]]:
     """The data of some pairs in pieces, as many together as are worth one read."""
     batch: list[_Piece] = []
     nbytes = 0
     for index in indices:
-        entry = pairs[index].entry
-        limit = _BATCH_BYTES // max(entry.dtype.itemsize, pairs[index].slot.tensor.dtype.itemsize)
-        for copy in _copies(pairs[index]):
+        name, _, slot, entry = pairs[index]
+        limit = _BATCH_BYTES // max(entry.dtype.itemsize, slot.tensor.dtype.itemsize)
+        for copy in copies_of(name, entry, slot.tensor):
             for box, view in _split(copy.box, copy.target, entry.dtype.itemsize, limit):
                 batch.append(_Piece(index, box, view))
                 nbytes += view.numel() * entry.dtype.itemsize

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from torchload.core.checkpoint import Extent, TensorEntry
-from torchload.core.copies import Copy
-from torchload.errors import IncompatibleCheckpointError, TorchLoadError
+from torchload.core.checkpoint import TensorEntry
+from torchload.core.collector import collector_paused
+from torchload.core.undo import Undo
+from torchload.errors import TorchLoadError
 from torchload.match import Selection
-from torchload.model.shards import empty_part, held_numel, is_ordinary, is_sharded, refresh_shards
-from torchload.model.swap import remember, show_again, swap
-from torchload.model.target import Target
+from torchload.model.shards import empty_part, held_numel, is_sharded, refresh_shards
+from torchload.model.swap import Exchange
+from torchload.model.target import Slot, Target
 from torchload.plan import hooks
-from torchload.plan.plan import Assignment, Conversion, LoadPlan, copies_into
-from torchload.transfer import allocate, has_checksum, is_summed_in_place, map_entries, map_entry, run, same_data
+from torchload.plan.pairing import copies_of
+from torchload.plan.plan import Assignment, Check, Conversion, LoadPlan, Way
+from torchload.transfer import allocate, map_entries, map_entry, read_entries, run
 
-__all__ = ["Moved", "carry_out", "compare_landed", "compare_ties", "extents_of", "extents_to_check_first"]
+__all__ = ["Changes", "Moved", "carry_out", "compare_landed"]
 
 Progress = Callable[[int, int], None]
 
@@ -38,18 +42,42 @@ class Moved(NamedTuple):
     read_bytes: int
 
 
+@dataclass(slots=True)
+class Changes:
+    """What a load has changed of the model so far, at any moment.
+
+    Attributes:
+        in_place: Slots whose own memory was written to, or may have been.
+        by_themselves: Names of what modules took by themselves.
+        exchange: Where slots show new memory.
+    """
+
+    in_place: list[Slot] = field(default_factory=list)
+    by_themselves: list[str] = field(default_factory=list)
+    exchange: Exchange | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """All names of the tensors that are not what they were."""
+        shown = self.exchange.shown if self.exchange is not None else []
+        slots = {id(slot): slot for slot in (*self.in_place, *shown) if slot.persistent}
+        return tuple(dict.fromkeys([*self.by_themselves, *(name for slot in slots.values() for name in slot.names)]))
+
+    def tell(self, error: BaseException) -> None:
+        """Let an error name them."""
+        with contextlib.suppress(Exception):  # an object of somebody's own, without room for it
+            error.written = self.names()  # type: ignore[attr-defined]
+
+
 def carry_out(
     plan: LoadPlan,
     target: Target,
     selection: Selection,
-    progress: Progress | None,
     *,
-    mmap: bool,
-    verify: bool = False,
-    atomic: bool = False,
+    progress: AbstractContextManager[Progress | None] | None = None,
     guard: AbstractContextManager[object] | None = None,
     finish: Callable[[], object] = lambda: None,
     move: Callable[..., int] = run,
+    changes: Changes | None = None,
 ) -> Moved:
     """Move the bytes. Fresh memory is shown to the model only when everything has arrived.
 
@@ -60,60 +88,68 @@ def carry_out(
         plan: What goes where.
         target: The model.
         selection: Where modules that load themselves find their tensors.
-        progress: Receives (bytes done, bytes in all).
-        mmap: Whether fresh CPU memory may be a private view of the file.
-        verify: Whether to compare data with the file's checksums as it arrives.
-        atomic: Whether the model may be in use while new memory is shown to it.
-        guard: What to hold while that happens.
-        finish: What else has to succeed once the model shows its new memory. Where `atomic`, old memory is kept until
-            then; if it fails, the model shows that again.
+        progress: Entered while bytes move; what it gives receives (bytes done, bytes in all).
+        guard: What to hold while the model shows its new memory.
+        finish: What else has to succeed once it does. If it fails and the plan keeps old memory, the model shows that
+            again.
         move: Carries out copies, as `torchload.transfer.run` does.
+        changes: Kept up to date, whatever happens.
 
     Returns:
         How much that was.
 
     Raises:
         CastOverflowError, CorruptCheckpointError, OSError: As the transfer does; the attribute ``written`` names the
-            model's tensors that may have changed, which are none where fresh memory was used.
+            model's tensors that have changed, which are none where old memory is kept.
         IncompatibleCheckpointError: A module that loads itself refused.
     """
-    undo = hooks.Undo()
-    fresh: dict[int, torch.Tensor] = {}
-    arrived: list[str] = []
-    is_shown = False
+    undo, is_kept = Undo(), False
+    changes = changes if changes is not None else Changes()
     try:
-        hooks.set_extra_states(target, selection, map_entry, undo)
-        for loader in plan.own_loaders:
-            hooks.run_own_loader(*loader, selection, map_entry, undo)
-        mapped = [item for item in plan.assignments if mmap and _can_map(item)]
-        fresh.update(zip(map(id, mapped), map_entries([item.entry for item in mapped])))
-        moved = [item for item in plan.assignments if id(item) not in fresh] if mapped else plan.assignments
-        fresh.update(_fresh_memory(moved))
-        read_bytes = _move(move, moved, fresh, verify, progress, plan.notes)
-        arrived.extend(item.name for item in moved)
-        changes = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
-        changes += [(item.slot, _converted(item)) for item in plan.conversions]
-        before = remember(changes) if atomic else []
-        interrupt = swap(changes, before=before, guard=guard)
-        refresh = partial(refresh_shards, target.model) if any(is_sharded(slot.tensor) for slot, _ in changes) else None
-        if before:
+        _hand_over(plan, target, selection, undo, changes)
+        fresh = _fresh_memory(plan.assignments)
+        read_bytes = _move(plan, fresh, progress if progress is not None else contextlib.nullcontext(), move, changes)
+        shown = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
+        shown += [(item.slot, _converted(item)) for item in plan.conversions]
+        refresh = partial(refresh_shards, target.model) if any(is_sharded(slot.tensor) for slot, _ in shown) else None
+        changes.exchange = exchange = Exchange(shown, keeps_old=plan.keeps_old, guard=guard)
+        if plan.keeps_old:
             undo.steps += [refresh] if refresh is not None else []
-            undo.steps.append(partial(show_again, before, guard))
-        else:
-            is_shown = True
+            undo.steps.append(exchange.take_back)
+        interrupt = exchange.make()
         if refresh is not None:
             refresh()
-        if interrupt is None:
-            finish()
+        if interrupt is not None:
+            is_kept = not plan.is_tentative  # it came too late: all of the model is new, and stays so
+            raise interrupt
+        finish()
+        held = (held_numel(item.slot.tensor, item.entry.shape) * item.entry.dtype.itemsize for item in plan.assignments)
+        return Moved(sum(held) + sum(entry.nbytes for entry in plan.given), read_bytes)
     except BaseException as error:
-        undo.roll_back()
-        _name_written(error, plan, arrived, is_shown)
+        failures = [] if is_kept else undo.roll_back()
+        if not (is_kept or failures):
+            changes.by_themselves.clear()
+        changes.tell(error)
+        if failures and not isinstance(failures[0], Exception) and isinstance(error, Exception):
+            changes.tell(failures[0])
+            raise failures[0] from error  # an interrupt, which must not be lost
         raise
-    if interrupt is not None:
-        interrupt.written = tuple(name for item in plan.assignments for name in item.slot.names)  # type: ignore[attr-defined]
-        raise interrupt
-    held = sum(held_numel(item.slot.tensor, item.entry.shape) * item.entry.dtype.itemsize for item in plan.assignments)
-    return Moved(held + sum(entry.nbytes for entry in plan.given), read_bytes)
+
+
+def _hand_over(plan: LoadPlan, target: Target, selection: Selection, undo: Undo, changes: Changes) -> None:
+    """Let modules load themselves, and take their extra state."""
+    read = map_entry if plan.mmap else _read_entry
+    changes.by_themselves += [name for name in target.extra_state if name in selection.pairs]
+    hooks.set_extra_states(target, selection, read, undo)
+    for hooked, slots in plan.own_loaders:
+        if hooks.is_given(hooked, selection):
+            changes.by_themselves += [name for slot in slots for name in slot.names if slot.persistent]
+            hooks.run_own_loader(hooked, slots, selection, read, undo)
+
+
+def _read_entry(entry: TensorEntry) -> torch.Tensor:
+    """A tensor of memory of its own: whoever keeps it must not depend on a file that may be written to."""
+    return read_entries([entry])[0]
 
 
 def _converted(conversion: Conversion) -> torch.Tensor:
@@ -125,67 +161,61 @@ def _converted(conversion: Conversion) -> torch.Tensor:
 
 
 def _move(
-    move: Callable[..., int],
-    assignments: list[Assignment],
+    plan: LoadPlan,
     fresh: Mapping[int, torch.Tensor],
-    verify: bool,
-    progress: Progress | None,
-    notes: list[str],
+    progress: AbstractContextManager[Progress | None],
+    move: Callable[..., int],
+    changes: Changes,
 ) -> int:
     """Into fresh memory first, then in place with a cast, which may overflow, then as it is; returns bytes read."""
-    phases: tuple[list[Copy], list[Copy], list[Copy]] = ([], [], [])
-    for item in assignments:
-        memory = fresh.get(id(item))
-        if memory is not None:
-            phases[0].extend(copies_into(item, memory))
-        else:
-            phases[1 if item.entry.dtype is not item.dtype else 2].extend(copies_into(item, item.slot.tensor))
-    total = sum(item.entry.nbytes for item in assignments) if progress is not None else 0
+    moved = [item for item in plan.assignments if item.way is not Way.MAPPED]
+    phases: tuple[list[Assignment], list[Assignment], list[Assignment]] = ([], [], [])
+    for item in moved:
+        casts = item.entry.dtype is not item.dtype
+        phases[0 if item.way is Way.FRESH else 1 if casts else 2].append(item)
+    total = sum(item.entry.nbytes for item in moved)
     done = 0
+    with progress as tell:
 
-    def report(now: int, _phase_bytes: int) -> None:
-        if progress is not None:
-            progress(min(done + now, total), total)
+        def report(now: int, _phase_bytes: int) -> None:
+            if tell is not None:
+                tell(min(done + now, total), total)
 
-    written: list[str] = []
-    copies: list[Copy] = []
-    try:
-        for copies in phases:
-            done += move(copies, check=verify, progress=report if progress is not None else None, notes=notes)
-            written.extend(copy.name for copy in copies)
+        for items in phases:
+            with collector_paused():
+                copies = [
+                    copy
+                    for item in items
+                    for copy in copies_of(item.name, item.entry, fresh.get(id(item), item.slot.tensor))
+                ]
+            carried = partial(move, copies, check=plan.verify, progress=report if tell is not None else None)
+            done += _noting(partial(carried, notes=plan.notes), items, changes)
         report(total, total)
-    except BaseException as error:
-        # An interrupt just before or after the work has no account of it: then all of this phase may be written.
-        now = getattr(error, "written", None)
-        error.written = (*written, *([copy.name for copy in copies] if now is None else now))  # type: ignore[attr-defined]
-        raise
     return done
 
 
-def _name_written(error: BaseException, plan: LoadPlan, arrived: list[str], is_shown: bool) -> None:
-    """Let an error name the model's tensors that it left changed, under all their names.
-
-    Args:
-        error: The error.
-        plan: What went where.
-        arrived: What was moved before it, wherever to.
-        is_shown: Whether the model shows fresh memory.
-    """
-    touched = {*getattr(error, "written", ()), *arrived}
-    if touched or is_shown:
-        changed = [item.slot for item in plan.assignments if is_shown or (not item.fresh and item.name in touched)]
-        names = [name for slot in changed for name in slot.names]
-        error.written = tuple(names)  # type: ignore[attr-defined]
+def _noting(move: Callable[[], int], items: list[Assignment], changes: Changes) -> int:
+    """Carry out one phase, and note what it wrote to the model's own memory."""
+    slots = {item.name: item.slot for item in items if item.way is Way.IN_PLACE}
+    before = len(changes.in_place)
+    changes.in_place += slots.values()  # until it is known better: an interrupt may come at any moment
+    try:
+        return move()
+    except BaseException as error:
+        if (written := getattr(error, "written", None)) is not None:
+            changes.in_place[before:] = [slots[name] for name in dict.fromkeys(written) if name in slots]
+        raise
 
 
 def _fresh_memory(assignments: list[Assignment]) -> dict[int, torch.Tensor]:
-    """New memory for every assignment that needs it, allocated together per device."""
+    """New memory for every assignment that needs it: mapped, or allocated together per device."""
+    mapped = [item for item in assignments if item.way is Way.MAPPED]
+    memory = dict(zip(map(id, mapped), map_entries([item.entry for item in mapped]))) if mapped else {}
     by_device: dict[torch.device, list[Assignment]] = {}
-    memory: dict[int, torch.Tensor] = {}
     for item in assignments:
-        if item.fresh and is_sharded(item.slot.tensor):
+        if item.way is Way.FRESH and is_sharded(item.slot.tensor):
             memory[id(item)] = empty_part(item.slot.tensor, item.dtype, item.device)
-        elif item.fresh:
+        elif item.way is Way.FRESH:
             by_device.setdefault(item.device, []).append(item)
     for device, items in by_device.items():
         tensors = allocate([(_shape(item), item.dtype) for item in items], device)
@@ -206,72 +236,15 @@ def _laid_out_like(item: Assignment, memory: torch.Tensor) -> torch.Tensor:
     return memory.as_strided(model.shape, torch.empty_like(model, device="meta").stride())
 
 
-def _can_map(item: Assignment) -> bool:
-    fits = item.entry.dtype is item.dtype and item.entry.shape == _shape(item)
-    return fits and item.device.type == "cpu" and not is_sharded(item.slot.tensor)
-
-
-def extents_of(plan: LoadPlan) -> list[Extent]:
-    """The runs of bytes that a plan takes data from, each once."""
-    return _extents([*(item.entry for item in plan.assignments), *plan.given])
-
-
-def extents_to_check_first(plan: LoadPlan, *, mmap: bool = False) -> list[Extent]:
-    """Those of `extents_of` that must be checked before the load: nothing can be taken back of what is done with them.
-
-    Fresh memory is thrown away if it turns out, as it arrives, that its data is damaged.
-    """
-    late = [
-        item.fresh
-        and not (mmap and _can_map(item))
-        and item.device.type == "cpu"
-        and is_ordinary(item.slot.tensor)
-        and len(item.entry.boxes) == 1
-        and has_checksum(item.entry.boxes[0], item.entry.dtype)
-        for item in plan.assignments
-    ]
-    return _extents([*(item.entry for item, is_late in zip(plan.assignments, late) if not is_late), *plan.given])
-
-
-def _extents(entries: Iterable[TensorEntry]) -> list[Extent]:
-    return list({id(box.extent): box.extent for entry in entries for box in entry.boxes}.values())
-
-
-def compare_ties(plan: LoadPlan, path: str) -> None:
-    """Refuse a file that has different values for names that the model ties together."""
-    problems = []
-    for name, sources in plan.conflicts:
-        first = sources[0][1]
-        if not all(same_data(first, entry) for _, entry in sources[1:]):
-            names = " and ".join(source for source, _ in sources)
-            problems.append(f"{names} differ in the file, but the model ties them ({name})")
-    if problems:
-        raise IncompatibleCheckpointError(
-            f"{path} does not fit this model. Nothing was loaded; the model is unchanged.\n  "
-            + "\n  ".join(problems)
-            + "\n  Untie the parameters first, or drop one copy: smart_load(..., rename=function that gives None)",
-            path=path,
-            problems=problems,
-        )
-
-
-def compare_landed(plan: LoadPlan, path: str, *, mmap: bool = False) -> None:
-    """Read back what was loaded and compare it with the file, tensor by tensor, unless its checksum told already."""
+def compare_landed(plan: LoadPlan, path: str) -> None:
+    """Read back what was loaded and compare it with the file, where its checksum doesn't tell already."""
     from torchload.plan.compare import Pair, compare  # for `verify=True` only
 
     pairs = [
-        Pair(item.name, item.source, item.slot, item.entry) for item in plan.assignments if not _was_summed(item, mmap)
+        Pair(item.name, item.source, item.slot, item.entry) for item in plan.assignments if Check.AFTER in item.check
     ]
     if differing := compare(pairs):
         more = f" (and {len(differing) - 1:,} more)" if len(differing) > 1 else ""
         raise TorchLoadError(
             f"{path} did not arrive as it was read: {differing[0]}{more}. The memory or a bus is at fault.", path=path
         )
-
-
-def _was_summed(item: Assignment, mmap: bool) -> bool:
-    """Whether `carry_out` compared what lies in the model's memory with the file's checksum."""
-    if not is_ordinary(item.slot.tensor) or (mmap and _can_map(item)):
-        return False
-    copies = list(copies_into(item, item.slot.tensor))
-    return len(copies) == 1 and is_summed_in_place(copies[0])

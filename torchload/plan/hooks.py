@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,18 +19,21 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from torchload.core.checkpoint import Box, Copies, Extent, OpaqueTensor, Record, TensorEntry, contiguous_strides
+from torchload.core.checkpoint import Copies, OpaqueTensor, Record, TensorEntry
+from torchload.core.in_memory import entry_of
 from torchload.core.quantized import quantized_tensor
-from torchload.core.source import MemorySource
+from torchload.core.undo import Undo
 from torchload.errors import IncompatibleCheckpointError
 from torchload.match import Selection
 from torchload.model.target import HookedModule, Slot, Target
-from torchload.transfer.memory import memory_at
+from torchload.model.walk import modules_of, paths_of
 
 __all__ = [
-    "Undo",
+    "COMPUTED",
+    "ReadTensor",
+    "attribute_restorer",
+    "call_pre_hooks",
     "filled_by_itself",
-    "in_memory",
     "is_given",
     "load_itself",
     "offered",
@@ -40,31 +43,11 @@ __all__ = [
     "run_post_hooks",
     "run_pre_hooks",
     "set_extra_states",
+    "would_load",
 ]
 
+COMPUTED = "<computed by a hook>"
 ReadTensor = Callable[[TensorEntry], torch.Tensor]
-
-
-@dataclass(slots=True)
-class Undo:
-    """How to take back what was changed, newest first."""
-
-    steps: list[Callable[[], object]] = field(default_factory=list)
-
-    def roll_back(self) -> None:
-        """Take everything back; a step that fails does not keep the others from being taken.
-
-        Raises:
-            BaseException: What the first of those raised that failed.
-        """
-        failures = []
-        while self.steps:
-            try:
-                self.steps.pop()()
-            except BaseException as error:  # noqa: BLE001 - a module's own code, or an interrupt
-                failures.append(error)
-        if failures:
-            raise failures[0]
 
 
 def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Selection:
@@ -81,21 +64,14 @@ def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Sel
     """
     state: dict[str, Any] = {}
     entries: dict[int, str] = {}
-    for name, source in offered(target.pre_hooks, selection).items():
+    for name, source in offered(_early(target), selection).items():
         value = selection.leaves[source]
         if isinstance(value, TensorEntry):
             value = read(value)
             entries[id(value)] = source
         state[name] = value
     before = dict(state)
-    complaints: list[str] = []
-    for hooked in target.pre_hooks:
-        part = {name: state.pop(name) for name in list(state) if name.startswith(hooked.prefix)}
-        metadata = _local_metadata(selection, hooked.prefix)
-        for hook in list(hooked.module._load_state_dict_pre_hooks.values()):
-            hook(part, hooked.prefix, metadata, True, [], [], complaints)
-        state.update(part)
-    if complaints:
+    if complaints := call_pre_hooks(target, state, partial(_local_metadata, selection)):
         raise IncompatibleCheckpointError(
             "A load-state-dict pre-hook of the model refused the checkpoint. Nothing was loaded; the model is "
             "unchanged.\n  " + "\n  ".join(complaints),
@@ -104,6 +80,32 @@ def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Sel
     if state.keys() == before.keys() and all(state[name] is before[name] for name in state):
         return selection
     return _revised(target, selection, before, state, entries)
+
+
+def _early(target: Target) -> list[HookedModule]:
+    """Modules whose pre-hooks are called here: those below a module that loads itself are called by that."""
+    own = tuple(hooked.prefix for hooked in target.overrides)
+    return [hooked for hooked in target.pre_hooks if not (own and hooked.prefix.startswith(own))]
+
+
+def call_pre_hooks(target: Target, state: dict[str, Any], metadata: Callable[[str], dict[str, Any]]) -> list[str]:
+    """Call load-state-dict pre-hooks, parents first, each with what is below its module.
+
+    Args:
+        target: The model.
+        state: Its state dict, under the model's names; rewritten.
+        metadata: What the checkpoint's `_metadata` says of the module at a prefix.
+
+    Returns:
+        What they complain of.
+    """
+    complaints: list[str] = []
+    for hooked in _early(target):
+        part = {name: state.pop(name) for name in list(state) if name.startswith(hooked.prefix)}
+        for hook in list(hooked.module._load_state_dict_pre_hooks.values()):
+            hook(part, hooked.prefix, metadata(hooked.prefix), True, [], [], complaints)
+        state.update(part)
+    return complaints
 
 
 def offered(hooked: list[HookedModule], selection: Selection) -> dict[str, str]:
@@ -133,7 +135,7 @@ def _revised(
         source = entries.get(id(value))
         if source is None:
             source = name if name not in leaves else f"{name} (from a hook)"
-            leaves[source] = in_memory(value) if isinstance(value, torch.Tensor) else value
+            leaves[source] = entry_of(value, COMPUTED) if isinstance(value, torch.Tensor) else value
         if name in known:
             pairs[name] = source
             used.add(source)
@@ -157,24 +159,6 @@ def _revised(
     )
 
 
-class _TensorSource(MemorySource):
-    """The bytes of a tensor that a hook computed, which it keeps alive."""
-
-    __slots__ = ("_tensor",)
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-        super().__init__(memory_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b"", "<computed by a hook>")
-
-
-def in_memory(tensor: torch.Tensor) -> TensorEntry:
-    """An entry over a tensor that was computed: its bytes are its source."""
-    tensor = tensor.detach().to("cpu").contiguous()
-    shape = tuple(tensor.shape)
-    extent = Extent(_TensorSource(tensor), 0, tensor.nbytes)
-    return TensorEntry(tensor.dtype, shape, (Box(extent, 0, shape, contiguous_strides(shape), (0,) * len(shape)),))
-
-
 def _local_metadata(selection: Selection, prefix: str) -> dict[str, Any]:
     """What the checkpoint's `_metadata` says of the module at `prefix` of the model."""
     return dict(_metadata_below(selection, prefix).get("", {}))
@@ -196,15 +180,13 @@ def run_own_loader(
     Raises:
         IncompatibleCheckpointError: The module refused what the checkpoint has for it; `undo` restores it.
     """
-    if not is_given(hooked, selection):
-        return
     undo.steps.append(restorer(hooked.module, slots))
     for slot in slots:
         if slot.tensor.is_meta and slot.shape is not None:
             undo.steps.append(partial(slot.install, slot.tensor.detach()))
             slot.install(torch.zeros(slot.shape, dtype=slot.tensor.dtype))
     try:
-        load_itself(hooked.module, hooked.prefix, slots, selection, read)
+        load_itself(hooked.module, hooked.prefix, selection, read)
     except Exception as error:
         where = f" at {hooked.prefix.rstrip('.')!r}" if hooked.prefix else ""
         raise IncompatibleCheckpointError(
@@ -227,44 +209,52 @@ def filled_by_itself(hooked: HookedModule, slots: Sequence[Slot], selection: Sel
     missing = [name for name in selection.missing if name.startswith(hooked.prefix)]
     if not missing or not is_given(hooked, selection):
         return set()
-    memo = {id(slot.tensor): _without_memory(slot) for slot in slots if slot.shape is not None}
+    lacking = _lacking(hooked, slots, selection, read)
+    return set() if lacking is None else {name for name in missing if name[len(hooked.prefix) :] not in lacking}
+
+
+def would_load(hooked: HookedModule, slots: Sequence[Slot], selection: Selection, read: ReadTensor) -> bool:
+    """Whether a module that loads itself accepts all that it is offered, and lacks nothing."""
+    return _lacking(hooked, slots, selection, read) == []
+
+
+def _lacking(hooked: HookedModule, slots: Sequence[Slot], selection: Selection, read: ReadTensor) -> list[str] | None:
+    """What a copy of a module without memory says that it lacks; ``None`` if it doesn't load."""
+    memo: dict[int, Any] = {}
+    for slot in slots:
+        if slot.shape is not None:
+            memo[id(slot.tensor)] = _without_memory(slot, memo)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, that copying into a meta tensor does nothing
-            twin = copy.deepcopy(hooked.module, memo)
-            lacking = load_itself(twin, hooked.prefix, slots, selection, read)
-    except Exception:  # noqa: BLE001 - whatever the module's own code raises: then it fills nothing
-        return set()
-    return {name for name in missing if name[len(hooked.prefix) :] not in lacking}
+            return load_itself(copy.deepcopy(hooked.module, memo), hooked.prefix, selection, read)
+    except Exception:  # noqa: BLE001 - whatever the module's own code raises
+        return None
 
 
-def _without_memory(slot: Slot) -> torch.Tensor:
+def _without_memory(slot: Slot, memo: dict[int, Any]) -> torch.Tensor:
+    """A stand-in on meta for a slot's tensor, of its class and with its attributes, as a deep copy has them."""
     tensor = torch.empty_like(slot.tensor.detach(), device="meta")
-    return nn.Parameter(tensor, slot.tensor.requires_grad) if slot.is_parameter else tensor
+    if slot.is_parameter:
+        tensor = torch.Tensor._make_subclass(type(slot.tensor), tensor, slot.tensor.requires_grad)
+    tensor.__dict__.update(copy.deepcopy(slot.tensor.__dict__, memo))
+    return tensor
 
 
-def load_itself(
-    module: nn.Module, prefix: str, slots: Sequence[Slot], selection: Selection, read: ReadTensor
-) -> list[str]:
+def load_itself(module: nn.Module, prefix: str, selection: Selection, read: ReadTensor) -> list[str]:
     """Call a module's `load_state_dict` with what the checkpoint has for it.
 
     Args:
         module: The module at `prefix`, or a copy of it.
         prefix: Where it is in the model, with its dot.
-        slots: Its tensors. What is none of them, such as packed weights, it may keep as it gets it.
         selection: Where its values are.
-        read: Gives a tensor over the file's bytes, without reading them.
+        read: Gives an entry's tensor, which the module may keep.
 
     Returns:
         The names, below the prefix, that it reports as missing where the caller accepts that.
     """
-    copied = {name for slot in slots for name in slot.names}
-
-    def own(entry: TensorEntry) -> torch.Tensor:
-        return read(entry).clone()
-
     state_dict: Any = OrderedDict(
-        (name[len(prefix) :], plain(selection.leaves[source], read if name in copied else own))
+        (name[len(prefix) :], plain(selection.leaves[source], read))
         for name, source in offered([HookedModule(prefix, module)], selection).items()
     )
     state_dict._metadata = _metadata_below(selection, prefix)
@@ -280,19 +270,29 @@ def _may_lack(prefix: str, selection: Selection) -> bool:
 def restorer(module: nn.Module, slots: Sequence[Slot]) -> Callable[[], None]:
     """What puts back the values that slots of a module have now, and the attributes of all its parts."""
     saved = [(slot.tensor, slot.tensor.detach().clone()) for slot in slots if not slot.tensor.is_meta]
-    held = [(values, dict(values)) for part in module.modules() for values in _attributes(part)]
+    put_back = attribute_restorer(modules_of(module))
 
     def restore() -> None:
-        for now, before in held:
-            for name in now.keys() - before.keys():
-                del now[name]
-            now.update(before)
+        put_back()
         with torch.no_grad():
             for tensor, values in saved:
                 if tensor.shape == values.shape:
                     tensor.detach().copy_(values)
                 else:
                     tensor.data = values
+
+    return restore
+
+
+def attribute_restorer(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """What puts back the attributes that modules have now."""
+    held = [(values, dict(values)) for module in modules for values in _attributes(module)]
+
+    def restore() -> None:
+        for now, before in held:
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update(before)
 
     return restore
 
@@ -326,11 +326,48 @@ def set_extra_states(target: Target, selection: Selection, read: ReadTensor, und
             ) from error
 
 
-def run_post_hooks(target: Target, missing: list[str], unexpected: list[str]) -> None:
-    """Call load-state-dict post-hooks, children first, with what torch would tell them."""
-    for hooked in target.post_hooks:
+def run_post_hooks(target: Target, missing: Sequence[str], unexpected: Sequence[str]) -> _IncompatibleKeys:
+    """Call load-state-dict post-hooks, children first, with what torch would tell them.
+
+    Each is told what the modules lack that `load_state_dict` would have come to before: those above it, all below it,
+    and those before it. What a hook takes out or adds is seen by those after it.
+
+    Args:
+        target: The model.
+        missing: Its names that nothing filled.
+        unexpected: Names without a place in it, as they would be in it.
+
+    Returns:
+        What the hooks left of both, and what they added.
+    """
+    order = {path: index for index, (path, _) in enumerate(paths_of(target.model))} if target.post_hooks else {}
+    keys = _IncompatibleKeys([], [])
+    waiting = [
+        (kind, [(_module_index(name, order), name) for name in names])
+        for kind, names in ((keys.missing_keys, missing), (keys.unexpected_keys, unexpected))
+    ]
+    ends = {id(hooked): sum(path.startswith(hooked.prefix) for path in order) for hooked in target.post_hooks}
+    spans = [(order[hooked.prefix], order[hooked.prefix] + ends[id(hooked)], hooked) for hooked in target.post_hooks]
+    for _, end, hooked in sorted(spans, key=lambda span: (span[1], -span[0])):
+        for kind, names in waiting:
+            kind += [name for index, name in names if index < end]
+            names[:] = [(index, name) for index, name in names if index >= end]
         for hook in list(hooked.module._load_state_dict_post_hooks.values()):
-            hook(hooked.module, _IncompatibleKeys(missing, unexpected))
+            hook(hooked.module, keys)
+    for kind, names in waiting:
+        kind += [name for _, name in names]
+    return keys
+
+
+def _module_index(name: str, order: Mapping[str, int]) -> int:
+    """When the module that a name belongs to is come to."""
+    path = name
+    while path:
+        path = path[:-1].rpartition(".")[0]
+        path += "." if path else ""
+        if path in order:
+            return order[path]
+    return 0
 
 
 def plain(value: Any, read: ReadTensor) -> Any:
@@ -379,7 +416,7 @@ def _plain(value: Any, read: ReadTensor, known: dict[int, Any], levels: int) -> 
     if isinstance(value, (Record, OpaqueTensor)):
         what = value.name if isinstance(value, Record) else value.reason
         raise ValueError(f"it holds {what}, which torchload does not build because that would run code")
-    return value
+    return value if isinstance(value, (str, bytes, int, float, type(None))) else copy.deepcopy(value)
 
 
 def _metadata_below(selection: Selection, prefix: str) -> dict[str, Any]:

@@ -1,53 +1,58 @@
-"""Pair every tensor of the model with its source, and check everything that can be checked before a byte moves.
+"""Pair every tensor of the model with its source, decide how it gets its bytes, and check all that can be checked.
 
-All problems are collected and raised together; until the plan stands the model is untouched.
+All problems are collected and raised together; until the plan stands the model is untouched. What carries the plan out
+asks it and decides nothing.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from enum import Enum, Flag
+from functools import cached_property
 
 import torch
 
-from torchload.core.checkpoint import Box, OpaqueTensor, Record, Shape, TensorEntry, entries_in
+from torchload.core.checkpoint import Extent, OpaqueTensor, Record, TensorEntry, entries_in
 from torchload.core.copies import Copy
-from torchload.core.text import short_dtype
+from torchload.core.in_memory import TensorSource
 from torchload.match import Selection
-from torchload.model.placement import Placement, check_room
-from torchload.model.shards import Region, held_numel, home_of, is_hollow, is_ordinary, local_region
+from torchload.match.globs import Globs
+from torchload.model.placement import check_room
+from torchload.model.shards import held_numel, home_of, is_hollow, is_ordinary, is_sharded
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
+from torchload.model.unwrapping import bare_names
+from torchload.plan.doubts import Doubts
+from torchload.plan.dtypes import final_dtype, impossible_cast
 from torchload.plan.explain import incompatible
+from torchload.plan.numbers import Verdict, judge_numbers
+from torchload.plan.options import Options
+from torchload.transfer import can_map, has_checksum, is_summed_in_place, same_data, verify_extents
 
-__all__ = ["Assignment", "DtypeSpec", "LoadPlan", "Options", "copies_into", "copies_of", "glob_matcher", "make_plan"]
+__all__ = ["Assignment", "Check", "Conversion", "LoadPlan", "Way", "make_plan"]
 
-DtypeSpec = torch.dtype | Literal["auto"] | None
 _ZERO_AT_FIRST = frozenset({"num_batches_tracked"})  # buffers that begin as zeros, which torch's own upgrade fills in
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the caller asked for, checked and ready for planning.
+class Way(Enum):
+    """How a tensor gets its bytes."""
 
-    Attributes:
-        placement: Where tensors go.
-        dtype: Floating dtype to cast to, ``"auto"`` for the checkpoint's, ``None`` for the model's own.
-        keep_fp32: Globs of names that stay float32.
-        strict: Whether anything missing, mismatched or unexpected is an error.
-        atomic: Whether everything is staged in fresh memory first.
-        path: The checkpoint, for messages.
-    """
+    IN_PLACE = "straight into the memory that it has"
+    FRESH = "into new memory, which it shows once everything has arrived"
+    MAPPED = "it shows a private view of the file"
 
-    placement: Placement
-    dtype: DtypeSpec
-    keep_fp32: tuple[str, ...]
-    strict: bool
-    atomic: bool
-    path: str
+
+class Check(Flag):
+    """When a tensor's data is checked."""
+
+    NONE = 0
+    BEFORE = 1
+    """Before anything is changed: what is done with it can't be taken back, or nothing sums it on its way."""
+    ARRIVAL = 2
+    """As it arrives in memory that nobody sees yet."""
+    AFTER = 4
+    """Where it ended up, against the file: no checksum told of the whole way."""
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +66,8 @@ class Assignment:
         entry: The checkpoint's tensor.
         dtype: Element type that the slot will have.
         device: Device that the slot will be on.
-        fresh: Whether it gets new memory; otherwise data goes straight into the memory it has.
+        way: How it gets its bytes.
+        check: When its data is checked.
     """
 
     slot: Slot
@@ -70,7 +76,8 @@ class Assignment:
     entry: TensorEntry
     dtype: torch.dtype
     device: torch.device
-    fresh: bool
+    way: Way = Way.IN_PLACE
+    check: Check = Check.NONE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,282 +96,313 @@ class LoadPlan:
     Attributes:
         assignments: Slots and their sources.
         conversions: Slots that only move.
-        conflicts: Slots for which the file has several sources; to be compared before anything is written.
-        untouched: Model names that keep the values they have.
         casts: (dtype in the file, dtype in the model) → number of tensors.
         own_loaders: Modules that load themselves, with the slots that this takes care of.
         given: What those modules are given, and what is given as extra state.
+        kept: Names whose numbers the model keeps, since the file's are the same or nothing depends on them.
         notes: Sentences for the report.
+        warnings: What a careful person would want to know before anything is written.
+        keeps_old: Whether old memory is kept until all has succeeded, so that it can be shown again.
+        is_tentative: Whether the model's post-hooks have yet to forgive what is missing or unexpected.
+        mmap: Whether modules that load themselves may keep views of the file.
+        verify: Whether data is checked as it arrives.
     """
 
     assignments: list[Assignment] = field(default_factory=list)
     conversions: list[Conversion] = field(default_factory=list)
-    conflicts: list[tuple[str, list[tuple[str, TensorEntry]]]] = field(default_factory=list)
-    untouched: list[str] = field(default_factory=list)
     casts: Counter[tuple[torch.dtype, torch.dtype]] = field(default_factory=Counter)
     own_loaders: list[tuple[HookedModule, list[Slot]]] = field(default_factory=list)
     given: list[TensorEntry] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    keeps_old: bool = False
+    is_tentative: bool = False
+    mmap: bool = False
+    verify: bool = False
+
+    @property
+    def extents(self) -> list[Extent]:
+        """The runs of bytes that it takes data from, each once."""
+        return _extents([*(item.entry for item in self.assignments), *self.given])
+
+    @property
+    def extents_to_check_first(self) -> list[Extent]:
+        """Those whose data must be sound before anything is changed."""
+        return _extents([*(item.entry for item in self.assignments if Check.BEFORE in item.check), *self.given])
 
 
 def make_plan(target: Target, selection: Selection, options: Options) -> LoadPlan:
-    """Decide what goes where.
+    """Decide what goes where, and how.
 
     Raises:
         IncompatibleCheckpointError: Anything that `strict` does not excuse, all of it at once.
         DeviceError: Too little memory on a device.
+        CorruptCheckpointError: Names that the model ties had to be compared, and their data is damaged.
     """
-    plan = LoadPlan()
-    problems: list[str] = []
-    keep_fp32 = glob_matcher(options.keep_fp32)
-    pairs, mismatched, leaves = selection.pairs, selection.mismatched, selection.leaves
-    plan.own_loaders = own_loaders(target)
-    elsewhere = {id(slot) for _, slots in plan.own_loaders for slot in slots}
-    if plan.own_loaders or target.extra_state:
-        taken = {name for name, slot in target.by_name.items() if id(slot) not in elsewhere}
-        given = {name: leaves[source] for name, source in pairs.items() if name not in taken}
-        claimed = [leaves[source] for source in sorted(selection.claimed)]
+    planner = _Planner(target, selection, options)
+    planner.plan_modules()
+    for slot in target.slots:
+        planner.plan_slot(slot)
+    planner.check()
+    check_room(_fresh_bytes(planner.plan), options.path)
+    return planner.plan
+
+
+class _Planner:
+    """A plan in the making, and what stands against it."""
+
+    def __init__(self, target: Target, selection: Selection, options: Options) -> None:
+        self.target, self.selection, self.options = target, selection, options
+        self.problems: list[str] = []
+        lacks_names = bool(selection.missing or selection.unexpected)
+        tentative = options.strict and lacks_names and bool(target.post_hooks)
+        self.plan = LoadPlan(
+            own_loaders=own_loaders(target),
+            keeps_old=options.atomic or tentative,
+            is_tentative=tentative,
+            mmap=options.mmap,
+            verify=options.verify,
+        )
+        self._keep_fp32 = Globs(options.keep_fp32).of(bare_names(target.model, _all_names(target)))
+        self._by_themselves = {id(slot) for _, slots in self.plan.own_loaders for slot in slots}
+        self._lacking = {*selection.missing, *selection.skipped}
+
+    # --- what modules are given ---
+
+    def plan_modules(self) -> None:
+        """What modules take by themselves: those with a loader of their own, and extra state."""
+        target, selection, plan = self.target, self.selection, self.plan
+        if not (plan.own_loaders or target.extra_state):
+            return
+        taken = {name for name, slot in target.by_name.items() if id(slot) not in self._by_themselves}
+        given = {name: selection.leaves[source] for name, source in selection.pairs.items() if name not in taken}
+        claimed = [selection.leaves[source] for source in sorted(selection.claimed)]
         plan.given = [entry for value in (*given.values(), *claimed) for entry in entries_in(value)]
         for name, value in given.items():
             if isinstance(value, OpaqueTensor) and value.quantized is None:
-                problems.append(f"{name} is {value.reason} in the file, which can't be loaded")
+                self.problems.append(f"{name} is {value.reason} in the file, which can't be loaded")
             elif isinstance(value, Record) and name in target.own_state:
-                problems.append(f"{name} is {value.name} in the file, which would have to be built by running code")
-    for slot in target.slots:
-        if id(slot) in elsewhere:
-            _plan_own(plan, problems, slot, selection, options, keep_fp32)
-            continue
-        sources = [(name, pairs[name]) for name in slot.names if name in pairs and name not in mismatched]
-        if slot.tensor.is_meta and slot.name in selection.transient:  # nobody else could give it a value
-            sources = [(slot.name, selection.transient[slot.name])]
-        device = options.placement.of(slot.name, home_of(slot.tensor))
+                self.problems.append(
+                    f"{name} is {value.name} in the file, which would have to be built by running code"
+                )
+        if self.options.atomic and plan.own_loaders:
+            names = ", ".join(sorted({type(hooked.module).__name__ for hooked, _ in plan.own_loaders}))
+            plan.notes.append(
+                f"modules that load themselves ({names}) were loaded in place, before the rest was exchanged"
+            )
+
+    # --- one tensor of the model ---
+
+    def plan_slot(self, slot: Slot) -> None:
+        """Where a slot gets its values from, or that it keeps those it has."""
+        device = self.options.placement.of(slot.name, home_of(slot.tensor))
+        if id(slot) in self._by_themselves:
+            is_filled = slot.persistent and self._lacking.isdisjoint(slot.names)
+            self._plan_unread(slot, device, is_filled=is_filled)
+            return
+        sources = self._sources(slot)
         if not sources:
-            _plan_unfilled(plan, problems, slot, device, options, keep_fp32)
-            continue
-        name, source = sources[-1]  # as load_state_dict, where the last of several names wins
-        entry = leaves[source]
+            self._plan_unread(slot, device)
+            return
+        name, source = sources[0]
+        entry = self.selection.leaves[source]
         if not isinstance(entry, TensorEntry):
             what = entry.reason if isinstance(entry, OpaqueTensor) else f"a {type(entry).__name__}, not a tensor"
-            problems.append(f"{name} is {what} in the file, which can't be loaded into a dense tensor")
-            continue
-        if is_hollow(slot.tensor):
-            problems.append(
-                f"{name} is a {type(slot.tensor).__name__} without memory that could be written to; load the weights "
-                "before the model is converted to it"
-            )
-            continue
-        if slot.shape is None and entry.is_expanded:
-            problems.append(f"{name} takes its shape from the file, where it has more elements than there is data")
-            continue
-        dtype = _final_dtype(slot, entry, options, keep_fp32)
-        if (reason := _impossible_cast(entry.dtype, dtype)) is not None:
-            problems.append(f"{name}: {reason}")
-            continue
-        if len(sources) > 1:
-            held = {leaf.location: (s, leaf) for _, s in sources if isinstance(leaf := leaves[s], TensorEntry)}
-            if len(held) > 1:
-                plan.conflicts.append((name, list(held.values())))
-        plan.assignments.append(
-            Assignment(slot, name, source, entry, dtype, device, _needs_memory(slot, dtype, device, options))
-        )
+            self.problems.append(f"{name} is {what} in the file, which can't be loaded into a dense tensor")
+            return
+        unfit = self._unfit(name, slot, entry)
+        if unfit is Verdict.KEEP:
+            self.plan.kept.append(name)
+            self._plan_unread(slot, device, is_filled=True)
+            return
+        if isinstance(unfit, str):
+            self.problems.append(f"{name}{unfit}")
+            return
+        dtype = self._dtype(slot, entry)
+        self._compare_ties(name, sources)  # of several, any one will do
+        item = Assignment(slot, name, source, entry, dtype, device)
+        item.way = self._way(item)
+        item.check = _check(item) if self.options.verify else Check.NONE
+        self.plan.assignments.append(item)
         if entry.dtype is not dtype:
-            plan.casts[entry.dtype, dtype] += 1
-    if options.atomic and plan.own_loaders:
-        names = ", ".join(sorted({type(hooked.module).__name__ for hooked, _ in plan.own_loaders}))
-        plan.notes.append(f"modules that load themselves ({names}) were loaded in place, before the rest was exchanged")
-    _check(plan, problems, target, selection, options)
-    check_room(_fresh_bytes(plan), options.path)
-    return plan
+            self.plan.casts[entry.dtype, dtype] += 1
 
+    def _sources(self, slot: Slot) -> list[tuple[str, str]]:
+        """(model name, checkpoint name) of what the file has for a slot, once for each of its names."""
+        selection = self.selection
+        if slot.tensor.is_meta and slot.name in selection.transient:  # nobody else could give it a value
+            return [(slot.name, selection.transient[slot.name])]
+        return [
+            (name, selection.pairs[name])
+            for name in slot.names
+            if name in selection.pairs and name not in selection.mismatched
+        ]
 
-def _plan_own(
-    plan: LoadPlan,
-    problems: list[str],
-    slot: Slot,
-    selection: Selection,
-    options: Options,
-    keep_fp32: re.Pattern[str] | None,
-) -> None:
-    """Where a tensor goes after its module loaded itself."""
-    device = options.placement.of(slot.name, home_of(slot.tensor))
-    lacking = {*selection.missing, *selection.skipped}
-    if not slot.persistent or not lacking.isdisjoint(slot.names):
-        _plan_unfilled(plan, problems, slot, device, options, keep_fp32)
-        return
-    if slot.shape is None:
-        return
-    dtype = slot.tensor.dtype
-    if isinstance(options.dtype, torch.dtype) and dtype.is_floating_point:
-        dtype = torch.float32 if _any_match(keep_fp32, slot.names) else options.dtype
-    if dtype is not slot.tensor.dtype or device != slot.tensor.device:
-        plan.conversions.append(Conversion(slot, dtype, device))
+    def _plan_unread(self, slot: Slot, device: torch.device, *, is_filled: bool = False) -> None:
+        """A slot that nothing is read for here: it may have to move with the rest.
 
+        Args:
+            slot: The slot.
+            device: Where it goes.
+            is_filled: Whether its module fills it.
+        """
+        tensor = slot.tensor
+        if slot.shape is None:
+            return
+        if tensor.is_meta and not is_filled and slot.name.rpartition(".")[2] not in _ZERO_AT_FIRST:
+            what = "isn't in the file" if slot.persistent else "is a non-persistent buffer, which no checkpoint holds"
+            self.problems.append(
+                f"{slot.name} is on the meta device and {what}; it would stay without a value. Build the model so "
+                "that this tensor is real (for buffers: include_buffers=False), or assign it yourself first"
+            )
+            return
+        dtype = final_dtype(tensor.dtype, self.options.dtype, keeps_fp32=self._keeps_fp32(slot))
+        if dtype is not tensor.dtype or device != tensor.device:
+            self.plan.conversions.append(Conversion(slot, dtype, device))
 
-def _plan_unfilled(
-    plan: LoadPlan,
-    problems: list[str],
-    slot: Slot,
-    device: torch.device,
-    options: Options,
-    keep_fp32: re.Pattern[str] | None,
-) -> None:
-    tensor = slot.tensor
-    if slot.shape is None:
-        return
-    if tensor.is_meta and slot.name.rpartition(".")[2] in _ZERO_AT_FIRST:
-        plan.conversions.append(Conversion(slot, tensor.dtype, device))
-        return
-    if tensor.is_meta:
-        what = "isn't in the file" if slot.persistent else "is a non-persistent buffer, which no checkpoint holds"
-        problems.append(
-            f"{slot.name} is on the meta device and {what}; it would stay without a value. Build the model so "
-            "that this tensor is real (for buffers: include_buffers=False), or assign it yourself first"
-        )
-        return
-    if slot.persistent:
-        plan.untouched.append(slot.name)
-    dtype = tensor.dtype
-    if isinstance(options.dtype, torch.dtype) and dtype.is_floating_point:
-        dtype = torch.float32 if _any_match(keep_fp32, slot.names) else options.dtype
-    if dtype is not tensor.dtype or device != tensor.device:
-        plan.conversions.append(Conversion(slot, dtype, device))
+    def _unfit(self, name: str, slot: Slot, entry: TensorEntry) -> Verdict | str:
+        """Why a slot can't take a tensor, as the rest of a sentence that begins with its name; or a verdict."""
+        if is_hollow(slot.tensor):
+            return (
+                f" is a {type(slot.tensor).__name__} without memory that could be written to; load the weights before "
+                "the model is converted to it"
+            )
+        if slot.shape is None and entry.is_expanded:
+            return " takes its shape from the file, where it has more elements than there is data"
+        dtype = self._dtype(slot, entry)
+        if (reason := impossible_cast(entry.dtype, dtype)) is None:
+            return Verdict.LOAD
+        is_number = not (dtype.is_floating_point or entry.dtype.is_complex or dtype.is_complex)
+        return judge_numbers(name, entry, slot.tensor) if is_number else f": {reason}"
 
+    def _dtype(self, slot: Slot, entry: TensorEntry) -> torch.dtype:
+        wish, keeps = self.options.dtype, self._keeps_fp32(slot)
+        return final_dtype(slot.tensor.dtype, wish, stored=entry.dtype, keeps_fp32=keeps)
 
-def _final_dtype(slot: Slot, entry: TensorEntry, options: Options, keep_fp32: re.Pattern[str] | None) -> torch.dtype:
-    now = slot.tensor.dtype
-    if not now.is_floating_point:
-        return now
-    if keep_fp32 is not None and _any_match(keep_fp32, slot.names):
-        return torch.float32
-    if options.dtype == "auto":
-        return entry.dtype if entry.dtype.is_floating_point else now
-    return options.dtype if isinstance(options.dtype, torch.dtype) else now
+    def _keeps_fp32(self, slot: Slot) -> bool:
+        return not self._keep_fp32.isdisjoint(slot.names)
 
+    def _compare_ties(self, name: str, sources: list[tuple[str, str]]) -> None:
+        """Refuse different values for names that the model ties together."""
+        if len(sources) == 1:
+            return
+        leaves = self.selection.leaves
+        held = {leaf.location: (s, leaf) for _, s in sources if isinstance(leaf := leaves[s], TensorEntry)}
+        (first, entry), *others = held.values()
+        if others and self.options.verify:
+            verify_extents(_extents([leaf for _, leaf in held.values()]))
+        if not all(same_data(entry, other) for _, other in others):
+            names = " and ".join((first, *(source for source, _ in others)))
+            self.problems.append(
+                f"{names} differ in the file, but the model ties them ({name}). Untie the parameters first, or drop "
+                "one copy: smart_load(..., rename=function that gives None)"
+            )
 
-def _impossible_cast(source: torch.dtype, target: torch.dtype) -> str | None:
-    """Why a cast would lose what the numbers mean; ``None`` where it is sound."""
-    if source is target or target.is_complex or (target.is_floating_point and not source.is_complex):
-        return None
-    if source.is_complex:
-        return f"{short_dtype(source)} in the file would lose its imaginary part in {short_dtype(target)}"
-    if source.is_floating_point:
-        return f"{short_dtype(source)} in the file would lose its fractions in {short_dtype(target)}"
-    if torch.bool in (source, target):
-        # Masks were uint8 before torch 1.2 had bool.
-        return (
-            None if source.itemsize == target.itemsize else f"{short_dtype(source)} can't become {short_dtype(target)}"
-        )
-    if torch.iinfo(source).min < torch.iinfo(target).min or torch.iinfo(source).max > torch.iinfo(target).max:
-        return f"{short_dtype(source)} in the file does not fit into {short_dtype(target)}"
-    return None
+    # --- how it gets its bytes ---
 
+    def _way(self, item: Assignment) -> Way:
+        slot, tensor = item.slot, item.slot.tensor
+        is_moved = tensor.is_meta or tensor.dtype is not item.dtype or tensor.device != item.device
+        if self.options.mmap and _can_map(item):
+            if not is_moved and slot.is_shared:
+                self.problems.append(
+                    f"{item.name} is in memory that processes share, which mmap=True would replace; load without it"
+                )
+            return Way.MAPPED
+        if self.plan.keeps_old or slot.shape is None or is_moved or self._is_read_from_the_model(item):
+            return Way.FRESH
+        overlaps = torch._debug_has_internal_overlap(tensor) == 1  # one element is several, as in an expanded buffer
+        return Way.FRESH if overlaps else Way.IN_PLACE
 
-def _needs_memory(slot: Slot, dtype: torch.dtype, device: torch.device, options: Options) -> bool:
-    tensor = slot.tensor
-    if options.atomic or slot.shape is None:
-        return True
-    if tensor.is_meta or tensor.dtype is not dtype or tensor.device != device:
-        return True
-    return torch._debug_has_internal_overlap(tensor) == 1  # one element is several, as in an expanded buffer
+    def _is_read_from_the_model(self, item: Assignment) -> bool:
+        """Whether a tensor's source is memory of the model, which may be written to before it is read."""
+        sources = [box.extent.source for box in item.entry.boxes]
+        return any(isinstance(source, TensorSource) and source.address in self._own_memory for source in sources)
 
+    @cached_property
+    def _own_memory(self) -> frozenset[int]:
+        """Where the storages of the model begin."""
+        tensors = [slot.tensor for slot in self.target.slots if is_ordinary(slot.tensor) and not slot.tensor.is_meta]
+        return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
-def _check(plan: LoadPlan, problems: list[str], target: Target, selection: Selection, options: Options) -> None:
-    """Raise what stands against the plan."""
-    if unused := options.placement.unused_prefixes(target.names):
-        problems.append(f"device= names parts that the model does not have: {', '.join(map(repr, unused))}")
-    if selection.alignment.ambiguous:
+    # --- what stands against it ---
+
+    def check(self) -> None:
+        """Raise what stands against the plan."""
+        target, selection, problems = self.target, self.selection, self.problems
+        if unused := self.options.placement.unused_prefixes(target.names):
+            problems.append(_misplaced(unused))
         for name, claims in list(selection.alignment.ambiguous.items())[:5]:
             problems.append(f"{name} could be any of {', '.join(claims[:4])}; use rename= or prefix= to decide")
-    lacking = selection.missing or selection.mismatched or selection.unexpected
-    hopeless = not options.strict and _almost_nothing(plan, target)
-    if hopeless:
-        problems.append(
-            f"only {len(plan.assignments)} of {len(target.by_name)} tensors would be loaded: this is another model"
-        )
-    if problems or hopeless or (options.strict and lacking):
-        raise incompatible(target, selection, problems, options.path)
+        doubts = Doubts(target, selection, self.options)
+        problems += doubts.problems
+        self.plan.warnings += doubts.warnings
+        lacking = selection.missing or selection.mismatched or selection.unexpected
+        if (not self.options.strict or self.plan.is_tentative) and self._almost_nothing():
+            problems.append(
+                f"only {len(self.plan.assignments)} of {len(target.by_name)} tensors would be loaded: this is another "
+                "model"
+            )
+        forgivable = self.plan.is_tentative and not selection.mismatched
+        if problems or (self.options.strict and lacking and not forgivable):
+            raise incompatible(target, selection, problems, self.options.path)
+
+    def _almost_nothing(self) -> bool:
+        """Whether so little fits that calling it a load would mislead: a tenth of the tensors and of the elements."""
+        items, target = self.plan.assignments, self.target
+        if self.plan.own_loaders and self.plan.given:
+            return False  # how much is enough, those modules know
+        if items and self.selection.used_up and not (self.selection.prefix or self.selection.added):
+            return False  # a small file that is used up under its own names: an adapter, a prompt
+        wanted = {id(slot): slot.tensor.numel() for slot in target.by_name.values() if slot.shape is not None}
+        few_tensors = len(items) * 10 < len(wanted)
+        few_elements = sum(item.entry.numel for item in items) * 10 < sum(wanted.values())
+        return bool(target.names) and (not items or (few_tensors and few_elements))
 
 
-def _almost_nothing(plan: LoadPlan, target: Target) -> bool:
-    """Whether so little fits that calling it a load would mislead: under a tenth of the tensors and of the elements."""
-    loaded = sum(assignment.entry.numel for assignment in plan.assignments)
-    wanted = {id(slot): slot.tensor.numel() for slot in target.by_name.values() if slot.shape is not None}
-    few_tensors = len(plan.assignments) * 10 < len(wanted)
-    if plan.own_loaders and plan.given:
-        return False  # how much is enough, those modules know
-    return not plan.assignments or (few_tensors and loaded * 10 < sum(wanted.values()))
+def _all_names(target: Target) -> list[str]:
+    return [name for slot in target.slots for name in slot.names]
+
+
+def _misplaced(unused: Sequence[str]) -> str:
+    """What is wrong with a mapping of devices that names what the model doesn't have."""
+    text = f"device= names parts that the model does not have: {', '.join(map(repr, unused))}"
+    if any(name.partition(":")[0] in _DEVICE_TYPES for name in unused):
+        text += "; it maps from the names of modules to devices, such as {'encoder': 'cuda:0', '': 'cpu'}"
+    return text
+
+
+_DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "meta"})
+
+
+def _can_map(item: Assignment) -> bool:
+    shape = item.slot.shape if item.slot.shape is not None else item.entry.shape
+    fits = item.entry.dtype is item.dtype and item.entry.shape == shape and item.device.type == "cpu"
+    return fits and not is_sharded(item.slot.tensor) and can_map(item.entry)
+
+
+def _check(item: Assignment) -> Check:
+    """When the data of a tensor is checked."""
+    boxes = item.entry.boxes
+    is_plain = len(boxes) == 1 and is_ordinary(item.slot.tensor) and item.device.type == "cpu"
+    is_summed = is_plain and item.way is not Way.MAPPED and has_checksum(boxes[0], item.entry.dtype)
+    check = Check.ARRIVAL if is_summed and item.way is Way.FRESH else Check.BEFORE
+    if is_summed and item.slot.shape == item.entry.shape and not item.slot.is_shared:
+        copy = Copy(item.name, boxes[0], item.entry.dtype, item.slot.tensor)
+        if item.dtype is item.slot.tensor.dtype and is_summed_in_place(copy, item.device):
+            return check
+    return check | Check.AFTER
+
+
+def _extents(entries: Iterable[TensorEntry]) -> list[Extent]:
+    return list({id(box.extent): box.extent for entry in entries for box in entry.boxes}.values())
 
 
 def _fresh_bytes(plan: LoadPlan) -> dict[torch.device, int]:
     need: dict[torch.device, int] = {}
     for item in plan.assignments:
-        if item.fresh:
+        if item.way is Way.FRESH:
             held = held_numel(item.slot.tensor, item.entry.shape)
             need[item.device] = need.get(item.device, 0) + held * item.dtype.itemsize
     return need
-
-
-# --- from assignments to copies ---
-
-
-def copies_into(assignment: Assignment, memory: torch.Tensor) -> Iterator[Copy]:
-    """The copies that fill one slot's memory.
-
-    Args:
-        assignment: What to load.
-        memory: Where to: the model's own tensor, or fresh memory of the same shape.
-    """
-    return copies_of(assignment.name, assignment.entry, memory)
-
-
-def copies_of(name: str, entry: TensorEntry, memory: torch.Tensor) -> Iterator[Copy]:
-    """The copies that fill a tensor: one as a rule, several where the file or the tensor is sharded.
-
-    Args:
-        name: What to call it in messages.
-        entry: What to load.
-        memory: Where to: of the entry's shape, as a whole.
-    """
-    if len(entry.boxes) == 1 and entry.boxes[0].shape == memory.shape and is_ordinary(memory):
-        yield Copy(name, entry.boxes[0], entry.dtype, memory)
-        return
-    local, region = local_region(memory)
-    if region.shape == () and entry.shape == (1,):  # a scalar that was saved as one element
-        local, region = local.view(1), Region((0,), (1,))
-    for box in entry.boxes:
-        if (part := _intersection(box, region, entry.dtype.itemsize)) is not None:
-            piece, where = part
-            view = local
-            for dimension, (start, size) in enumerate(zip(where, piece.shape)):
-                view = view.narrow(dimension, start, size)
-            yield Copy(name, piece, entry.dtype, view)
-
-
-def _intersection(box: Box, region: Region, itemsize: int) -> tuple[Box, Shape] | None:
-    """The part of a box that lies in a region, and where in the region it begins."""
-    begin = tuple(map(max, box.origin, region.origin))
-    end = tuple(min(b + bs, r + rs) for b, bs, r, rs in zip(box.origin, box.shape, region.origin, region.shape))
-    shape = tuple(e - b for b, e in zip(begin, end))
-    if any(size <= 0 for size in shape):
-        return None
-    skipped = sum((b - o) * stride for b, o, stride in zip(begin, box.origin, box.strides))
-    piece = Box(box.extent, box.start + skipped * itemsize, shape, box.strides, begin)
-    return piece, tuple(b - r for b, r in zip(begin, region.origin))
-
-
-# --- globs ---
-
-
-def glob_matcher(patterns: Iterable[str]) -> re.Pattern[str] | None:
-    """One regular expression for several globs over whole names; ``None`` for none.
-
-    Example:
-        >>> bool(glob_matcher(["fc.*", "*.bias"]).match("fc.weight"))
-        True
-    """
-    translated = [fnmatch.translate(pattern) for pattern in patterns]
-    return re.compile("|".join(translated)) if translated else None
-
-
-def _any_match(matcher: re.Pattern[str] | None, names: Sequence[str]) -> bool:
-    return matcher is not None and any(matcher.match(name) for name in names)

@@ -9,6 +9,7 @@ from typing import NoReturn
 from torch import nn
 
 from torchload.core.checkpoint import Shape
+from torchload.core.public import public
 from torchload.core.shown import Shown
 from torchload.core.text import format_bytes, format_seconds, group_names, plural
 
@@ -36,6 +37,7 @@ class FilledInPlace(Shown):
         raise AttributeError(f"a {type(self).__name__} has no {name!r}{hint}", name=name, obj=self)
 
 
+@public
 @dataclass(frozen=True, slots=True, repr=False)
 class LoadReport(FilledInPlace):
     """The account of one load. `str()` gives it in a few lines, notebooks show a table; it holds no tensor data.

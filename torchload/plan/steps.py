@@ -2,61 +2,114 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint
-from torchload.errors import IncompatibleCheckpointError
-from torchload.match import Selection, Wanted, select
+from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError, TorchLoadError
+from torchload.match import Selection, Wanted, find_places, select
+from torchload.match.globs import Globs
+from torchload.match.names import Alignment
+from torchload.match.partial import held_back
 from torchload.match.paths import last
 from torchload.model.target import Target, own_loaders
+from torchload.model.unwrapping import bare_names
 from torchload.plan import hooks
+from torchload.plan.trial import select_through_hooks
 from torchload.transfer import map_entry
 
 __all__ = ["select_for"]
 
 
-def select_for(target: Target, checkpoint: Checkpoint, skipped: Any, strict: bool, **choice: Any) -> Selection:
+def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool, **choice: Any) -> Selection:
     """Choose and match; modules with hooks may accept names that no rule knows, so they get a second look."""
+    wanted = _wanted(target, skip)
+    selection = _chosen(target, checkpoint, wanted, strict, **choice)
+    if not strict:
+        selection = held_back(selection, wanted)
+
+    def attempt(more: Sequence[str], rename: Mapping[str, str] | None) -> bool:
+        """Whether the file would fit with these arguments beside those that the caller gave."""
+        different = {**choice, **({"rename": rename} if rename else {}), "is_trial": True}
+        try:
+            wider = _wanted(target, Globs([*skip.patterns, *more]))
+            return _chosen(target, checkpoint, wider, True, **different).fits
+        except TorchLoadError:
+            return False
+
+    return selection if selection.fits else replace(selection, attempt=attempt)
+
+
+def _wanted(target: Target, skip: Globs) -> Wanted:
     shapes = {name: slot.shape for name, slot in target.by_name.items()}
     shapes.update(target.own_state)
     shapes.update(dict.fromkeys(target.extra_state))
-    ties = {name: slot.name for slot in target.slots if len(slot.names) > 1 for name in slot.names}
-    skips = frozenset(name for name in shapes if skipped.match(name)) if skipped else frozenset()
-    buffers = frozenset(name for name, slot in target.by_name.items() if not slot.is_parameter)
-    transient = {slot.name: slot.shape for slot in target.slots if not slot.persistent}
-    wanted = Wanted(
+    return Wanted(
         shapes,
-        ties,
-        skips,
-        buffers=buffers,
+        ties={name: slot.name for slot in target.slots if len(slot.names) > 1 for name in slot.names},
+        skipped=skip.of(bare_names(target.model, shapes)) if skip.patterns else frozenset(),
+        buffers=frozenset(name for name, slot in target.by_name.items() if not slot.is_parameter),
         whole=frozenset(map(last, target.own_state)),
-        transient=transient,
-        skip_pattern=skipped,
+        transient={slot.name: slot.shape for slot in target.slots if not slot.persistent},
+        skip=skip,
     )
+
+
+def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool, **choice: Any) -> Selection:
+    """What is chosen, after every hook had its say."""
+    if not wanted.shapes:
+        return _nothing_wanted(checkpoint, choice["key"], wanted)
     choice.update(path=checkpoint.path, size_bytes=checkpoint.size_bytes, read=map_entry)
     hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
     if not hooked:
         return select(checkpoint.root, wanted, strict=strict, **choice)
-    try:
+    selection: Selection | None = None
+    with contextlib.suppress(IncompatibleCheckpointError, AmbiguousCheckpointError):
         selection = select(checkpoint.root, wanted, strict=strict, **choice)
-        second = not selection.fits
-    except IncompatibleCheckpointError:
-        second = True
-    if second:
+    is_open = selection is None or not selection.fits
+    if is_open and choice["prefix"] is None:
+        found = select_through_hooks(target, checkpoint, wanted, choice["key"], choice["rename"], map_entry)
+        if found is not None:
+            return _left_to_own_loaders(target, found)
+    if selection is None or not selection.fits:
         # A module that loads itself may take another shape (observers of quantization do), but not of packed weights.
         own = tuple(item.prefix for item in target.overrides)
         free = {name for name in target.by_name if own and name.startswith(own)}
         theirs = replace(
             wanted,
-            shapes={name: None if name in free else shape for name, shape in shapes.items()},
-            optional=frozenset(name for name in shapes if name.startswith(hooked)),
+            shapes={name: None if name in free else shape for name, shape in wanted.shapes.items()},
+            optional=frozenset(name for name in wanted.shapes if name.startswith(hooked)),
         )
         selection = select(checkpoint.root, theirs, strict=strict, **choice)
     selection = hooks.run_pre_hooks(target, selection, map_entry)
     missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
     ignored = list(dict.fromkeys([*selection.ignored, *harmless]))
     return _left_to_own_loaders(target, replace(selection, missing=missing, ignored=ignored))
+
+
+def _nothing_wanted(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selection:
+    """For a model without any state, what the file has is unexpected, and nothing is what it should have."""
+    places = find_places(checkpoint.root, key, Allowance(checkpoint.path, checkpoint.size_bytes))
+    leaves = places[0].leaves if places else {}
+    skipped = [name for name in leaves if wanted.skips(name)]
+    return Selection(
+        key=places[0].path if places else "",
+        prefix="",
+        segments=(),
+        container=places[0].container if places else {},
+        leaves=leaves,
+        pairs={},
+        missing=[],
+        mismatched={},
+        unexpected=[name for name in leaves if not wanted.skips(name)],
+        outside=[],
+        ignored=[],
+        alignment=Alignment(),
+        skipped=skipped,
+    )
 
 
 def _left_to_own_loaders(target: Target, selection: Selection) -> Selection:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchload.core.checkpoint import TensorEntry
+from torchload.core.in_memory import entry_of
 from torchload.match import Selection
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
 from torchload.plan import hooks
@@ -48,7 +49,7 @@ def load_twins(target: Target, selection: Selection) -> Twins:
         found.sources += given.values()
         try:
             twin = copy.deepcopy(hooked.module)
-            hooks.load_itself(twin, hooked.prefix, slots, selection, map_entry)
+            hooks.load_itself(twin, hooked.prefix, selection, map_entry)
         except (MemoryError, OSError):
             raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - whatever the module's own code raises
@@ -61,7 +62,7 @@ def load_twins(target: Target, selection: Selection) -> Twins:
             source = selection.pairs.get(name, name)
             slot = target.by_name.get(name)
             if slot is not None and _is_alike(theirs, slot):
-                found.entries[name] = hooks.in_memory(theirs)
+                found.entries[name] = entry_of(theirs, "<a copy of the module>")
             elif (difference := compare_values(name, source, theirs, ours)) is not None:
                 found.differing.append(difference)
     return found

@@ -10,22 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchload.core.checkpoint import TensorEntry
+from torchload.core.optimizers import FLAT_GROUPS, FLAT_STATE
 from torchload.core.text import group_names
 from torchload.match.names import align, tree_of
 
-__all__ = ["grouped", "is_flat"]
-
-_STATE, _GROUPS = "state.", "param_groups."
-
-
-def is_flat(value: Any) -> bool:
-    """Whether a value is such a mapping."""
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(name, str) and name.startswith((_STATE, _GROUPS)) for name in value)
-        and any(name.startswith(_GROUPS) for name in value)
-    )
+__all__ = ["grouped"]
 
 
 def grouped(flat: Mapping[str, Any], ours: Sequence[Sequence[str]], problems: list[str]) -> dict[str, Any]:
@@ -44,7 +33,7 @@ def grouped(flat: Mapping[str, Any], ours: Sequence[Sequence[str]], problems: li
         >>> grouped(flat, [["fc.bias"]], [])
         {'state': {'fc.bias': {'step': 3}}, 'param_groups': [{'lr': 0.1, 'params': ['fc.bias']}]}
     """
-    state, settings = _split(flat, _STATE), _split(flat, _GROUPS)
+    state, settings = _split(flat, FLAT_STATE), _split(flat, FLAT_GROUPS)
     flat_names = [name for group in ours for name in group]
     pairs = align(tree_of(settings), tree_of(flat_names)).pairs
     if missing := [name for name in flat_names if name not in pairs]:

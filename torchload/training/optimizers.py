@@ -10,12 +10,13 @@ import torch
 
 from torchload.core.checkpoint import Extent, OpaqueTensor, Record, TensorEntry, entries_in
 from torchload.core.copies import Copy
+from torchload.core.optimizers import is_flat_optimizer_state
 from torchload.core.text import group_names, plural
 from torchload.match.names import align, tree_of
 from torchload.model.shards import is_sharded
 from torchload.plan.hooks import plain
-from torchload.plan.plan import copies_of
-from torchload.training.flat_optimizer import grouped, is_flat
+from torchload.plan.pairing import copies_of
+from torchload.training.flat_optimizer import grouped
 from torchload.training.optimizer_form import malformed
 from torchload.transfer import allocate, map_entry, run
 
@@ -76,7 +77,7 @@ def plan_optimizer(
     if problem := malformed(state):
         plan.problems.append(f"this is no optimizer's state: {problem}")
         return plan
-    if is_flat(state):
+    if is_flat_optimizer_state(state):
         state = grouped(state, [[names.get(id(parameter), "") for parameter in group] for group in ours], plan.problems)
         if plan.problems:
             return plan

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torchload.core.public import public
 from torchload.plan.report import FilledInPlace, LoadReport
 
 __all__ = ["ResumeReport"]
 
 
+@public
 @dataclass(frozen=True, slots=True, repr=False)
 class ResumeReport(FilledInPlace):
     """The account of a resumption. `str()` gives it in a few lines; it holds no tensor data.

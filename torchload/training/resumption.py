@@ -13,6 +13,7 @@ from torch import nn
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.ranks import Ranks
 from torchload.core.text import plural
+from torchload.core.undo import Undo
 from torchload.errors import IncompatibleCheckpointError
 from torchload.formats.sets.deepspeed import MASTER_KEY
 from torchload.match import Selection
@@ -24,15 +25,18 @@ from torchload.model.target import Target, describe_model
 from torchload.model.unwrapping import module_within
 from torchload.plan import hooks
 from torchload.plan.account import notes_of, report_of
-from torchload.plan.execute import Moved, carry_out, compare_ties, extents_of
-from torchload.plan.plan import DtypeSpec, LoadPlan, Options, make_plan
+from torchload.plan.dtypes import DtypeSpec
+from torchload.plan.execute import Moved, carry_out
+from torchload.plan.options import Options
+from torchload.plan.plan import LoadPlan, make_plan
+from torchload.plan.quantized import elsewhere_says
 from torchload.plan.steps import select_for
 from torchload.training.optimizers import OptimizerPlan, Place, extents_in, plan_optimizer, read_states
-from torchload.training.pairing import NotPairedError, as_list, pairs_of
 from torchload.training.random_states import RandomState, plan_random_states
 from torchload.training.report import ResumeReport
 from torchload.training.restoring import RefusedError, like, receive, replace_attributes, restorer, taking_back
 from torchload.training.run_folder import lies_beside
+from torchload.training.several import NotPairedError, as_list, pairs_of
 from torchload.training.state import Found, average_of, find_training_state, plain_values, weights_of
 from torchload.transfer import map_entry, verify_extents
 
@@ -138,10 +142,20 @@ class Resumption:
         target = describe_model(model)
         # Fresh memory, so that a failure anywhere leaves everything as it was; parts of tensors stay where they are.
         atomic = not any(is_sharded(slot.tensor) for slot in target.slots)
-        options = Options(self.placement, self.dtype, (), self.strict, atomic, self.checkpoint.path)
+        options = Options(
+            self.placement,
+            self.dtype,
+            (),
+            self.strict,
+            atomic,
+            self.checkpoint.path,
+            skip=skip,
+            rename=choice["rename"],
+            size_bytes=self.checkpoint.size_bytes,
+            elsewhere=partial(elsewhere_says, self.checkpoint),
+        )
         selection = select_for(target, replace(self.checkpoint, root=root), skip, self.strict, **choice)
         plan = make_plan(target, selection, options)
-        compare_ties(plan, self.checkpoint.path)
         return _Load(target, selection, plan, options)
 
     def plan_rest(self, optimizers: Any, schedulers: Any, scaler: Any) -> None:
@@ -257,9 +271,14 @@ class Resumption:
                 problems=self.problems,
             )
 
+    def warnings(self) -> Iterator[str]:
+        """What a careful person would want to know before anything is restored."""
+        for load in self.loads:
+            yield from load.plan.warnings
+
     def verify(self) -> None:
         """Compare the data of weights and optimizer states with the checksums that the file records."""
-        extents = [extent for load in self.loads for extent in extents_of(load.plan)]
+        extents = [extent for load in self.loads for extent in load.plan.extents]
         verify_extents([*extents, *extents_in(self.optimizers)])
 
     # --- carrying out ---
@@ -267,12 +286,12 @@ class Resumption:
     def carry_out(self) -> None:
         """Restore everything; take it all back if anything fails."""
         states = read_states(self.optimizers, dict(self._places()))
-        undo = hooks.Undo()
+        undo = Undo()
         try:
             for load in self.loads:
                 started = time.perf_counter()
                 undo.steps.append(restorer(load.target, load.plan))
-                load.moved = carry_out(load.plan, load.target, load.selection, None, mmap=False)
+                load.moved = carry_out(load.plan, load.target, load.selection)
                 load.seconds = time.perf_counter() - started
             for plan, state in zip(self.optimizers, states):
                 undo.steps.append(partial(replace_attributes, plan.optimizer, dict(plan.optimizer.__dict__)))
@@ -289,7 +308,8 @@ class Resumption:
                 undo.steps.append(partial(random_state.set, random_state.get()))
                 random_state.set(random_state.state)
         except BaseException as error:
-            undo.roll_back()
+            if failures := undo.roll_back():
+                raise failures[0] from error
             if isinstance(error, RefusedError):
                 raise IncompatibleCheckpointError(
                     f"{self.checkpoint.path} can't be resumed from: {error}. Nothing was restored; everything is as it "

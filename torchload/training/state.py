@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchload.core.checkpoint import Container, OpaqueTensor, Record, TensorEntry, record_fields
+from torchload.core.optimizers import is_optimizer_state
 from torchload.match.tables import SWAPPED, Standing, container_standing, words_of
-from torchload.training.flat_optimizer import is_flat
 
 __all__ = [
     "COMPANIONS",
@@ -154,21 +154,12 @@ def find_training_state(root: Any) -> TrainingState:
         for what in ("epoch", "step")
     )
     return TrainingState(
-        optimizers=next(filter(None, (_states(found, is_optimizer) for found in _at("optimizer", root))), []),
+        optimizers=next(filter(None, (_states(found, is_optimizer_state) for found in _at("optimizer", root))), []),
         schedulers=next(filter(None, (_states(found, _is_scheduler) for found in _at("scheduler", root))), []),
         scaler=scalers[0] if scalers else None,
         epoch=epoch,
         step=step,
     )
-
-
-def is_optimizer(value: Any) -> bool:
-    """Whether it is what `torch.optim.Optimizer.state_dict` returns, or the same in one flat mapping."""
-    if not isinstance(value, Mapping) or is_flat(value):
-        return isinstance(value, Mapping)
-    groups = value.get("param_groups")
-    # Folders of torch.distributed.checkpoint lack what is empty: the state of plain SGD.
-    return groups is not None and ("state" in value or (isinstance(groups, list) and len(value) == 1))
 
 
 def _is_scheduler(value: Any) -> bool:

@@ -27,9 +27,14 @@ def has_checksum(box: Box, dtype: torch.dtype) -> bool:
     return box.is_contiguous
 
 
-def is_summed_in_place(copy: Copy) -> bool:
-    """Whether `Arrivals` sums what lies in the target's own memory."""
-    return copy.target.is_cpu and is_plain(copy) and has_checksum(copy.box, copy.dtype)
+def is_summed_in_place(copy: Copy, device: torch.device) -> bool:
+    """Whether `Arrivals` sums what lies in a target's own memory.
+
+    Args:
+        copy: The copy, to the target or to a tensor of its form.
+        device: Where the target is.
+    """
+    return device.type == "cpu" and is_plain(copy) and has_checksum(copy.box, copy.dtype)
 
 
 class Arrivals:

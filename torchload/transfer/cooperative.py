@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Replicas", "read_together", "shares"]
 
-_EXCHANGED_BYTES = 128 << 20
+_EXCHANGED_BYTES = 64 << 20
 """All ranks together send so much at a time: each holds this much of scratch memory, and a rank's part of it."""
 _SMALL_BYTES = 64 << 10
 """Less than this isn't cut."""
@@ -78,10 +78,9 @@ class Replicas:
 
     def send_from(self, kinds: set[str]) -> None:
         """Choose where data is sent from, knowing on which kinds of devices it is on any rank."""
-        supported = [device.type for device in self._ranks.group._device_types]
-        kind = next(iter(kinds)) if len(kinds) == 1 else "cpu"
-        if kind not in supported:
-            kind = "cpu" if "cpu" in supported else supported[0]
+        group = self._ranks.group
+        supported = [device.type for device in group._device_types]
+        kind = _kind_to_send_from(kinds, supported, torch.distributed.get_backend(group))
         module: Any = getattr(torch, kind, None)
         index = module.current_device() if kind != "cpu" and hasattr(module, "current_device") else None
         self.device = torch.device(kind) if index is None else torch.device(kind, index)
@@ -99,6 +98,20 @@ class Replicas:
         if error is not None and not self._is_over:
             with contextlib.suppress(BaseException):  # it is on its way already
                 self.meet(error=error)
+
+
+def _kind_to_send_from(kinds: set[str], supported: Sequence[str], backend: str) -> str:
+    """Where data is sent from: where it is, if the group can send from there without help of the host.
+
+    Example:
+        >>> _kind_to_send_from({"cuda"}, ["cuda"], "nccl"), _kind_to_send_from({"cuda"}, ["cpu", "cuda"], "gloo")
+        ('cuda', 'cpu')
+        >>> _kind_to_send_from({"cuda", "cpu"}, ["cpu", "cuda"], "cpu:gloo,cuda:nccl")
+        'cpu'
+    """
+    if len(kinds) == 1 and kinds <= set(supported) and backend != "gloo":
+        return next(iter(kinds))
+    return "cpu" if "cpu" in supported else supported[0]
 
 
 def _check(group: Any) -> None:
@@ -133,13 +146,14 @@ def read_together(
     with torch.inference_mode():
         parts = shares(copies, replicas.count)
     own = parts[replicas.rank]
-    read_bytes = run(own, notes=notes)
+    total = sum(map(_file_bytes, copies))
+    read_bytes = run(own, progress=_within(progress, 0, total), notes=notes)
     written = own
     try:
         replicas.meet()
         written = list(copies)
         with torch.inference_mode():
-            failure = _exchange(replicas, parts, progress)
+            failure = _exchange(replicas, parts, _within(progress, sum(map(_file_bytes, own)), total))
         replicas.meet(error=failure)
     except BaseException as error:
         error.written = tuple(dict.fromkeys(copy.name for copy in written))  # type: ignore[attr-defined]
@@ -171,20 +185,31 @@ def shares(copies: Sequence[Copy], count: int) -> list[list[Copy]]:
     return hands + [[] for _ in range(count - len(hands))]
 
 
+def _within(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress of a part, as that of the whole."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
+
+
 def _exchange(replicas: Replicas, parts: Sequence[Sequence[Copy]], progress: Progress | None) -> Exception | None:
     """Send this rank's part, and receive the others', a bounded amount at a time.
+
+    Args:
+        replicas: The ranks.
+        parts: What each of them has read.
+        progress: Receives how many bytes have come from others, in the file's dtypes.
 
     Returns:
         What went wrong here, if anything did: the others, who can't know, are kept company to the end.
     """
-    limit = max(_EXCHANGED_BYTES // replicas.count, _SMALL_BYTES)
+    largest = max(sum(map(_sent_bytes, part)) for part in parts)
+    limit = min(largest, max(_EXCHANGED_BYTES // replicas.count, _SMALL_BYTES))
     batches = [_deal(part, _sent_bytes, limit) for part in parts]
-    total = sum(_file_bytes(copy) for part in parts for copy in part)
     done = 0
     failure: Exception | None = None
     width = limit + _SMALL_BYTES
-    mine = torch.empty(width, dtype=torch.uint8, device=replicas.device)
-    room = torch.empty(width * replicas.count, dtype=torch.uint8, device=replicas.device)
+    with torch.inference_mode(False):  # gloo's threads, before torch 2.5, may not write to inference tensors
+        mine = torch.empty(width, dtype=torch.uint8, device=replicas.device)
+        room = torch.empty(width * replicas.count, dtype=torch.uint8, device=replicas.device)
     for batch in zip_longest(*batches, fillvalue=()):
         used = max(sum(map(_sent_bytes, part)) for part in batch)
         everyones = list(room[: used * replicas.count].view(replicas.count, used).unbind())
@@ -198,9 +223,9 @@ def _exchange(replicas: Replicas, parts: Sequence[Sequence[Copy]], progress: Pro
             for rank, (part, received) in enumerate(zip(batch, everyones, strict=True)):
                 for copy, place in _places(part, received) if rank != replicas.rank else ():
                     _bits(copy.target).copy_(place)
-            done += sum(_file_bytes(copy) for part in batch for copy in part)
+                    done += _file_bytes(copy)
             if progress is not None:
-                progress(done, total)
+                progress(done, done)
         except Exception as error:  # noqa: BLE001 - returned
             failure = failure or error
     return failure

@@ -390,7 +390,7 @@ def _unpin(memory: torch.Tensor) -> None:
 def cuda_ring(device: torch.device, jobs: Sequence[Job], threads: int) -> Ring:
     """A ring for the jobs of one device, to be made where its targets were, in that thread and on that stream."""
     count = min(max(MAX_LANES, threads + 1), len(jobs))
-    nbytes = max(LANE_BYTES, max(job.nbytes for job in jobs) + ALIGNMENT_BYTES)
+    nbytes = max(LANE_BYTES, max(job.nbytes for job in jobs) + 2 * ALIGNMENT_BYTES)
     nbytes = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     stages = any(not _goes_straight(piece) for job in jobs for piece in job.pieces)
     # On the caller's stream: given back to it once everything has arrived, and to be had by whoever comes next.
@@ -399,7 +399,7 @@ def cuda_ring(device: torch.device, jobs: Sequence[Job], threads: int) -> Ring:
 
 
 class Staging:
-    """Memory on the device where a job's bytes lie as they do in its lane, seen in any dtype."""
+    """Memory on the device where a job's bytes lie nearly as they do in its lane, seen in any dtype."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
@@ -423,6 +423,8 @@ def send_pieces(loads: Iterable[Load]) -> list[Suspicion]:
     together: dict[tuple[torch.dtype, torch.dtype, bool], _Group] = {}
     for job, lane, start in loads:
         shift = start - job.offset
+        # In staging memory elements of the first piece are aligned, as those of the others are in nearly all files.
+        lead = -(job.pieces[0].offset + shift) % job.pieces[0].copy.dtype.itemsize
         for straight, group in itertools.groupby(job.pieces, _goes_straight):
             pieces = list(group)
             if straight:
@@ -431,9 +433,9 @@ def send_pieces(loads: Iterable[Load]) -> list[Suspicion]:
                     _bytes_of(piece).copy_(lane.memory[first : first + piece.nbytes], non_blocking=True)
                 continue
             first, end = pieces[0].offset + shift, max(piece.offset + piece.nbytes for piece in pieces) + shift
-            lane.staging.memory[first:end].copy_(lane.memory[first:end], non_blocking=True)
+            lane.staging.memory[first + lead : end + lead].copy_(lane.memory[first:end], non_blocking=True)
             for piece in pieces:
-                target, value = _sides(piece, piece.offset + shift, lane.staging)
+                target, value = _sides(piece, piece.offset + shift + lead, lane.staging)
                 kind = (value.dtype, target.dtype, target.is_neg() or target.is_conj())
                 members = together.get(kind)
                 if members is None:

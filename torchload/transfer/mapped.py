@@ -19,7 +19,7 @@ from torchload.transfer.engine import check_unchanged, run
 from torchload.transfer.memory import address_of, advise
 from torchload.transfer.pieces import needs_swap
 
-__all__ = ["map_entries", "map_entry", "read_entries"]
+__all__ = ["can_map", "map_entries", "map_entry", "read_entries"]
 
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 _CPU = torch.device("cpu")
@@ -61,6 +61,15 @@ def map_entries(entries: Sequence[TensorEntry], *, populate: bool = True) -> lis
     return [tensor for tensor in tensors if tensor is not None]
 
 
+def can_map(entry: TensorEntry) -> bool:
+    """Whether an entry's data lies in a file as it would in memory."""
+    if len(entry.boxes) != 1 or 0 in entry.shape or not hasattr(mmap, "MAP_PRIVATE"):
+        return False
+    extent = entry.boxes[0].extent
+    is_aligned = (extent.source.base + _first_byte(entry)) % entry.dtype.itemsize == 0
+    return extent.source.fd is not None and is_aligned and not needs_swap(extent, entry.dtype)
+
+
 def read_entries(entries: Sequence[TensorEntry]) -> list[torch.Tensor]:
     """Entries as contiguous tensors in fresh memory on the CPU; raises like `run`."""
     tensors = allocate([(entry.shape, entry.dtype) for entry in entries], _CPU)
@@ -85,13 +94,8 @@ def _mappable(entries: Sequence[TensorEntry]) -> dict[Source, list[int]]:
     """Indices of the entries that can be mapped, by source, in the order of the file and without overlap."""
     found: dict[Source, list[int]] = {}
     for index, entry in enumerate(entries):
-        if len(entry.boxes) != 1 or 0 in entry.shape:
-            continue
-        box = entry.boxes[0]
-        source = box.extent.source
-        aligned = (source.base + _first_byte(entry)) % entry.dtype.itemsize == 0
-        if source.fd is not None and aligned and not needs_swap(box.extent, entry.dtype):
-            found.setdefault(source, []).append(index)
+        if can_map(entry):
+            found.setdefault(entry.boxes[0].extent.source, []).append(index)
     for source, indices in found.items():
         indices.sort(key=lambda index: _first_byte(entries[index]))
         apart: list[int] = []
@@ -108,7 +112,7 @@ def _map(
     source: Source, members: Sequence[tuple[int, TensorEntry]], populate: bool
 ) -> Iterable[tuple[int, torch.Tensor]]:
     """Views of one mapping that spans all members, with their indices; nothing if the system refuses."""
-    if source.fd is None or not hasattr(mmap, "MAP_PRIVATE"):
+    if source.fd is None:
         return
     first = source.base + _first_byte(members[0][1])
     last = source.base + max(_last_byte(entry) for _, entry in members)

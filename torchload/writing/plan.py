@@ -16,9 +16,10 @@ from torchload.core.checkpoint import contiguous_strides
 from torchload.core.ranks import Ranks
 from torchload.core.sharing import Layout, shared_runs
 from torchload.core.text import group_names, short_dtype
+from torchload.match.globs import Globs
 from torchload.model.shards import is_hollow, is_sharded
 from torchload.model.unwrapping import State
-from torchload.plan.plan import glob_matcher
+from torchload.plan.dtypes import final_dtype
 from torchload.writing.blocks import Block, Content, StoredTensor
 from torchload.writing.formats import FileFormat
 from torchload.writing.plain import PlainCopy
@@ -33,15 +34,12 @@ class Casting:
 
     def __init__(self, dtype: torch.dtype | None, keep_fp32: tuple[str, ...]) -> None:
         self._dtype = dtype
-        self._keep_fp32 = glob_matcher(keep_fp32)
+        self._keep_fp32 = Globs(keep_fp32)
 
     def of(self, names: Sequence[str], now: torch.dtype) -> torch.dtype:
         """The dtype in the file of a tensor that has these names and this dtype."""
-        if not now.is_floating_point:
-            return now
-        if self._keep_fp32 is not None and any(self._keep_fp32.match(name) for name in names):
-            return torch.float32
-        return self._dtype or now
+        keeps = any(map(self._keep_fp32.match, names))
+        return final_dtype(now, self._dtype, keeps_fp32=keeps)
 
 
 class _Gathering:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torchload.core.public import public
 from torchload.core.shown import Shown
 from torchload.core.text import format_bytes, format_seconds, plural
 
 __all__ = ["SaveReport"]
 
 
+@public
 @dataclass(frozen=True, slots=True, repr=False)
 class SaveReport(Shown):
     """The account of one save. `str()` gives it in a line or two.

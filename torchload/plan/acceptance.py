@@ -1,0 +1,64 @@
+"""Whether what was loaded is accepted: compared with the file, and by the model's own post-hooks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torchload.core.text import group_names
+from torchload.errors import IncompatibleCheckpointError
+from torchload.match import Selection
+from torchload.model.target import Target
+from torchload.plan import hooks
+from torchload.plan.execute import compare_landed
+from torchload.plan.explain import incompatible
+from torchload.plan.options import Options
+from torchload.plan.plan import LoadPlan
+from torchload.transfer import Replicas
+
+__all__ = ["Acceptance"]
+
+
+class Acceptance:
+    """Asked once the model shows what was loaded; until then it may be taken back.
+
+    Attributes:
+        selection: What was loaded, as the hooks see it.
+    """
+
+    def __init__(
+        self, target: Target, selection: Selection, plan: LoadPlan, options: Options, replicas: Replicas
+    ) -> None:
+        self.selection = selection
+        self._target, self._plan, self._options, self._replicas = target, plan, options, replicas
+
+    def ask(self) -> None:
+        """Compare, call the hooks, and hear that no other rank has failed.
+
+        Raises:
+            TorchLoadError: Something did not arrive as it was read.
+            IncompatibleCheckpointError: Under `strict` the hooks leave names that are missing or unexpected.
+        """
+        if self._options.verify:
+            compare_landed(self._plan, self._options.path)
+        if self._target.post_hooks:
+            self._ask_hooks()
+        self._replicas.meet(last=True)
+
+    def _ask_hooks(self) -> None:
+        selection = self.selection
+        spelled = {selection.alignment.leftover.get(name, name): name for name in selection.unexpected}
+        keys = hooks.run_post_hooks(self._target, selection.missing, list(spelled))
+        unexpected = [spelled.get(name, name) for name in keys.unexpected_keys]
+        self.selection = replace(selection, missing=list(keys.missing_keys), unexpected=unexpected)
+        if not (self._options.strict and (keys.missing_keys or unexpected)):
+            return
+        if self._plan.keeps_old:
+            raise incompatible(self._target, self.selection, [], self._options.path)
+        names = ", ".join(group_names([*keys.missing_keys, *unexpected])[:8])
+        raise IncompatibleCheckpointError(
+            f"{self._options.path} was loaded, but a load-state-dict post-hook of the model calls names missing or "
+            f"unexpected: {names}. With atomic=True the model would be as it was.",
+            path=self._options.path,
+            missing_keys=keys.missing_keys,
+            unexpected_keys=unexpected,
+        )

@@ -1,0 +1,103 @@
+"""What a plan has to ask or to tell beyond names, shapes and dtypes: problems that refuse it, warnings that don't."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torchload.core.budget import Allowance
+from torchload.core.checkpoint import TensorEntry
+from torchload.core.text import group_names, plural
+from torchload.match import Selection
+from torchload.match.partial import transposed
+from torchload.model.target import Target
+from torchload.model.unwrapping import bare_names
+from torchload.plan.constants import differing_constants
+from torchload.plan.options import Options
+from torchload.plan.promises import unkept_globs, unkept_rules
+from torchload.plan.quantized import is_float8, quantized_problem
+
+__all__ = ["Doubts"]
+
+_LISTED = 8
+
+
+class Doubts:
+    """Everything of the kind about one selection.
+
+    Attributes:
+        problems: What refuses the load, one sentence each.
+        warnings: What a careful person would want to know of it.
+    """
+
+    def __init__(self, target: Target, selection: Selection, options: Options) -> None:
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self._target, self._selection, self._options = target, selection, options
+        self._look_at_patterns()
+        self._look_at_quantized()
+        if not options.strict:
+            self._look_at_parts()
+        allowance = Allowance(options.path, options.size_bytes)
+        self.warnings += differing_constants(target, selection, allowance)
+
+    def _look_at_patterns(self) -> None:
+        options, selection = self._options, self._selection
+        if not (options.skip.patterns or options.keep_fp32 or options.rename):
+            return
+        ours = [*bare_names(self._target.model, self._target.names).items()]
+        model_names = [name for pair in ours for name in pair]
+        original = [selection.original.get(name, name) for name in selection.leaves]
+        spelled = [*selection.leaves, *original, *selection.alignment.leftover.values()]
+        found = [
+            unkept_globs("skip", options.skip.patterns, [*model_names, *spelled]),
+            unkept_globs("keep_fp32", options.keep_fp32, model_names),
+            unkept_rules(options.rename, original),
+        ]
+        for problem, warnings in found:
+            self.problems += [problem] if problem else []
+            self.warnings += warnings
+
+    def _look_at_quantized(self) -> None:
+        selection = self._selection
+        plain = [
+            source
+            for name, source in selection.pairs.items()
+            if isinstance(leaf := selection.leaves[source], TensorEntry)
+            and is_float8(leaf.dtype)
+            and (slot := self._target.by_name.get(name)) is not None
+            and not is_float8(slot.tensor.dtype)
+        ]
+        look = self._options.elsewhere
+        elsewhere = look(selection) if plain and look is not None else None
+        if (problem := quantized_problem(self._target, selection, elsewhere)) is not None:
+            self.problems.append(problem)
+        elif plain and self._options.dtype != "auto":
+            self.warnings.append(
+                f"{plural(len(plain), 'tensor')} of the file {'is' if len(plain) == 1 else 'are'} 8-bit floats, and no "
+                f"scale for them was found: cast as they are ({_listed(plain)})"
+            )
+
+    def _look_at_parts(self) -> None:
+        """What `strict=False` leaves as it is, and what it doesn't excuse."""
+        selection = self._selection
+        if turned := transposed(selection):
+            self.problems.append(
+                f"{_listed(turned)}: the file has the matrix the other way round. Square ones beside it would be "
+                "loaded transposed; transpose them all first"
+            )
+        if parts := list(_left_as_it_is(selection)):
+            self.warnings.append(f"{self._options.path} was loaded in part (strict=False). {'; '.join(parts)}")
+        if selection.averaged:
+            self.warnings.append(f"took averaged weights, {selection.path!r}; key= chooses others")
+
+
+def _left_as_it_is(selection: Selection) -> Iterator[str]:
+    if kept := [*selection.missing, *selection.mismatched]:
+        yield f"{plural(len(kept), 'tensor')} of the model kept initial values: {_listed(kept)}"
+    if unused := selection.unexpected:
+        yield f"{plural(len(unused), 'tensor')} of the file went unused: {_listed(unused)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    groups = group_names(names)
+    return ", ".join(groups[:_LISTED]) + (f" and {len(groups) - _LISTED} more" if len(groups) > _LISTED else "")

@@ -1,0 +1,50 @@
+"""What the caller asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torchload.match import Selection
+from torchload.match.globs import Globs
+from torchload.match.rename import Rename
+from torchload.model.placement import Placement
+from torchload.plan.dtypes import DtypeSpec
+
+__all__ = ["Options"]
+
+
+_NO_GLOBS = Globs()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the caller asked for, checked and ready for planning.
+
+    Attributes:
+        placement: Where tensors go.
+        dtype: Floating dtype to cast to, ``"auto"`` for the checkpoint's, ``None`` for the model's own.
+        keep_fp32: Globs of names that stay float32.
+        strict: Whether anything missing, mismatched or unexpected is an error.
+        atomic: Whether everything is staged in fresh memory first.
+        path: The checkpoint, for messages.
+        mmap: Whether tensors on the CPU may become private views of the file.
+        verify: Whether data is compared with what the file records, and with what landed.
+        skip: Globs of names that are left alone.
+        rename: What was done to the file's names.
+        size_bytes: Length of the checkpoint's files, which bounds what of their data is looked at.
+        elsewhere: Where beside some weights something says that they are quantized.
+    """
+
+    placement: Placement
+    dtype: DtypeSpec
+    keep_fp32: tuple[str, ...]
+    strict: bool
+    atomic: bool
+    path: str
+    mmap: bool = False
+    verify: bool = False
+    skip: Globs = _NO_GLOBS
+    rename: Rename | None = None
+    size_bytes: int = 0
+    elsewhere: Callable[[Selection], str | None] | None = None

@@ -1,0 +1,140 @@
+"""Weights that a file keeps as integers or 8-bit floats, of which only a scale makes numbers: said, never guessed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchload.core.checkpoint import Checkpoint, TensorEntry
+from torchload.core.text import plural, short_dtype
+from torchload.match import Selection, as_mapping
+from torchload.match.paths import joined, last
+from torchload.model.target import Target
+
+__all__ = ["elsewhere_says", "is_float8", "is_scale", "quantized_problem"]
+
+# Last segments of what stands beside quantized weights → (what the file is, what reads it).
+_SCALES: dict[str, tuple[str, str]] = {
+    "weight_scale": ("8-bit weights with scales", "vLLM, or transformers with compressed-tensors"),
+    "weight_scale_inv": ("8-bit floats with a scale for each block, as DeepSeek's", "transformers, or vLLM"),
+    "scale_inv": ("8-bit floats with scales", "transformer_engine"),
+    "scale_weight": ("8-bit floats with scales, as ComfyUI's", "ComfyUI"),
+    "SCB": ("bitsandbytes' 8-bit integers", "transformers with bitsandbytes"),
+    "weight_format": ("bitsandbytes' 8-bit integers", "transformers with bitsandbytes"),
+    "absmax": ("bitsandbytes' 4-bit weights", "transformers with bitsandbytes"),
+    "quant_map": ("bitsandbytes' 4-bit weights", "transformers with bitsandbytes"),
+    "nested_absmax": ("bitsandbytes' 4-bit weights", "transformers with bitsandbytes"),
+    "bitsandbytes__nf4": ("bitsandbytes' 4-bit weights", "transformers with bitsandbytes"),
+    "bitsandbytes__fp4": ("bitsandbytes' 4-bit weights", "transformers with bitsandbytes"),
+    "quant_state": ("bitsandbytes' 4-bit weights", "transformers with bitsandbytes"),
+    "qweight": ("GPTQ's or AWQ's packed integers", "transformers with gptqmodel or autoawq, or vLLM"),
+    "qzeros": ("GPTQ's or AWQ's packed integers", "transformers with gptqmodel or autoawq, or vLLM"),
+    "weight_packed": ("packed integers", "vLLM, or transformers with compressed-tensors"),
+    "_packed_params": ("torch.ao's quantized modules", "the model, converted as it was when it was saved"),
+    "zero_point": ("integers with a scale and a zero point", "the model, converted as it was when it was saved"),
+    "weight_zero_point": ("integers with scales and zero points", "vLLM, or transformers with compressed-tensors"),
+}
+_MAYBE = frozenset({"scale", "scales", "scaling_factor"})  # scales where the weight is quantized, else anything
+_FLOAT8 = frozenset(
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+    if hasattr(torch, name)
+)
+_CONFIG_BYTES = 4 << 20
+
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Whether it is one of the 8-bit floats."""
+    return dtype in _FLOAT8
+
+
+def is_scale(name: str) -> bool:
+    """Whether a name is that of a scale, or of what else only quantized weights have beside them.
+
+    Example:
+        >>> is_scale("fc.weight_scale"), is_scale("fc.weight")
+        (True, False)
+    """
+    return last(name) in _SCALES or last(name) in _MAYBE
+
+
+def quantized_problem(target: Target, selection: Selection, elsewhere: str | None) -> str | None:
+    """What stands against loading quantized weights as if they were numbers; ``None`` if there are none.
+
+    Args:
+        target: The model.
+        selection: What was chosen for it.
+        elsewhere: Where else the file or its folder says that it is quantized (see `elsewhere_says`).
+    """
+    found: dict[str, str] = {}
+    packed = [name for name in selection.unexpected if last(name) in _PACKED]
+    for name, source in selection.pairs.items():
+        slot, leaf = target.by_name.get(name), selection.leaves[source]
+        if slot is None or not isinstance(leaf, TensorEntry) or not slot.tensor.dtype.is_floating_point:
+            continue
+        is_integer = slot.is_parameter and not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
+        if not is_integer and not (is_float8(leaf.dtype) and not is_float8(slot.tensor.dtype)):
+            continue
+        if _beside(name, target.names):
+            continue  # the model has scales of its own
+        scale = _beside(source, selection.leaves)
+        if is_integer or scale or elsewhere:
+            found[source] = scale or ""
+    if not found and not packed:
+        return None
+    scale = next(filter(None, found.values()), packed[0] if packed else "")
+    what, reader = _SCALES.get(last(scale), ("quantized weights", "what wrote it"))
+    told = f" (beside {scale!r})" if scale else f" ({elsewhere})" if elsewhere else ""
+    first = next(iter(found), packed[0] if packed else "")
+    dtype = getattr(selection.leaves[first], "dtype", None)
+    kept = f", such as {first!r} ({short_dtype(dtype)})" if dtype is not None else ""
+    return (
+        f"the file holds {what}{told}: {plural(len(found) or len(packed), 'tensor')}{kept}. Without their scales they "
+        f"are other numbers; dequantize them first ({reader} reads them)"
+    )
+
+
+_PACKED = frozenset({"qweight", "absmax", "quant_map", "weight_packed", "_packed_params", "SCB"})
+
+
+def _beside(name: str, names: Iterable[str]) -> str | None:
+    """A scale that stands beside a weight: in its module, or below its own name."""
+    module = name.rpartition(".")[0]
+    known = names if isinstance(names, (Mapping, set)) else set(names)
+    for scale in (*_SCALES, *_MAYBE):
+        for candidate in (joined(module, scale), f"{name}.{scale}", f"{name}_{scale}"):
+            if candidate in known:
+                return candidate
+    return None
+
+
+def elsewhere_says(checkpoint: Checkpoint, selection: Selection) -> str | None:
+    """Where beside the chosen weights something says that they are quantized: a phrase, or ``None``."""
+    for name, text in checkpoint.metadata.items():
+        if "quant" in name.lower() or "quantization" in str(text)[:_CONFIG_BYTES].lower():
+            return f"the header's {name!r} says so"
+    top = as_mapping(checkpoint.root) or {}
+    for name, value in top.items():
+        is_other = str(name) != (selection.segments[0] if selection.segments else "")
+        if is_other and as_mapping(value) and any(word in str(name).lower() for word in ("scale", "quant")):
+            return f"{str(name)!r} stands beside the weights"
+    return _config_says(checkpoint.path)
+
+
+def _config_says(path: Any) -> str | None:
+    """Whether the ``config.json`` beside a file, or in a folder, has settings of a quantization."""
+    try:
+        place = Path(os.fspath(path))
+        config = (place if place.is_dir() else place.parent) / "config.json"
+        if not config.is_file() or config.stat().st_size > _CONFIG_BYTES:
+            return None
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    has = isinstance(settings, dict) and (settings.get("quantization_config") or settings.get("compression_config"))
+    return f"{config.name} has a quantization_config" if has else None
