@@ -203,6 +203,14 @@ class OpaqueTensor:
     parts: tuple[tuple[Shape, TensorEntry], ...] = ()
     quantized: Quantized | None = None
 
+    @property
+    def is_uninitialized(self) -> bool:
+        """Whether it is a lazy module's tensor before its first forward pass, which has neither shape nor values."""
+        return self.reason in _UNINITIALIZED
+
+
+_UNINITIALIZED = frozenset({"an uninitialized parameter", "an uninitialized buffer"})
+
 
 @public
 @dataclass(slots=True, eq=False)

@@ -207,6 +207,9 @@ class _Planner:
             return
         name, source = sources[0]
         entry = self.selection.leaves[source]
+        if slot.shape is None and isinstance(entry, OpaqueTensor) and entry.is_uninitialized:
+            self.plan.kept.append(name)  # as in torch, a lazy tensor stays lazy
+            return
         if not isinstance(entry, TensorEntry):
             what = entry.reason if isinstance(entry, OpaqueTensor) else f"a {type(entry).__name__}, not a tensor"
             self.problems.append(f"{name} is {what} in the file, which can't be loaded into a dense tensor")
@@ -358,7 +361,7 @@ class _Planner:
         wanted = {id(slot): slot.tensor.numel() for slot in target.by_name.values() if slot.shape is not None}
         few_tensors = len(items) * 10 < len(wanted)
         few_elements = sum(item.entry.numel for item in items) * 10 < sum(wanted.values())
-        return bool(target.names) and (not items or (few_tensors and few_elements))
+        return bool(target.names) and ((not items and not self.plan.kept) or (few_tensors and few_elements))
 
 
 def _all_names(target: Target) -> list[str]:
