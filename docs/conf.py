@@ -73,7 +73,9 @@ INVENTORY = HERE / "_build" / "torch.inv"
 
 def write_inventory() -> None:
     """The names above, in the form in which Sphinx reads the names of other projects."""
-    lines = [f"{name} py:{kind} 1 {page}#$ -" for name, (kind, page) in TORCH.items()]
+    lines = [f"{name} py:{kind} 1 {page}#{name} -" for name, (kind, page) in TORCH.items()]
+    # As our annotations spell it.
+    lines += [line.removeprefix("torch.") for line in lines if line.startswith("torch.nn.Module ")]
     head = "# Sphinx inventory version 2\n# Project: PyTorch\n# Version: \n# The rest is compressed with zlib.\n"
     INVENTORY.parent.mkdir(exist_ok=True)
     INVENTORY.write_bytes(head.encode() + zlib.compress("\n".join([*lines, ""]).encode()))

@@ -460,3 +460,33 @@ def test_a_model_without_state_loads_from_an_empty_state_dict(tmp_path: Path) ->
         smart_load(nn.Softmax(), {"weight": torch.ones(2)})
     with pytest.raises(errors.IncompatibleCheckpointError, match="no tensors"):
         smart_load(nn.Linear(2, 2), {})
+
+
+@pytest.mark.parametrize("options", [{}, {"atomic": True}, {"strict": False}, {"mmap": True}, {"dtype": torch.float64}])
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_modules_in_file_and_model(tmp_path: Path, options: dict[str, Any], in_memory: bool) -> None:
+    def lazy() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.Linear(3, 2))
+
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+    def load(source: nn.Module, model: nn.Module) -> None:
+        torch.save(source.state_dict(), tmp_path / "x.pth")
+        smart_load(model, source.state_dict() if in_memory else tmp_path / "x.pth", **options)
+
+    trained, model = randomise(plain(), 1), lazy()
+    load(trained, model)
+    for (name, ours), theirs in zip(model.state_dict().items(), trained.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype)), name
+    source, model = lazy(), lazy()
+    load(source, model)
+    assert model[0].has_uninitialized_params()  # type: ignore[index]
+    assert model[1].has_uninitialized_params()  # type: ignore[index]
+    assert torch.equal(model[2].weight, source[2].weight.to(model[2].weight.dtype))  # type: ignore[index]
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(errors.IncompatibleCheckpointError, match="0.weight is an uninitialized parameter"):
+        load(lazy(), model)
+    assert_equal_bits(snapshot(model), before)

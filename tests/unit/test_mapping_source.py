@@ -108,7 +108,7 @@ def test_a_models_own_tensors_under_exchanged_names() -> None:
     [
         (torch.zeros(2, 2, device="meta"), "meta device"),
         (torch.eye(2).to_sparse(), "sparse"),
-        (nn.UninitializedParameter(), "lazy"),
+        (nn.UninitializedParameter(), "uninitialized"),
     ],
 )
 def test_tensors_without_values_are_refused_by_name(tensor, reason) -> None:

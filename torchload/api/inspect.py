@@ -178,8 +178,8 @@ def inspect_checkpoint(path: CheckpointLike) -> CheckpointInfo:
     No tensor data is read, however large the file, and nothing that it names is imported or called.
 
     Args:
-        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
-            object.
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, a binary file
+            object, or a mapping that is in memory already: a state dict, or a checkpoint's dictionary around one.
 
     Returns:
         What is in it; print it.

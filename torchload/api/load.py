@@ -24,6 +24,7 @@ from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
+from torchload.plan.acceptance import Acceptance
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.agreement import agree_on
 from torchload.plan.arguments import check_arguments, check_choice, with_hints
@@ -34,7 +35,6 @@ from torchload.plan.plan import make_plan
 from torchload.plan.quantized import elsewhere_says
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
-from torchload.plan.verdict import Verdict
 from torchload.transfer import Replicas, read_together, verify_extents
 
 __all__ = ["smart_load"]
@@ -73,17 +73,18 @@ def smart_load(
     Args:
         model: The model to fill: plain, wrapped, on any device, wholly or partly on the meta device. Its parameters
             stay the same objects, so optimizers, hooks and ties survive.
-        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, or a binary file
-            object.
+        path: A checkpoint file, a folder that holds one, the index of a sharded one, a list of shards, a binary file
+            object, or a mapping that is in memory already: a state dict, or a checkpoint's dictionary around one.
         device: ``None`` keeps each tensor on its parameter's device (meta goes to the CPU); a device, string or index
             moves the model; ``"auto"`` takes the device with the most free memory; a mapping ``{module-prefix:
             device}`` places parts. Where the checkpoint was saved never matters.
         dtype: ``None`` keeps each parameter's dtype and casts the checkpoint to it; a floating dtype casts floating
             parameters and buffers; ``"auto"`` takes the checkpoint's. Integer and bool tensors never change.
         keep_fp32: Globs of names that stay float32, such as ``["*.norm*"]``.
-        strict: Whether every tensor of the model must be filled and every checkpoint tensor in the model's own modules
-            used. ``False`` loads what fits and warns of what keeps its initial values.
-        key: Which container of the file to use, such as ``"ema"`` or ``"state.model"``. Found by itself as a rule.
+        strict: Whether every tensor of the model must be filled, and every name of the part of the file that was taken
+            used. ``False`` loads what fits, layer by layer, and warns of what keeps its initial values.
+        key: Which container of the file to use, such as ``"ema"`` or ``"state.model"``, as reports print it. Found by
+            itself as a rule; where several fit and hold different values, an error lists them.
         prefix: Which sub-tree of names to use, such as ``"backbone."``. Found by itself as a rule.
         rename: A mapping of regular expression → replacement, or a callable that returns the new name (``None`` drops
             it).
@@ -159,20 +160,20 @@ def smart_load(
             if verify:
                 verify_extents(plan.extents_to_check_first)
             agree_on(plan, replicas, checkpoint.path)
-            verdict = Verdict(target, selection, plan, options, replicas)
+            acceptance = Acceptance(target, selection, plan, options, replicas)
             moved = carry_out(
                 plan,
                 target,
                 selection,
                 progress=progress_reporter(progress, checkpoint.path),
                 guard=None if isinstance(atomic, bool) else atomic,
-                finish=verdict.ask,
+                finish=acceptance.ask,
                 move=partial(read_together, replicas),
                 changes=changes,
             )
-            notes = tuple(notes_of(checkpoint, verdict.selection, plan, verify))
+            notes = tuple(notes_of(checkpoint, acceptance.selection, plan, verify))
             seconds = time.perf_counter() - started
-            report = report_of(target, checkpoint, verdict.selection, plan, moved, notes, seconds)
+            report = report_of(target, checkpoint, acceptance.selection, plan, moved, notes, seconds)
         with contextlib.suppress(Exception):  # a filter or handler of the caller's
             _log.info("%s", report)
         return report

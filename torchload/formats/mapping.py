@@ -102,7 +102,8 @@ class _Tree:
     def _leaf(self, tensor: torch.Tensor) -> TensorEntry | OpaqueTensor:
         shape = tuple(tensor.shape) if not nn.parameter.is_lazy(tensor) else None
         if shape is None:
-            return OpaqueTensor("a lazy parameter without a shape")
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            return OpaqueTensor(f"an uninitialized {kind}")
         if tensor.is_quantized:
             return self._quantized(tensor)
         if hasattr(tensor, "placements"):

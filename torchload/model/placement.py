@@ -37,12 +37,6 @@ class Placement:
         elif spec is not None:
             self._everywhere = resolve_device(spec)
 
-    @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """Every device that was asked for."""
-        wanted = [*self._by_prefix.values(), *([self._everywhere] if self._everywhere else [])]
-        return tuple(dict.fromkeys(wanted))
-
     def unused_prefixes(self, names: Any) -> list[str]:
         """Prefixes of the mapping under which the model has nothing: a typing error, most likely."""
         return [

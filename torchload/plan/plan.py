@@ -205,8 +205,11 @@ class _Planner:
         if not sources:
             self._plan_unread(slot, device)
             return
-        name, source = sources[-1]  # as load_state_dict, where the last of several names wins
+        name, source = sources[0]
         entry = self.selection.leaves[source]
+        if slot.shape is None and isinstance(entry, OpaqueTensor) and entry.is_uninitialized:
+            self.plan.kept.append(name)  # as in torch, a lazy tensor stays lazy
+            return
         if not isinstance(entry, TensorEntry):
             what = entry.reason if isinstance(entry, OpaqueTensor) else f"a {type(entry).__name__}, not a tensor"
             self.problems.append(f"{name} is {what} in the file, which can't be loaded into a dense tensor")
@@ -220,7 +223,7 @@ class _Planner:
             self.problems.append(f"{name}{unfit}")
             return
         dtype = self._dtype(slot, entry)
-        self._compare_ties(name, sources)
+        self._compare_ties(name, sources)  # of several, any one will do
         item = Assignment(slot, name, source, entry, dtype, device)
         item.way = self._way(item)
         item.check = _check(item) if self.options.verify else Check.NONE
@@ -358,7 +361,7 @@ class _Planner:
         wanted = {id(slot): slot.tensor.numel() for slot in target.by_name.values() if slot.shape is not None}
         few_tensors = len(items) * 10 < len(wanted)
         few_elements = sum(item.entry.numel for item in items) * 10 < sum(wanted.values())
-        return bool(target.names) and (not items or (few_tensors and few_elements))
+        return bool(target.names) and ((not items and not self.plan.kept) or (few_tensors and few_elements))
 
 
 def _all_names(target: Target) -> list[str]:

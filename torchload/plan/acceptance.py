@@ -15,10 +15,10 @@ from torchload.plan.options import Options
 from torchload.plan.plan import LoadPlan
 from torchload.transfer import Replicas
 
-__all__ = ["Verdict"]
+__all__ = ["Acceptance"]
 
 
-class Verdict:
+class Acceptance:
     """Asked once the model shows what was loaded; until then it may be taken back.
 
     Attributes:
