@@ -355,6 +355,29 @@ def test_latent_diffusions_average_has_no_dots(save):
     assert_loads(Diffusion(), save({"state_dict": {**state, **copies, **counters}}), state)
 
 
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("beside", ["target", "teacher", "module", "model", "b"])
+def test_another_set_below_a_prefix_is_never_taken_before_the_models_own_names(save, beside, nested):
+    own, other = changed(Net(), 1), changed(Net(), 2)
+    path = save({**own, **({beside: other} if nested else below(beside, other))})
+    _, proposals = assert_refused(Net, path)
+    assert proposals == [{"skip": [f"{beside}.*"]}]
+    assert_loads(Net(), path, own, **proposals[0])
+    assert_loads(Net(), path, other, key=beside)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_ema": False}, {"model_ema": False, "model_ema_decay": 0.9998}, {"ema_decay": None}]
+)
+def test_a_teacher_is_no_average_because_a_setting_that_is_off_speaks_of_averages(save, settings):
+    student, teacher = changed(Net(), 1), changed(Net(), 2)
+    assert_refused(
+        Net, save({"student": student, "teacher": teacher, "args": settings}), errors.AmbiguousCheckpointError
+    )
+    on = {name: 0.99 for name in settings}
+    assert_loads(Net(), save({"student": student, "teacher": teacher, "args": on}), teacher)
+
+
 def test_names_that_are_the_models_to_the_letter_come_first(save):
     make = lambda: nn.ModuleDict({"net": Net()})  # noqa: E731
     state = changed(make(), 1)

@@ -65,9 +65,17 @@ class Search:
         """
         views = _model_views(self.wanted, parts)
         is_bare = self.wanted.is_bare
+        own: dict[tuple[str, ...], Selection] = {}
         for place in self.places:
-            if len(place.leaves) >= least:
-                yield from self._in(place, views, least, is_bare=is_bare)
+            if len(place.leaves) >= least and not _is_left_over(place, own):
+                for candidate in self._in(place, views, least, is_bare=is_bare):
+                    if self._is_own(candidate):
+                        own[place.segments] = candidate
+                    yield candidate
+
+    def _is_own(self, candidate: Selection) -> bool:
+        """Whether a container holds the model under its own names, to the letter: then no prefix in it is the model."""
+        return self.prefix is None and candidate.is_exact and candidate.fills
 
     def _in(self, place: Place, views: list[_View], least: int, *, is_bare: bool) -> Iterator[Selection]:
         """The candidates in one container."""
@@ -101,11 +109,23 @@ class Search:
                     self.allowance.spend(len(spelled), sum(map(len, spelled)) + _BYTES_PER_LEAF * len(leaves))
                     candidate = judge(below, node, alignment, view.added)
                     yield candidate
+                    if self._is_own(candidate) and not candidate.fits:
+                        return
                     if candidate.fits:
                         spare -= len(candidate.pairs)
                         break
             if spare < least:
                 break
+
+
+def _is_left_over(place: Place, own: Mapping[tuple[str, ...], Selection]) -> bool:
+    """Whether a container is what one around it has beside the model's own names, unexpected or left out on purpose."""
+    for count in range(len(place.segments) if own else 0):
+        if (around := own.get(place.segments[:count])) is not None:
+            path, skipped = ".".join(place.segments[count:]), set(around.skipped)
+            if not around.fits or all(f"{path}.{name}" in skipped for name in place.leaves):
+                return True
+    return False
 
 
 def _nodes(tree: Node, least: int, own_places: frozenset[str]) -> Iterator[tuple[str, Node]]:

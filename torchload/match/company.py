@@ -175,7 +175,7 @@ def _is_self_distilled(candidate: Candidate, others: Sequence[Candidate], root: 
     student = next((other for other in others if _swapped_name(candidate) == _without_wrappers(other)), None)
     if student is None:
         return False
-    if any(_is_mark(name) for name in _names_at_the_top(root)):
+    if _has_mark(root):
         return True
     return all(
         _has_projection_head(_all_below(side, role)) for side, role in ((candidate, "teacher"), (student, "student"))
@@ -190,12 +190,16 @@ def _without_wrappers(candidate: Candidate) -> tuple[str, ...]:
     return tuple(name for name in candidate.segments if name not in WRAPPERS)
 
 
-def _names_at_the_top(root: Any) -> Iterable[str]:
-    """The names of a file's top level, and of the settings that stand there."""
-    for name, value in (as_mapping(root) or {}).items():
-        yield str(name)
-        if str(name) in _SETTINGS:
-            yield from map(str, as_mapping(value) or {})
+def _has_mark(root: Any) -> bool:
+    """Whether something at a file's top level, or a setting that is on, says that a teacher is an average."""
+    top = as_mapping(root) or {}
+    if any(_is_mark(str(name)) for name in top):
+        return True
+    for settings in (as_mapping(value) or {} for name, value in top.items() if str(name) in _SETTINGS):
+        marks = [value for name, value in settings.items() if _is_mark(str(name))]
+        if any(marks) and not any(value is False for value in marks):  # `model_ema=False` beside `model_ema_decay`
+            return True
+    return False
 
 
 _SETTINGS = frozenset({"args", "cfg", "config", "hyper_parameters", "hparams", "opt", "options"})
