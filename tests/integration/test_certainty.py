@@ -374,7 +374,7 @@ def test_a_teacher_is_no_average_because_a_setting_that_is_off_speaks_of_average
     assert_refused(
         Net, save({"student": student, "teacher": teacher, "args": settings}), errors.AmbiguousCheckpointError
     )
-    on = {name: 0.99 for name in settings}
+    on = dict.fromkeys(settings, 0.99)
     assert_loads(Net(), save({"student": student, "teacher": teacher, "args": on}), teacher)
 
 
@@ -556,6 +556,28 @@ def test_a_rename_is_proposed_only_where_it_loads(save, case):
     saved, model, has_rename = SHUFFLED[case]
     _, proposals = assert_refused(model, save(saved().state_dict()))
     assert any("rename" in proposal for proposal in proposals) == has_rename
+
+
+def test_what_has_not_one_name_in_common_is_explained_as_well(save):
+    make = lambda of: nn.ModuleDict({f"{of}{number}": Net() for number in range(12)})  # noqa: E731
+    state = changed(make("block"), 1)
+    error, proposals = assert_refused(lambda: make("stage"), save({"model": state, "epoch": 1}))
+    assert "not one name in common" in str(error)
+    assert proposals == [{"rename": {r"^block(\d+)\.": r"stage\1."}}]
+
+    fused = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(4, 12)})})
+    split = nn.ModuleDict({"attn": nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q", "k", "v")})})
+    error, _ = assert_refused(lambda: split, save(fused.state_dict()))
+    assert "fused" in str(error)
+
+
+def test_packed_weights_are_quantized_though_no_name_is_the_models(save):
+    packed = {"_packed_params._packed_params.0": torch.ones(2, 2, dtype=torch.int8), "scale": torch.ones(())}
+    error, proposals = assert_refused(
+        lambda: nn.ModuleDict({"fc": nn.Linear(2, 2)}), save({**below("fc", packed), "fc.zero_point": torch.zeros(())})
+    )
+    assert "torch.ao's quantized modules" in str(error)
+    assert not proposals
 
 
 def test_kinds_of_the_same_weights_are_named(save):

@@ -32,7 +32,8 @@ def incompatible(
     unexpected = [selection.original.get(name, name) for name in selection.unexpected]
     advice = Advice(target, selection)
     near = _near(target, selection, advice.renamed) if selection.missing else {}
-    lines = [f"{path} does not fit this {model}{where}. Nothing was loaded; the model is unchanged."]
+    what = "does not fit" if selection.pairs or not target.names else "has not one name in common with"
+    lines = [f"{path} {what} this {model}{where}. Nothing was loaded; the model is unchanged."]
     if selection.mismatched:
         lines.append(f"  {plural(len(selection.mismatched), 'tensor')} {_have(selection.mismatched)} another shape")
         lines += _shapes(selection.mismatched)

@@ -35,8 +35,8 @@ _SCALES: dict[str, tuple[str, str]] = {
     "qweight": ("GPTQ's or AWQ's packed integers", "transformers with gptqmodel or autoawq, or vLLM"),
     "qzeros": ("GPTQ's or AWQ's packed integers", "transformers with gptqmodel or autoawq, or vLLM"),
     "weight_packed": ("packed integers", "vLLM, or transformers with compressed-tensors"),
-    "_packed_params": ("torch.ao's quantized modules", "the model, converted as it was when it was saved"),
-    "zero_point": ("integers with a scale and a zero point", "the model, converted as it was when it was saved"),
+    "_packed_params": ("torch.ao's quantized modules", "a model converted as it was when saved"),
+    "zero_point": ("integers with a scale and a zero point", "a model converted as it was when saved"),
     "weight_zero_point": ("integers with scales and zero points", "vLLM, or transformers with compressed-tensors"),
 }
 _MAYBE = frozenset({"scale", "scales", "scaling_factor"})  # scales where the weight is quantized, else anything
@@ -72,7 +72,7 @@ def quantized_problem(target: Target, selection: Selection, elsewhere: str | Non
         elsewhere: Where else the file or its folder says that it is quantized (see `elsewhere_says`).
     """
     found: dict[str, str] = {}
-    packed = [name for name in selection.unexpected if last(name) in _PACKED]
+    packed = [name for name in selection.unexpected if not _PACKED.isdisjoint(name.split("."))]
     for name, source in selection.pairs.items():
         slot, leaf = target.by_name.get(name), selection.leaves[source]
         if slot is None or not isinstance(leaf, TensorEntry) or not slot.tensor.dtype.is_floating_point:
@@ -88,7 +88,8 @@ def quantized_problem(target: Target, selection: Selection, elsewhere: str | Non
     if not found and not packed:
         return None
     scale = next(filter(None, found.values()), packed[0] if packed else "")
-    what, reader = _SCALES.get(last(scale), ("quantized weights", "what wrote it"))
+    known = next((segment for segment in reversed(scale.split(".")) if segment in _SCALES), "")
+    what, reader = _SCALES.get(known, ("quantized weights", "what wrote it"))
     told = f" (beside {scale!r})" if scale else f" ({elsewhere})" if elsewhere else ""
     first = next(iter(found), packed[0] if packed else "")
     dtype = getattr(selection.leaves[first], "dtype", None)

@@ -10,14 +10,17 @@ from typing import Any
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError, TorchLoadError
-from torchload.match import Selection, Wanted, find_places, select
+from torchload.match import Place, Selection, Wanted, find_places, select
 from torchload.match.globs import Globs
 from torchload.match.names import Alignment
 from torchload.match.partial import held_back
 from torchload.match.paths import last
+from torchload.match.tables import BENIGN_UNEXPECTED, Standing, container_standing
 from torchload.model.target import Target, own_loaders
 from torchload.model.unwrapping import bare_names
 from torchload.plan import hooks
+from torchload.plan.explain import incompatible
+from torchload.plan.quantized import quantized_problem
 from torchload.plan.trial import select_through_hooks
 from torchload.transfer import map_entry
 
@@ -27,9 +30,6 @@ __all__ = ["select_for"]
 def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool, **choice: Any) -> Selection:
     """Choose and match; modules with hooks may accept names that no rule knows, so they get a second look."""
     wanted = _wanted(target, skip)
-    selection = _chosen(target, checkpoint, wanted, strict, **choice)
-    if not strict:
-        selection = held_back(selection, wanted)
 
     def attempt(more: Sequence[str], rename: Mapping[str, str] | None) -> bool:
         """Whether the file would fit with these arguments beside those that the caller gave."""
@@ -40,6 +40,18 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
         except TorchLoadError:
             return False
 
+    try:
+        selection = _chosen(target, checkpoint, wanted, strict, **choice)
+    except IncompatibleCheckpointError as error:
+        nothing = error.unexpected_keys and choice.get("prefix") is None and choice.get("rename") is None
+        unmatched = _unmatched(checkpoint, choice.get("key"), wanted) if nothing else None
+        if unmatched is None:
+            raise
+        problem = quantized_problem(target, unmatched, None)
+        problems = [problem] if problem else []
+        raise incompatible(target, replace(unmatched, attempt=attempt), problems, checkpoint.path) from None
+    if not strict:
+        selection = held_back(selection, wanted)
     return selection if selection.fits else replace(selection, attempt=attempt)
 
 
@@ -93,22 +105,41 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
 def _nothing_wanted(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selection:
     """For a model without any state, what the file has is unexpected, and nothing is what it should have."""
     places = find_places(checkpoint.root, key, Allowance(checkpoint.path, checkpoint.size_bytes))
-    leaves = places[0].leaves if places else {}
-    skipped = [name for name in leaves if wanted.skips(name)]
+    return _unpaired(places[0] if places else Place("", (), {}, {}, frozenset()), wanted)
+
+
+def _unmatched(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selection | None:
+    """The largest container of weights as what has no name in common with a model, to say what would mend it."""
+    places = find_places(checkpoint.root, None, Allowance(checkpoint.path, checkpoint.size_bytes))
+    likely = [
+        place
+        for place in places
+        if key in (None, place.path) and container_standing(*place.segments) is not Standing.NOT_WEIGHTS
+    ]
+    # Of those with the same tensors the innermost: the root has them below the name of the container.
+    largest = max(likely, key=lambda place: (len(place.leaves), len(place.segments)), default=None)
+    if largest is None:
+        return None
+    selection = _unpaired(largest, wanted)
+    unexpected = [name for name in selection.unexpected if last(name) not in BENIGN_UNEXPECTED]
+    return replace(selection, missing=wanted.lacks({})[0], unexpected=unexpected)
+
+
+def _unpaired(place: Place, wanted: Wanted) -> Selection:
     return Selection(
-        key=places[0].path if places else "",
+        key=place.path,
         prefix="",
-        segments=(),
-        container=places[0].container if places else {},
-        leaves=leaves,
+        segments=place.segments,
+        container=place.container,
+        leaves=place.leaves,
         pairs={},
         missing=[],
         mismatched={},
-        unexpected=[name for name in leaves if not wanted.skips(name)],
+        unexpected=[name for name in place.leaves if not wanted.skips(name)],
         outside=[],
         ignored=[],
         alignment=Alignment(),
-        skipped=skipped,
+        skipped=[name for name in place.leaves if wanted.skips(name)],
     )
 
 
