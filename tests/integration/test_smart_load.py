@@ -542,6 +542,7 @@ def test_lazy_modules_take_the_files_shapes(tmp_path):
 def test_bytes_in_memory(trained, model):
     file = io.BytesIO()
     torch.save(trained.state_dict(), file)
+    file.seek(0)
     smart_load(model, file)
     assert_same(model, trained)
 

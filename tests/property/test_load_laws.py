@@ -134,6 +134,7 @@ def written(model: nn.Module, suffix: str) -> io.BytesIO:
         return io.BytesIO(save({name: value.contiguous() for name, value in state.items()}))
     file = io.BytesIO()
     torch.save(state, file)
+    file.seek(0)
     return file
 
 
@@ -197,6 +198,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(description, how, data
         state[name + "_other"] = state.pop(name)
     file = io.BytesIO()
     torch.save(state, file)
+    file.seek(0)
     before, objects = snapshot(model), identities(model)
     with pytest.raises(errors.TorchLoadError):
         smart_load(model, file)

@@ -28,7 +28,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a key listed twice": (handmade(named(w=TENSOR), ["0", "0"], floats(1, 2) * 2), "twice"),
     "a count that is larger": (handmade(named(w=TENSOR), ["0"], floats(1, 2, 3)), "its count says 3"),
     "a negative count": (handmade(named(w=TENSOR), ["0"], struct.pack("<q2f", -2, 1, 2)), "its count says"),
-    "two sizes of one storage": (handmade(named(w=TENSOR, b=BYTES), ["0"], floats(1, 2)), "is said to have 12"),
+    "two sizes of one storage": (handmade(named(w=TENSOR, b=BYTES), ["0"], floats(1, 2)), "two types or lengths"),
     "more than the file has": (
         handmade(named(w=Rebuilt(storage("0", 99), 0, (2,), (1,))), ["0"], floats(1, 2)),
         "needs?",

@@ -57,6 +57,7 @@ def archive(config: Any, *, compression: int = zipfile.ZIP_STORED, **records: by
         out.writestr("m/data/weights/model_weights_config.json", json.dumps({"config": config}))
         for name, content in records.items():
             out.writestr(f"m/data/weights/{name}", content)
+    file.seek(0)
     return file
 
 
@@ -130,6 +131,7 @@ def test_compressed_records_are_read() -> None:
     file = archive(
         config, compression=zipfile.ZIP_DEFLATED, weight_0=tensor.numpy().tobytes(), weight_1=saved(tensor + 1)
     )
+    file.seek(0)
     tree = read_tree(file)
     assert same_bits(tree["w"], tensor)
     assert same_bits(tree["v"], tensor + 1)
@@ -140,6 +142,7 @@ def test_several_models_are_containers() -> None:
     with zipfile.ZipFile(file, "a") as out:
         config = json.dumps({"config": {"w": payload("weight_0", meta([1]))}})
         out.writestr("m/data/weights/other_weights_config.json", config)
+    file.seek(0)
     assert read_tree(file) == {"model": {"w": torch.ones(1)}, "other": {"w": torch.ones(1)}}
 
 
@@ -152,6 +155,7 @@ def test_archives_until_torch_2_7_hold_a_file_of_torch_save(name: str) -> None:
         out.writestr(name, saved(state))
         out.writestr("serialized_constants.pt", saved({"transient": torch.ones(3)}))
         out.writestr("version", "8.6")
+    file.seek(0)
     tree = read_tree(file)
     assert tree.keys() == state.keys()
     assert all(same_bits(tree[name], value) for name, value in state.items())
@@ -165,6 +169,7 @@ def test_archives_of_torch_2_8_hold_one_file_per_model() -> None:
         out.writestr("m/models/model.json", "{}")
         out.writestr("m/data/weights/model.pt", saved(state))
         out.writestr("m/data/constants/model.pt", saved({"transient": torch.ones(3)}))
+    file.seek(0)
     assert read_tree(file).keys() == state.keys()
 
 
@@ -173,6 +178,7 @@ def test_an_archive_without_weights_is_named() -> None:
     with zipfile.ZipFile(file, "w") as out:
         out.writestr("m/archive_format", "pt2")
         out.writestr("m/data/aotinductor/model/code.so", b"\x7fELF")
+    file.seek(0)
     with pytest.raises(CheckpointFormatError, match="without weights"):
         open_checkpoint(file)
 
@@ -221,6 +227,7 @@ def test_a_config_that_is_none_is_refused(config: bytes) -> None:
     with zipfile.ZipFile(file, "w") as out:
         out.writestr("m/archive_format", "pt2")
         out.writestr("m/data/weights/model_weights_config.json", config)
+    file.seek(0)
     with pytest.raises(CorruptCheckpointError):
         open_checkpoint(file)
 

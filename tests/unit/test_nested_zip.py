@@ -28,6 +28,7 @@ def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
     with zipfile.ZipFile(file, "w", compression) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
+    file.seek(0)
     return file
 
 
@@ -45,6 +46,7 @@ def test_an_agent_of_stable_baselines3(compression: int) -> None:
         assert checkpoint.format == "checkpoints in a zip archive"
         assert list(checkpoint.root) == ["policy", "policy.optimizer"]
         assert checkpoint.checksums
+    file.seek(0)
     report = smart_load(target, file)
     assert same_bits(target.weight, model.weight)
     assert "policy" in str(report)

@@ -36,6 +36,7 @@ def native(array: Any) -> torch.Tensor:
 def npz(compressed: bool = False, **arrays: Any) -> io.BytesIO:
     file = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(file, **arrays)
+    file.seek(0)
     return file
 
 
@@ -46,6 +47,7 @@ def handmade(header: bytes, data: bytes = b"", *, version: int = 1, length: int 
     prefix = b"\x93NUMPY" + bytes([version, 0]) + struct.pack(width, len(header) if length is None else length)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("w.npy", prefix + header + data)
+    file.seek(0)
     return file
 
 
@@ -103,6 +105,7 @@ def test_names_keep_their_dots_and_other_arrays_are_inert() -> None:
 def test_pickled_objects_in_an_archive_stay_unread() -> None:
     file = io.BytesIO()
     np.savez(file, w=np.ones(2), objects=np.array([print], dtype=object))
+    file.seek(0)
     with open_checkpoint(file) as checkpoint:
         assert isinstance(checkpoint.root["objects"], Record)
 
@@ -174,6 +177,7 @@ def test_law_what_numpy_saves_comes_back(
         for name, array in arrays.items():
             with archive.open(name + ".npy", "w") as member:
                 np.lib.format.write_array(member, array)
+    file.seek(0)
     tree = read_tree(file)
     assert list(tree) == list(arrays)
     assert all(same_bits(tree[name], native(array)) for name, array in arrays.items())

@@ -57,6 +57,7 @@ def test_every_source_that_opens(tmp_path):
     assert sorted(found) == sorted(state())
     file = io.BytesIO()
     torch.save(state(), file)
+    file.seek(0)
     assert_equal(read_state_dict(file), state())
 
 

@@ -161,6 +161,7 @@ def test_the_same_name_twice_is_refused() -> None:
     with tarfile.open(fileobj=file, mode="w") as archive:
         for _ in range(2):
             archive.addfile(tarfile.TarInfo("pickle"))
+    file.seek(0)
     with pytest.raises(CorruptCheckpointError, match="twice"):
         open_checkpoint(file)
 

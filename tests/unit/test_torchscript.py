@@ -97,6 +97,7 @@ def repacked(data: bytes, change: Callable[[str, bytes], bytes | None]) -> io.By
             content = change(name, before.read(name))
             if content is not None:
                 after.writestr(name, content)
+    file.seek(0)
     return file
 
 
@@ -199,6 +200,7 @@ def test_an_archive_without_a_module_is_named() -> None:
         for name in before.namelist():
             after.writestr(name, before.read(name))
         after.writestr("archive/constants.pkl", b"\x80\x02).")
+    other.seek(0)
     with pytest.raises(CheckpointFormatError, match="without a module"):
         open_checkpoint(other)
 

@@ -81,9 +81,10 @@ def smart_load(
         dtype: ``None`` keeps each parameter's dtype and casts the checkpoint to it; a floating dtype casts floating
             parameters and buffers; ``"auto"`` takes the checkpoint's. Integer and bool tensors never change.
         keep_fp32: Globs of names that stay float32, such as ``["*.norm*"]``.
-        strict: Whether every tensor of the model must be filled and every checkpoint tensor in the model's own modules
-            used. ``False`` loads what fits and warns of what keeps its initial values.
-        key: Which container of the file to use, such as ``"ema"`` or ``"state.model"``. Found by itself as a rule.
+        strict: Whether every tensor of the model must be filled, and every name of the part of the file that was taken
+            used. ``False`` loads what fits, layer by layer, and warns of what keeps its initial values.
+        key: Which container of the file to use, such as ``"ema"`` or ``"state.model"``, as reports print it. Found by
+            itself as a rule; where several fit and hold different values, an error lists them.
         prefix: Which sub-tree of names to use, such as ``"backbone."``. Found by itself as a rule.
         rename: A mapping of regular expression → replacement, or a callable that returns the new name (``None`` drops
             it).

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchload.core.checkpoint import Box, Copies, OpaqueTensor, TensorEntry, contiguous_strides
+from torchload.core.checkpoint import Box, Copies, OpaqueTensor, Record, TensorEntry, contiguous_strides
 from torchload.core.collector import collector_paused
 from torchload.core.copies import Copy
 from torchload.core.public import CheckpointLike, public
@@ -19,7 +19,7 @@ from torchload.core.sharing import Layout, Run, shared_runs
 from torchload.core.text import group_names, printable
 from torchload.errors import CastOverflowError, CheckpointWarning, IncompatibleCheckpointError
 from torchload.formats import open_checkpoint
-from torchload.match import Leaf
+from torchload.match import Leaf, as_mapping
 from torchload.match.containers import cut
 from torchload.match.state_dicts import StateDict, find_state_dict
 from torchload.model.placement import check_room, resolve_device
@@ -127,7 +127,45 @@ def _tensors(chosen: StateDict, path: str) -> dict[str, TensorEntry]:
             path=path,
             problems=[f"{name} is {reason}" for name, reason in opaque.items()],
         )
+    if lost := _lost(chosen.container):
+        names = [repr(printable(name)) for name in lost]
+        raise IncompatibleCheckpointError(
+            f"{path} holds tensors inside objects, where torchload can't tell what they are: {', '.join(names[:6])}"
+            f"{f' and {len(names) - 6} more' if len(names) > 6 else ''}. Nothing was read.",
+            path=path,
+            problems=[f"{name} is an object of {kind} that holds tensors" for name, kind in lost.items()],
+        )
     return {name: leaf for name, leaf in chosen.leaves.items() if isinstance(leaf, TensorEntry)}
+
+
+def _lost(container: Mapping[Any, Any]) -> dict[str, str]:
+    """Dotted names of objects that hold tensors in no way that has names → their classes."""
+    lost: dict[str, str] = {}
+    seen: set[int] = set()
+    todo: list[tuple[str, Any]] = [("", container)]
+    for name, value in todo:  # grows while it runs
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        inside = as_mapping(value)
+        if isinstance(value, Record) and not inside and any(map(_is_tensor, _parts(value))):
+            lost[name] = value.name
+        for key, inner in (inside or {}).items():
+            if isinstance(inner, (Mapping, Record)):
+                todo.append((f"{name}.{key}" if name else str(key), inner))
+    return lost
+
+
+def _parts(record: Record) -> Iterator[Any]:
+    """What a recorded object was made of, and what is directly inside that."""
+    for part in (*record.args, *record.items, record.state):
+        yield part
+        if isinstance(part, (list, tuple)):
+            yield from part
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, (TensorEntry, OpaqueTensor))
 
 
 def _quantized(leaves: Mapping[str, Leaf]) -> Iterator[tuple[str, torch.Tensor]]:

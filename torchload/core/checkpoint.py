@@ -11,7 +11,7 @@ made, but not frozen either: freezing doubles the cost of making it, which shows
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -269,6 +269,9 @@ class Checkpoint:
         checksums: Whether the format records checksums of tensor data (an extent may still lack one).
         notes: Sentences about the file that its reader should see in the report.
         metadata: Text that the writer attached to the file (safetensors' ``__metadata__``), name → value.
+        end: Position just past it in its file, where something else may follow; ``None`` where it takes all.
+        confirm: Compares what open took for equal without reading it; raises `CheckpointFormatError` where it differs.
+            To be called by whoever goes on to the tensors' data.
     """
 
     path: str
@@ -278,6 +281,8 @@ class Checkpoint:
     checksums: bool = False
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    end: int | None = None
+    confirm: Callable[[], object] = tuple
 
     @property
     def size_bytes(self) -> int:

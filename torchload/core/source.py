@@ -6,6 +6,7 @@ A `Source` is a run of bytes with random access. Reads are whole or raise; slice
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import threading
@@ -91,7 +92,12 @@ class FileSource(Source):
         # Without O_NONBLOCK, opening a FIFO waits for its writer; on regular files the flag does nothing.
         flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
         self._descriptor = Descriptor()
-        self._descriptor.take(os.open, name, flags)
+        try:
+            self._descriptor.take(os.open, name, flags)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not _raise_open_file_limit():
+                raise
+            self._descriptor.take(os.open, name, flags)
         self._describe(name, budget)
 
     @classmethod
@@ -304,6 +310,23 @@ class StreamSource(Source):
         part.name = name or self.name
         part.base, part.size, part.budget = self.base + offset, size, self.budget
         return part
+
+
+def _raise_open_file_limit() -> bool:
+    """Have this process allowed as many open files as it may allow itself; whether that is more than before.
+
+    Raises:
+        OSError: It isn't; the message says what helps.
+    """
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            return True
+    message = "the checkpoint consists of more files than may be open at once; 'ulimit -n' (by root) raises that"
+    raise OSError(errno.EMFILE, message)
 
 
 def _grown(budget: Budget | None, size_bytes: int) -> Budget:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torchload.core.budget import Budget
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.collector import collector_paused
+from torchload.core.optimizers import is_optimizer_state
 from torchload.core.source import Source
 from torchload.errors import CheckpointNotFoundError, TorchLoadError
 from torchload.formats.files import safetensors
@@ -88,8 +89,8 @@ def open_checkpoint(path: Any) -> Checkpoint:
 
     Args:
         path: A file; a folder that holds a checkpoint; the ``*.index.json`` of a sharded one; a list of shard files;
-            a binary file object with ``seek`` and ``read``, which is read from its beginning and left as it was; or a
-            mapping that is in memory already: a state dict, or a checkpoint's dictionary.
+            a binary file object with ``seek`` and ``read``, which is read from where it stands and left behind what was
+            read; or a mapping that is in memory already: a state dict, or a checkpoint's dictionary.
 
     Returns:
         The opened checkpoint. Close it, or use it as a context manager.
@@ -107,6 +108,8 @@ def open_checkpoint(path: Any) -> Checkpoint:
         >>> from torchload.formats import open_checkpoint
         >>> file = io.BytesIO()
         >>> torch.save({"weight": torch.zeros(2, 3)}, file)
+        >>> file.seek(0)
+        0
         >>> with open_checkpoint(file) as checkpoint:
         ...     checkpoint.root["weight"].shape
         (2, 3)
@@ -123,8 +126,7 @@ def open_checkpoint(path: Any) -> Checkpoint:
             return sharded.open_list([_required_path(part) for part in path], opening.shard)
         text = path_text(path)
         if text is None:
-            source = source_of_object(path)
-            return opening.source(source, source.name)
+            return opening.object(path)
         if stat.S_ISDIR(status_of(text).st_mode):
             return opening.folder(text)
         return opening.file(text)
@@ -142,15 +144,31 @@ class _Opening:
     def __init__(self) -> None:
         self.budget = Budget()
 
+    def object(self, file: Any) -> Checkpoint:
+        """Open what follows in a file object, which then stands behind it; where it stood if that fails."""
+        source = source_of_object(file)
+        position = file.tell()
+        try:
+            if is_zip(source.read(0, min(HEAD_BYTES, source.size))):
+                from torchload.formats.files.zip_directory import first_archive
+
+                source = first_archive(source)
+            checkpoint = self.source(source, source.name)
+        except BaseException:
+            file.seek(position)
+            raise
+        file.seek(position + (source.size if checkpoint.end is None else checkpoint.end))
+        return checkpoint
+
     def folder(self, path: str) -> Checkpoint:
         from torchload.formats.sets import folder, sharded
 
         try:
-            choice = folder.choose(path, _is_checkpoint)
+            choice = folder.choose(path, _is_checkpoint, _holds_weights)
         except CheckpointNotFoundError as nothing:
             # Files that may hold anything, such as pickles, count where there is nothing else.
             try:
-                choice = folder.choose(path, _opens)
+                choice = folder.choose(path, _opens, _holds_weights)
             except CheckpointNotFoundError:
                 raise nothing from None
         if choice.opener is not None:
@@ -185,7 +203,7 @@ class _Opening:
             if index_allowed and head.lstrip()[:1] == b"{":
                 from torchload.formats.sets import sharded
 
-                if sharded.recognizes(head):
+                if sharded.recognizes(head) or path.endswith(".index.json"):
                     checkpoint = sharded.open_index(source, path, self.shard)
                     source.close()
                     return checkpoint
@@ -222,6 +240,15 @@ def _opens(path: str) -> bool:
     except (TorchLoadError, PermissionError):
         return False
     return True
+
+
+def _holds_weights(path: str) -> bool:
+    """Whether a file holds anything but an optimizer's state; what can't be opened is not judged."""
+    try:
+        with _Opening().shard(path) as checkpoint:
+            return not is_optimizer_state(checkpoint.root)
+    except (TorchLoadError, PermissionError):
+        return True
 
 
 def _required_path(part: object) -> str:

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import stat
+import urllib.parse
 from typing import Any
 
 from torchload.core.budget import Budget
@@ -38,6 +39,8 @@ _MAX_POINTER_BYTES = 4096
 _MEMBER_OF_FOLDER = re.compile(
     r"(?:__\d+)?\.metadata | __\d+_\d+\.distcp | (?:bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt", re.VERBOSE
 )
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<!\.pt)(?<!\.pth)(?<!\.bin)(?<!\.safetensors)")
 
 _SPECIAL_KINDS = (
     (stat.S_ISFIFO, "a FIFO (named pipe)"),
@@ -150,22 +153,24 @@ def pointer_text(path: str) -> str:
 
 
 def source_of_object(file: Any) -> Source:
-    """A binary file object as a source.
-
-    It is read from its beginning to its end, whatever its position is; the position stays as it was, and the object
-    stays open.
+    """A binary file object as a source, from where it stands to its end; the object stays open and where it is.
 
     Args:
         file: An `io.BytesIO`, a file opened in binary mode, or anything with ``seek``, ``tell`` and ``read``.
 
     Raises:
         TypeError: It is no binary, seekable file object.
-        CorruptCheckpointError: It is empty.
+        CorruptCheckpointError: It is empty, or stands at its end.
     """
     name = getattr(file, "name", None)
     name = name if isinstance(name, str) else f"<{type(file).__name__}>"
     if isinstance(file, io.TextIOBase):
         raise TypeError(f"{name} is open as text; open it in binary mode: open(path, 'rb')")
+    if callable(seekable := getattr(file, "seekable", None)) and not seekable():
+        raise TypeError(
+            f"{name} can't seek, and a checkpoint is read at many places. Write it to a file first, or read it into "
+            "memory: io.BytesIO(stream.read())"
+        )
     source: Source
     raw = getattr(file, "raw", file)
     if isinstance(file, io.BytesIO):
@@ -181,10 +186,14 @@ def source_of_object(file: Any) -> Source:
             f"a checkpoint is a path, a list of paths, or a binary file object with seek and read, "
             f"not {type(file).__name__}"
         )
-    if source.size == 0:
+    position = file.tell()
+    if source.size == 0 or position >= source.size:
         source.close()
-        raise CorruptCheckpointError(f"{name} is empty (0 bytes).", path=name, found="empty file")
-    return source
+        problem = (
+            f"stands at its end ({source.size:,} bytes): call seek(0) first" if source.size else "is empty (0 bytes)"
+        )
+        raise CorruptCheckpointError(f"{name} {problem}.", path=name, found="empty file")
+    return source.slice(position, source.size - position) if position else source
 
 
 def _absence(path: str, error: OSError) -> str:
@@ -192,6 +201,8 @@ def _absence(path: str, error: OSError) -> str:
         return f"{path} is a symbolic link that leads back to itself."
     if error.errno == errno.ENAMETOOLONG:
         return f"{path[:80]}... is not a path: the name is too long."
+    if path.startswith("file:"):
+        return f"{path} is a URL; give the path itself: {urllib.parse.unquote(urllib.parse.urlsplit(path).path)}"
     if path.startswith(("http://", "https://", "s3://", "gs://", "hf://")):
         return f"{path} is a URL; download it first and give the path of the file."
     if os.path.islink(path):
@@ -210,6 +221,11 @@ def _hint(path: str) -> str:
         existing = folder
         while existing and not os.path.isdir(existing) and existing != os.path.dirname(existing):
             existing = os.path.dirname(existing)
+        if _HUB_ID.fullmatch(path):
+            return (
+                "If it is the id of a model on the Hugging Face hub, download it first and give the folder: "
+                f"huggingface_hub.snapshot_download({path!r})."
+            )
         return f"The folder {folder} does not exist either; {existing or os.curdir} does."
     try:
         with os.scandir(folder or os.curdir) as entries:

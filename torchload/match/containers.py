@@ -37,14 +37,23 @@ _HOLDERS = (TensorEntry, OpaqueTensor, Record, Mapping, list, tuple)
 
 
 def as_mapping(value: Any) -> Mapping[Any, Any] | None:
-    """What a value of the tree holds by name: its entries, its positions, an object's attributes; else ``None``."""
+    """What a value of the tree holds by name: its entries, its positions, an object's attributes; else ``None``.
+
+    An object of a class of mappings has entries, whatever the class is called.
+    """
     if isinstance(value, Mapping):
         return value
     if isinstance(value, (list, tuple)):
         return dict(enumerate(value))
     if isinstance(value, Record):
-        return record_fields(value)
+        return value.entries or record_fields(value) or _positions(value)
     return None
+
+
+def _positions(record: Record) -> Mapping[Any, Any]:
+    """What an object was made of, where that is tensors and nothing else, as a namedtuple of them is."""
+    made_of = record.args if record.state is None and not record.items else ()
+    return dict(enumerate(made_of)) if all(isinstance(part, (TensorEntry, OpaqueTensor)) for part in made_of) else {}
 
 
 def shape_of(leaf: Leaf) -> Shape | None:

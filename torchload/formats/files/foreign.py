@@ -303,6 +303,12 @@ KINDS: tuple[Foreign, ...] = (
     Foreign("a TensorFlow checkpoint index", lambda head: len(head) >= 48, _OTHER_FRAMEWORK, confirms=_ends_as_leveldb),
     Foreign("an MXNet parameter file", _magic(b"\x12\x01\0\0\0\0\0\0"), _OTHER_FRAMEWORK),
     Foreign("a Lua Torch7 file", _magic(b"\x04\0\0\0\x01\0\0\0\x03\0\0\0V 1", b"4\n1\n3\nV 1\n"), _OTHER_FRAMEWORK),
+    Foreign(
+        "a numpy file of a pickled object",
+        lambda head: head.startswith(b"\x93NUMPY") and b"'descr': '|O'" in head[:256],
+        "If you trust where it comes from, numpy.load(path, allow_pickle=True)[()] gives the object (a dict of arrays, "
+        "perhaps); save that with numpy.savez(path, **arrays), which is read here.",
+    ),
     Foreign("a numpy array", _magic(b"\x93NUMPY"), "It holds one array without a name; load it with numpy.load."),
     Foreign("a MATLAB file", _magic(b"MATLAB 5.0 MAT-file"), _NO_WEIGHTS),
     Foreign("a PNG image", _magic(b"\x89PNG\r\n\x1a\n"), _NO_WEIGHTS),

@@ -59,7 +59,7 @@ def open(source: Source, path: str) -> Checkpoint:
     notes: tuple[str, ...] = ()
     if end < source.size:
         notes = (f"{source.size - end} bytes follow the checkpoint in its file; they were not looked at.",)
-    return Checkpoint(path, "legacy checkpoint (torch < 1.6)", root, (source,), notes=notes)
+    return Checkpoint(path, "legacy checkpoint (torch < 1.6)", root, (source,), notes=notes, end=end)
 
 
 def _read_head(data: bytes | mmap, source: Source, path: str) -> tuple[Unpickled, list[str]]:

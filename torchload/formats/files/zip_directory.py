@@ -7,6 +7,7 @@ records that overlap, names that occur twice, and bytes that belong to nothing t
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import zlib
 from bisect import bisect_right
@@ -19,7 +20,7 @@ from torchload.core.source import Source, UnpackedSource
 from torchload.core.text import printable
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 
-__all__ = ["DEFLATED", "STORED", "ZipDirectory", "ZipRecord", "read_directory"]
+__all__ = ["DEFLATED", "STORED", "ZipDirectory", "ZipRecord", "first_archive", "read_directory"]
 
 STORED, DEFLATED = 0, 8
 MAX_DIRECTORY_BYTES = 128 << 20
@@ -39,6 +40,7 @@ _LIMIT16, _LIMIT32 = 0xFFFF, 0xFFFFFFFF
 # How many records are read: each takes more memory than it takes of the file, and next to data it is little of either.
 _BASE_RECORDS = 100_000
 _BYTES_PER_RECORD = 320
+_SEARCHED_BYTES = 1 << 20
 _NEAR_BYTES = 16 << 10  # so much data between two headers is read as quickly as a header alone
 _WINDOW_BYTES = 256 << 10  # headers this near one another are read together
 _HEADER_BYTES = 1024  # else just this much, which holds a header and its name
@@ -159,6 +161,30 @@ def read_directory(source: Source) -> ZipDirectory:
                 _damaged(source, f"it has two records named {row[1]!r}")
             names.add(row[1])
     return ZipDirectory(source, records)
+
+
+def first_archive(source: Source) -> Source:
+    """The archive that a run of bytes begins with, where others follow it; the whole run if none is found.
+
+    The end is looked for from the front, since the directory at the end may be another archive's.
+    """
+    with contextlib.suppress(CorruptCheckpointError, CheckpointFormatError):
+        _find_central(source)
+        return source
+    window, start = b"", 0
+    while start + len(window) < source.size:
+        start, window = start + max(len(window) - _END.size, 0), window[-_END.size :]
+        window += source.read(start + len(window), min(_SEARCHED_BYTES, source.size - start - len(window)))
+        found = -1
+        while (found := window.find(b"PK\x05\x06", found + 1)) >= 0:
+            end = start + found + _END.size
+            if end <= source.size:
+                end = min(end + int.from_bytes(source.read(end - 2, 2), "little"), source.size)
+                part = source.slice(0, end)
+                with contextlib.suppress(CorruptCheckpointError, CheckpointFormatError):
+                    _find_central(part)
+                    return part
+    return source
 
 
 def _find_central(source: Source) -> tuple[int, int, int]:

@@ -21,10 +21,9 @@ A stream that contains the replacements itself only gets what they stand for: an
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
-
-import torch
 
 from torchload.core.budget import Budget
 from torchload.errors import CorruptCheckpointError
@@ -88,13 +87,13 @@ _OPCODE_COSTS = {
     b"MIFL\x8a\x8b": 40,
     b"XUTCBVS\x8c\x8d\x8e": 62,
 }
-_COSTS = [0] * 256
-for _opcodes, _cost in _OPCODE_COSTS.items():
-    for _opcode in _opcodes:
-        _COSTS[_opcode] = _cost
+_COSTS = {opcode: cost for opcodes, cost in _OPCODE_COSTS.items() for opcode in opcodes}
+_COSTLY = bytes(_COSTS)
+_HIGHEST_COST = max(_COSTS.values())
+_PART_BYTES = 1 << 18
+_SMALL_BYTES = 4096  # of a stream that is counted at once
 _TEXT_COST = 48  # at least
 _REPLACEMENT_COST = 400  # a dict or a set with the stand-in that it was
-_TINY_BYTES = 4096  # so much is added up without torch
 # The opcodes of a run: one and its argument, or several that have none.
 _OPCODE = re.compile(
     rb"([GJKMhjqr]|[^GJKMhjqr]+)(?:(?<=[Kqh]).|(?<=[Jjr]).{4}|(?<=M)..|(?<=G).{8}|(?<=[^GJKMhjqr]))", re.DOTALL
@@ -183,11 +182,7 @@ def check_stream(
             path=name,
         ) from None
     stream = scan.finish(position + 1)
-    fixed_bytes = _COST_PER_BYTE * len(stream.code) + _REPLACEMENT_COST * scan.replacements
-    cost_bytes = fixed_bytes + _costs_of(stream.code)
-    if cost_bytes > budget.left_bytes // 2:  # bytes of names and numbers were taken for opcodes
-        cost_bytes = fixed_bytes + _costs_of(_without_arguments(stream.code))
-    budget.spend(cost_bytes, name)
+    budget.spend(_cost_bytes(stream.code, scan.replacements, budget.left_bytes), name)
     return stream
 
 
@@ -303,16 +298,27 @@ def _begins_run(data: bytes | bytearray | mmap, position: int) -> bool:
     return _RUN.match(data, position, position + 9) is not None
 
 
+def _cost_bytes(code: bytes | memoryview, replacements: int, left_bytes: int) -> int:
+    """An upper bound of what the objects of a stream take; a rough one where next to nothing is lost by that."""
+    fixed = _COST_PER_BYTE * len(code) + _REPLACEMENT_COST * replacements
+    costly = len(code) - sum(len(part.translate(None, _COSTLY)) for part in _parts(code))
+    if fixed + _HIGHEST_COST * costly <= left_bytes // 64 and len(code) > _SMALL_BYTES:
+        return fixed + _HIGHEST_COST * costly
+    if (cost := fixed + _costs_of(code)) <= left_bytes // 2:
+        return cost
+    return fixed + _costs_of(_without_arguments(code))  # bytes of names and numbers were taken for opcodes
+
+
 def _costs_of(opcodes: bytes | bytearray | memoryview) -> int:
     """What every byte would cost if it was an opcode."""
-    if len(opcodes) <= _TINY_BYTES:
-        return sum(map(_COSTS.__getitem__, opcodes))
-    counts = torch.zeros(256, dtype=torch.int64)
-    for start in range(0, len(opcodes), 1 << 20):
-        # A copy, because torch warns about bytes that can't be written.
-        part = torch.frombuffer(bytearray(opcodes[start : start + (1 << 20)]), dtype=torch.uint8)
-        counts += torch.bincount(part, minlength=256)
-    return sum(count * cost for count, cost in zip(counts.tolist(), _COSTS))
+    # Not with torch: its threads would not be there in a process that was forked.
+    return sum(part.count(opcode) * cost for part in _parts(opcodes) for opcode, cost in _COSTS.items())
+
+
+def _parts(code: bytes | bytearray | memoryview) -> Iterator[bytes]:
+    """A memoryview can't count; its bytes are copied a few at a time."""
+    for start in range(0, len(code), _PART_BYTES):
+        yield bytes(code[start : start + _PART_BYTES])
 
 
 def _without_arguments(code: bytes | memoryview) -> bytearray:

@@ -201,7 +201,7 @@ def _from_type(call: Call, walk: Walk) -> Any:
     """``_rebuild_from_type_v2(function, type, args, state)``: a tensor with attributes, or of a subclass."""
     function, kind, args = call.args[:3]
     if not isinstance(function, StandInType) or not issubclass(function, Call) or type(args) is not tuple:
-        return AS_RECORD
+        return OpaqueTensor(f"a {kind.qualified[:200]}" if isinstance(kind, StandInType) else "a tensor of a subclass")
     value = walk.value(function(*args[:16]))
     if isinstance(kind, StandInType):
         if kind.qualified in _PARAMETERS:
@@ -241,6 +241,14 @@ def _opaque(reason: str, shape_index: int | None = None) -> Callable[[Call, Walk
         return OpaqueTensor(reason, None if shape_index is None else _shape_or_none(walk, call.args[shape_index]))
 
     return convert
+
+
+def _oldest(call: Call, walk: Walk) -> Any:
+    """``torch.FloatTensor()`` with the state (storage, offset, shape, strides): how torch 0.1.11 wrote tensors."""
+    if call.args or type(call.state) is not tuple or len(call.state) != 4:
+        return AS_RECORD
+    storage, offset, shape, strides = call.state
+    return strided_tensor(walk, storage, None, offset, walk.value(shape), walk.value(strides))
 
 
 def _from_array(call: Call, walk: Walk) -> Any:
@@ -325,4 +333,10 @@ KNOWN_CALLS: dict[str, Callable[[Call, Walk], Any]] = {
     "__builtin__.frozenset": _set,
     "builtins.complex": _complex,
     "__builtin__.complex": _complex,
+    "torch.Tensor": _oldest,
+    **{
+        f"{module}.{name.removesuffix('Storage')}Tensor": _oldest
+        for name in _LEGACY_STORAGES
+        for module in ("torch", "torch.cuda")
+    },
 } | arrays.KNOWN_CALLS

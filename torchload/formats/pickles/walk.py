@@ -193,6 +193,8 @@ class Walk:
         """A collection that is about to be copied; refuses when a stream makes too many copies."""
         if not isinstance(items, (list, tuple, dict)):
             raise TypeError("a call has no collection where one belongs")
+        if isinstance(items, Container):
+            self._complete(items)
         self.charge(len(items))
         return items
 
@@ -301,13 +303,7 @@ class Walk:
         return item.value
 
     def _finish_mapping(self, mapping: Container) -> None:
-        made_of: Any = mapping.origin
-        mapping.origin = None
-        if type(made_of) is Deferred:
-            made_of.fill(mapping)
-            made_of = made_of.args
-        if made_of is not None:
-            self._prepend(mapping, made_of)
+        self._complete(mapping)
         if mapping.metadata is not None:
             mapping.metadata = self.value(mapping.metadata)
         changed_keys = False
@@ -324,6 +320,17 @@ class Walk:
             entries = [(self.value(key), value) for key, value in mapping.items()]
             mapping.clear()
             fill(mapping, entries)
+
+    def _complete(self, mapping: Container) -> None:
+        """Put the entries into a mapping that it was made of, or that were deferred."""
+        made_of: Any = mapping.origin
+        if type(made_of) is Deferred:
+            made_of.fill(mapping)
+            made_of = made_of.args
+            mapping.origin = None
+        if type(made_of) is tuple:
+            mapping.origin = None
+            self._prepend(mapping, made_of)
 
     def _prepend(self, mapping: Container, args: tuple[Any, ...]) -> None:
         """Entries that came as constructor arguments: a mapping, or a list of pairs (as Python 2 wrote them)."""

@@ -8,7 +8,6 @@ part, and not into those of other ranks or of the optimizer.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import re
@@ -309,13 +308,8 @@ def _open_files(path: str, names: list[str], budget: Budget) -> dict[str, Source
     try:
         for name, file in located.items():
             files[name] = source_of_file(file, budget)
-    except BaseException as error:
+    except BaseException:
         _close(files)
-        if isinstance(error, OSError) and error.errno == errno.EMFILE:
-            raise OSError(
-                errno.EMFILE,
-                f"{path} consists of {len(names)} files, more than may be open at once; 'ulimit -n' raises that",
-            ) from error
         raise
     return files
 
