@@ -252,3 +252,56 @@ def test_a_run_under_the_first_fsdp_is_gathered(tmp_path):
         for (key, mine), theirs in zip(model.named_parameters(), straight.parameters()):
             torch.testing.assert_close(mine, theirs, msg=key)
             torch.testing.assert_close(optimizer.state[mine], want.state[theirs], msg=key)
+
+
+# --- what accelerate writes ---
+
+
+def _accelerate(version: int, rank: int, folder: Path) -> list[float]:
+    from types import SimpleNamespace
+
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    PartialState(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type="SHARDED_STATE_DICT")
+    model = _small(0)
+    if version == 1:
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    else:
+        model = fsdp2(model)
+    optimizer = _steps(model)
+    accelerator = SimpleNamespace(  # what its functions ask of an Accelerator; a real one takes no FSDP on the CPU
+        process_index=rank,
+        num_processes=2,
+        is_main_process=rank == 0,
+        wait_for_everyone=distributed.barrier,
+        is_fsdp2=version == 2,
+        multi_device=True,
+    )
+    save_fsdp_model(plugin, accelerator, model, str(folder / "run"))
+    save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(folder / "run"))
+    return _losses(model, optimizer)
+
+
+def _losses(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    losses = []
+    for step in range(STOP, STEPS):
+        loss = model(torch.randn(5, 6, generator=torch.Generator().manual_seed(step))).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("version", [1, 2])
+def test_one_process_goes_on_from_what_accelerate_sharded(tmp_path, version):
+    pytest.importorskip("accelerate")
+    want, _ = on_ranks(partial(_accelerate, version), tmp_path)
+    model = _small(1)
+    optimizer = torch.optim.Adam(model.parameters())
+    smart_resume(model, tmp_path / "run", optimizer)
+    assert _losses(model, optimizer) == pytest.approx(want, rel=1e-6)

@@ -111,10 +111,13 @@ def rows_of(entry: TensorEntry, read: Read, allowance: Allowance) -> tuple[list[
 def is_mask(entry: Any, read: Read, allowance: Allowance) -> bool:
     """Whether a tensor is a causal mask, told by its values: square, 0 and 1 or 0 and -inf, what comes later left out.
 
-    A window of limited length is a mask too, as is one that marks what is left out rather than what is kept.
+    A window of limited length is a mask too, as is one that marks what is left out rather than what is kept; and so are
+    Swin's, one for each window, of 0 and -100.
     """
     if not isinstance(entry, TensorEntry) or len(entry.shape) < 2 or len(entry.boxes) != 1:
         return False
+    if len(entry.shape) == 3 and entry.shape[1] == entry.shape[2] and entry.shape[0] > 1:
+        return (found := rows_of(entry, read, allowance)) is not None and _masks_windows(found[1])
     size = entry.shape[-1]
     if entry.shape[-2] != size or size < 2 or any(one != 1 for one in entry.shape[:-2]):
         return False
@@ -140,6 +143,16 @@ def is_mask(entry: Any, read: Read, allowance: Allowance) -> bool:
     # A window: nothing is kept before something that isn't. More than the position itself is, or it were an identity.
     gaps = kept[:, 1:] < kept[:, :-1]
     return bool(kept[-1].sum() > 1) and not bool((gaps & (column[:, 1:] <= row)).any())
+
+
+def _masks_windows(windows: torch.Tensor) -> bool:
+    """Whether each of some squares says, with 0 and -100, which positions of a window belong together."""
+    values = windows.to(torch.float64)
+    is_apart = values == -100
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    return bool((is_apart | (values == 0)).all() and not diagonal.any() and is_apart.any()) and torch.equal(
+        values, values.transpose(1, 2)
+    )
 
 
 def was_never_updated(container: Mapping[Any, Any], read: Read) -> str | None:

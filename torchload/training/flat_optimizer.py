@@ -17,12 +17,12 @@ from torchload.match.names import align, tree_of
 __all__ = ["grouped"]
 
 
-def grouped(flat: Mapping[str, Any], ours: Sequence[Sequence[str]], problems: list[str]) -> dict[str, Any]:
+def grouped(flat: Mapping[str, Any], model_groups: Sequence[Sequence[str]], problems: list[str]) -> dict[str, Any]:
     """The same state as `torch.optim` has it.
 
     Args:
         flat: The state.
-        ours: The names of the optimizer's parameters, by group.
+        model_groups: The names of the optimizer's parameters, by group.
         problems: Receives what stands against it.
 
     Returns:
@@ -34,7 +34,7 @@ def grouped(flat: Mapping[str, Any], ours: Sequence[Sequence[str]], problems: li
         {'state': {'fc.bias': {'step': 3}}, 'param_groups': [{'lr': 0.1, 'params': ['fc.bias']}]}
     """
     state, settings = _split(flat, FLAT_STATE), _split(flat, FLAT_GROUPS)
-    flat_names = [name for group in ours for name in group]
+    flat_names = [name for group in model_groups for name in group]
     pairs = align(tree_of(settings), tree_of(flat_names)).pairs
     if missing := [name for name in flat_names if name not in pairs]:
         problems.append(f"the file has no settings of {', '.join(group_names(missing)[:6])}")
@@ -43,12 +43,12 @@ def grouped(flat: Mapping[str, Any], ours: Sequence[Sequence[str]], problems: li
             f"the file has parameters that it doesn't optimize: {', '.join(group_names(sorted(extra))[:6])}"
         )
     groups = []
-    for index, group in enumerate(ours):
-        theirs = [pairs[name] for name in group if name in pairs]
-        first = settings[theirs[0]] if theirs else {}
-        if odd := [name for name in theirs if not _same(settings[name], first)]:
+    for index, group in enumerate(model_groups):
+        in_file = [pairs[name] for name in group if name in pairs]
+        first = settings[in_file[0]] if in_file else {}
+        if odd := [name for name in in_file if not _same(settings[name], first)]:
             problems.append(f"{odd[0]} has other settings in the file than the rest of group {index} here")
-        groups.append({**first, "params": theirs})
+        groups.append({**first, "params": in_file})
     return {"state": state, "param_groups": groups}
 
 

@@ -1,4 +1,4 @@
-"""What an optimizer's state in a file must look like before anything is made of it: nobody need have meant it so."""
+"""What an optimizer's state in a file must look like before anything is made of it: a file may hold anything."""
 
 from __future__ import annotations
 

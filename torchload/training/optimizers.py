@@ -1,26 +1,21 @@
-"""An optimizer's state from a checkpoint: checked against its parameters, then built where it will be used."""
+"""An optimizer's state from a checkpoint, checked against its parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from torchload.core.checkpoint import Extent, OpaqueTensor, Record, TensorEntry, entries_in
-from torchload.core.copies import Copy
+from torchload.core.checkpoint import OpaqueTensor, Record, TensorEntry
 from torchload.core.optimizers import is_flat_optimizer_state
 from torchload.core.text import group_names, plural
 from torchload.match.names import align, tree_of
-from torchload.model.shards import is_sharded
-from torchload.plan.hooks import plain
-from torchload.plan.pairing import copies_of
 from torchload.training.flat_optimizer import grouped
 from torchload.training.optimizer_form import malformed
-from torchload.transfer import allocate, map_entry, run
 
-__all__ = ["OptimizerPlan", "extents_in", "plan_optimizer", "read_states"]
+__all__ = ["OptimizerPlan", "plan_optimizer"]
 
 # State of torch's own and of common other optimizers that has the shape of the parameter it belongs to.
 _LIKE_PARAMETER = frozenset(
@@ -29,8 +24,6 @@ _LIKE_PARAMETER = frozenset(
 )
 # Entries of a group that say how an optimizer is run, which younger versions added: a file may lack them.
 _ADDED_LATER = frozenset("maximize foreach capturable differentiable fused decoupled_weight_decay amsgrad".split())
-
-Place = tuple[torch.device, torch.dtype]
 
 
 @dataclass(slots=True)
@@ -71,40 +64,37 @@ def plan_optimizer(
     Returns:
         What to load; its `problems` say, one sentence each, what stands against it.
     """
-    ours = [list(group["params"]) for group in optimizer.param_groups]
-    flat = [parameter for group in ours for parameter in group]
+    model_groups = [list(group["params"]) for group in optimizer.param_groups]
+    flat = [parameter for group in model_groups for parameter in group]
     plan = OptimizerPlan(optimizer, [], {}, flat)
     if problem := malformed(state):
         plan.problems.append(f"this is no optimizer's state: {problem}")
         return plan
     if is_flat_optimizer_state(state):
-        state = grouped(state, [[names.get(id(parameter), "") for parameter in group] for group in ours], plan.problems)
+        state = grouped(
+            state, [[names.get(id(parameter), "") for parameter in group] for group in model_groups], plan.problems
+        )
         if plan.problems:
             return plan
     groups = [group for group in state["param_groups"] if isinstance(group, Mapping)]
-    theirs = [list(group.get("params", ())) for group in groups]
-    if len(theirs) != len(ours):
-        plan.problems.append(f"the file has {plural(len(theirs), 'parameter group')}, the optimizer {len(ours)}")
+    file_groups = [list(group.get("params", ())) for group in groups]
+    if len(file_groups) != len(model_groups):
+        plan.problems.append(
+            f"the file has {plural(len(file_groups), 'parameter group')}, the optimizer {len(model_groups)}"
+        )
         return plan
-    file_names = _file_names(groups, theirs)
-    values = _with_keys_of(theirs, state.get("state", {}))
-    order = _by_name(plan, ours, file_names, names) if file_names else _by_position(plan, ours, theirs)
+    file_names = _file_names(groups, file_groups)
+    values = _with_keys_of(file_groups, state.get("state", {}))
+    order = (
+        _by_name(plan, model_groups, file_names, names) if file_names else _by_position(plan, model_groups, file_groups)
+    )
     if order is None:
         return plan
     if values and not file_names:
-        _check_order(plan, ours, names, file_order)
-    number = 0
-    for index, (group, live) in enumerate(zip(groups, optimizer.param_groups)):
-        _check_group(plan, index, group, live)
-        added = live.keys() - optimizer.defaults.keys() - group.keys()  # by a scheduler of ours: 'initial_lr'
-        entries = {name: live[name] for name in live if name in added}
-        entries.update((name, value) for name, value in group.items() if name not in ("params", "param_names"))
-        if "param_names" in live:
-            entries["param_names"] = live["param_names"]
-        plan.groups.append({**entries, "params": list(range(number, number + len(ours[index])))})
-        number += len(ours[index])
+        _check_order(plan, model_groups, names, file_order)
+    plan.groups = _numbered_groups(plan, groups)
     numbered = {key: number for number, key in enumerate(order)}
-    plan.reordered = order != [key for group in theirs for key in group]
+    plan.reordered = order != [key for group in file_groups for key in group]
     plan.state = {numbered.get(key, key): each for key, each in values.items()}
     if _is_torchs_own(optimizer):
         _count_steps_by_parameter(plan)
@@ -113,10 +103,28 @@ def plan_optimizer(
     return plan
 
 
-def _file_names(groups: Sequence[Mapping[str, Any]], theirs: Sequence[Sequence[Any]]) -> dict[str, tuple[int, Any]]:
+def _numbered_groups(plan: OptimizerPlan, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The file's groups with the numbers of the optimizer's parameters, and what only a group here has."""
+    numbered: list[dict[str, Any]] = []
+    number = 0
+    for index, (group, live) in enumerate(zip(groups, plan.optimizer.param_groups)):
+        _check_group(plan, index, group, live)
+        added = live.keys() - plan.optimizer.defaults.keys() - group.keys()  # by a scheduler that is here: 'initial_lr'
+        entries = {name: live[name] for name in live if name in added}
+        entries.update((name, value) for name, value in group.items() if name not in ("params", "param_names"))
+        if "param_names" in live:
+            entries["param_names"] = live["param_names"]
+        numbered.append({**entries, "params": list(range(number, number + len(live["params"])))})
+        number += len(live["params"])
+    return numbered
+
+
+def _file_names(
+    groups: Sequence[Mapping[str, Any]], file_groups: Sequence[Sequence[Any]]
+) -> dict[str, tuple[int, Any]]:
     """Name → (group, key of its state), where the file names its parameters."""
     found: dict[str, tuple[int, Any]] = {}
-    for index, (group, keys) in enumerate(zip(groups, theirs)):
+    for index, (group, keys) in enumerate(zip(groups, file_groups)):
         named = group.get("param_names")
         if isinstance(named, (list, tuple)) and len(named) == len(keys):
             found.update((str(name), (index, key)) for name, key in zip(named, keys))
@@ -129,12 +137,12 @@ def _file_names(groups: Sequence[Mapping[str, Any]], theirs: Sequence[Sequence[A
 
 def _by_name(
     plan: OptimizerPlan,
-    ours: Sequence[Sequence[torch.Tensor]],
+    model_groups: Sequence[Sequence[torch.Tensor]],
     file_names: Mapping[str, tuple[int, Any]],
     names: Mapping[int, str],
 ) -> list[Any] | None:
-    """The file's key for each of our parameters, matched by name."""
-    flat = [names.get(id(parameter), "") for group in ours for parameter in group]
+    """The file's key for each of the optimizer's parameters, matched by name."""
+    flat = [names.get(id(parameter), "") for group in model_groups for parameter in group]
     if not all(flat):
         plan.problems.append("it has parameters that are not the model's, and the file names its own")
         return None
@@ -149,7 +157,7 @@ def _by_name(
     if plan.problems:
         return None
     order: list[Any] = []
-    for index, group in enumerate(ours):
+    for index, group in enumerate(model_groups):
         for parameter in group:
             name = names[id(parameter)]
             where, key = file_names[pairs[name]] if name in pairs else (index, object())
@@ -161,33 +169,33 @@ def _by_name(
 
 def _by_position(
     plan: OptimizerPlan,
-    ours: Sequence[Sequence[torch.Tensor]],
-    theirs: Sequence[Sequence[Any]],
+    model_groups: Sequence[Sequence[torch.Tensor]],
+    file_groups: Sequence[Sequence[Any]],
 ) -> list[Any] | None:
-    """The file's key for each of our parameters, in its order."""
-    for index, (group, keys) in enumerate(zip(ours, theirs)):
+    """The file's key for each of the optimizer's parameters, in its order."""
+    for index, (group, keys) in enumerate(zip(model_groups, file_groups)):
         if len(group) != len(keys):
             plan.problems.append(
                 f"group {index} has {plural(len(keys), 'parameter')} in the file and {len(group)} here"
             )
-    return None if plan.problems else [key for keys in theirs for key in keys]
+    return None if plan.problems else [key for keys in file_groups for key in keys]
 
 
-def _with_keys_of(theirs: Sequence[Sequence[Any]], state: Mapping[Any, Any]) -> Mapping[Any, Any]:
+def _with_keys_of(file_groups: Sequence[Sequence[Any]], state: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """The state by the numbers that the groups have: `torch.distributed.checkpoint` makes text of them."""
-    numbers = {str(key): key for keys in theirs for key in keys if isinstance(key, int)}
+    numbers = {str(key): key for keys in file_groups for key in keys if isinstance(key, int)}
     return {numbers.get(key, key): values for key, values in state.items()} if numbers else state
 
 
 def _check_order(
     plan: OptimizerPlan,
-    ours: Sequence[Sequence[torch.Tensor]],
+    model_groups: Sequence[Sequence[torch.Tensor]],
     names: Mapping[int, str],
     file_order: Mapping[int, int],
 ) -> None:
     """Numbers mean the same parameters only if both models have them in the same order, or the optimizer the file's."""
     model_order = {parameter: number for number, parameter in enumerate(names)}
-    for index, group in enumerate(ours):
+    for index, group in enumerate(model_groups):
         live = [id(parameter) for parameter in group if id(parameter) in file_order and id(parameter) in model_order]
         in_file = sorted(live, key=file_order.__getitem__)
         if in_file not in (live, sorted(live, key=model_order.__getitem__)):
@@ -254,86 +262,3 @@ def _check_shapes(plan: OptimizerPlan, names: Mapping[int, str]) -> None:
                         f"{what} is {value.shape} in the file, the parameter {tuple(parameter.shape)}: "
                         "the parameters are in another order, or of another model"
                     )
-
-
-# --- reading ---
-
-
-def extents_in(plans: Sequence[OptimizerPlan]) -> list[Extent]:
-    """The runs of bytes that the states are in."""
-    states = [values for plan in plans for values in plan.state.values() if isinstance(values, Mapping)]
-    entries = [entry for values in states for entry in entries_in(list(values.values()))]
-    return [box.extent for entry in entries for box in entry.boxes]
-
-
-def read_states(plans: Sequence[OptimizerPlan], places: Mapping[int, Place]) -> list[dict[str, Any]]:
-    """Build the states in memory of their own, in the dtypes and on the devices that `torch.optim` gives them.
-
-    Args:
-        plans: Whose states.
-        places: Identity of a parameter → the device and the dtype that it will have.
-
-    Returns:
-        For each what its `load_state_dict` takes. Nothing of the model or the optimizer was touched.
-
-    Raises:
-        ValueError: A group holds an object that would have to be built by running code.
-        CastOverflowError, CorruptCheckpointError, OSError: As a transfer does.
-    """
-    reading = _Reading()
-    built: list[dict[str, Any]] = []
-    for plan in plans:
-        groups = [plain(group, map_entry) for group in plan.groups]
-        of_number = {number: group for group in groups for number in group["params"]}
-        state: dict[Any, Any] = {}
-        for key, values in plan.state.items():
-            if key in of_number:
-                parameter = plan.parameters[key]
-                place = places.get(id(parameter), (parameter.device, parameter.dtype))
-                state[key] = reading.value(values, "", parameter, place, of_number[key])
-            else:
-                state[key] = plain(values, map_entry)
-        built.append({"state": state, "param_groups": groups})
-    reading.run()
-    return built
-
-
-@dataclass(slots=True)
-class _Reading:
-    """Tensors that are to be read, all at once."""
-
-    wanted: list[tuple[TensorEntry, torch.Tensor]] = field(default_factory=list)
-
-    def value(self, value: Any, key: str, parameter: torch.Tensor, place: Place, group: Mapping[str, Any]) -> Any:
-        """A value of one parameter's state, with memory for its tensors."""
-        if isinstance(value, TensorEntry):
-            device, dtype = _place_of(value, key, place, group)
-            if is_sharded(parameter) and value.shape == tuple(parameter.shape):
-                memory = torch.empty_like(parameter.detach(), dtype=dtype)
-            else:
-                memory = allocate([(value.shape, dtype)], device)[0]
-            self.wanted.append((value, memory))
-            return memory
-        if isinstance(value, Mapping):
-            return {name: self.value(inner, str(name), parameter, place, group) for name, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self.value(inner, key, parameter, place, group) for inner in value)
-        return plain(value, map_entry)
-
-    def run(self) -> None:
-        """Read them."""
-        run(list(self._copies()))
-
-    def _copies(self) -> Iterator[Copy]:
-        for entry, memory in self.wanted:
-            yield from copies_of("optimizer state", entry, memory)
-
-
-def _place_of(entry: TensorEntry, key: str, place: Place, group: Mapping[str, Any]) -> Place:
-    """Where `torch.optim.Optimizer.load_state_dict` puts a tensor of a state, and as what."""
-    device, dtype = place
-    if key == "step":
-        if group.get("capturable") or group.get("fused"):
-            return device, torch.float32
-        return torch.device("cpu"), entry.dtype
-    return device, dtype if dtype.is_floating_point else entry.dtype

@@ -72,21 +72,22 @@ def taking_back(what: str, receiver: Any) -> Callable[[], object]:
     """What undoes a change to an object, prepared before it is made."""
     if what == "updates":
         return partial(setattr, receiver, "updates", receiver.updates)
-    attributes = {
-        name: copy.copy(value) if isinstance(value, (dict, list)) else value
-        for name, value in getattr(receiver, "__dict__", {}).items()
-    }
+    attributes = _copied(getattr(receiver, "__dict__", {}))
     before = copy.deepcopy(receiver.state_dict())
 
     def take_back() -> None:
         try:
             with suppress(Exception):  # one that refuses whatever it is given has its attributes back all the same
-                receiver.load_state_dict(before)
+                receiver.load_state_dict(copy.deepcopy(before))
         finally:
             if attributes:
-                replace_attributes(receiver, attributes)
+                replace_attributes(receiver, _copied(attributes))  # it may be interrupted, and come again
 
     return take_back
+
+
+def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: copy.copy(value) if isinstance(value, (dict, list)) else value for name, value in attributes.items()}
 
 
 def restorer(target: Target, plan: LoadPlan) -> Callable[[], None]:

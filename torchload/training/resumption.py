@@ -31,7 +31,8 @@ from torchload.plan.options import Options
 from torchload.plan.plan import LoadPlan, make_plan
 from torchload.plan.quantized import elsewhere_says
 from torchload.plan.steps import select_for
-from torchload.training.optimizers import OptimizerPlan, Place, extents_in, plan_optimizer, read_states
+from torchload.training.optimizer_states import Place, extents_in, read_states
+from torchload.training.optimizers import OptimizerPlan, plan_optimizer
 from torchload.training.random_states import RandomState, plan_random_states
 from torchload.training.report import ResumeReport
 from torchload.training.restoring import RefusedError, like, receive, replace_attributes, restorer, taking_back

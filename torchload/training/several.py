@@ -48,30 +48,31 @@ def pairs_of(
     Raises:
         NotPairedError: There are more or less of them, or it can't be told.
     """
-    ours = as_list(given)
-    if len(ours) != len(found):
+    all_given = as_list(given)
+    if len(all_given) != len(found):
         raise NotPairedError(
-            f"the file holds the states of {plural(len(found), what)}, {len(ours)} "
-            f"{'was' if len(ours) == 1 else 'were'} given"
+            f"the file holds the states of {plural(len(found), what)}, {len(all_given)} "
+            f"{'was' if len(all_given) == 1 else 'were'} given"
         )
-    theirs = {state.name: state for state in found if state.name is not None}
-    if len(ours) == 1 or not theirs:
-        return list(zip(ours, found))
+    by_name = {state.name: state for state in found if state.name is not None}
+    if len(all_given) == 1 or not by_name:
+        return list(zip(all_given, found))
     if isinstance(given, Mapping):
-        if given.keys() != theirs.keys():
-            raise NotPairedError(f"the file's {what}s are {_listed(theirs)}, those given {_listed(given)}")
-        return [(one, theirs[name]) for name, one in given.items()]
-    if len(ours) <= _MOST:
-        fitting = [[fits(one, state) for state in found] for one in ours]
-        named = [
-            [fit and names(one, str(state.name)) for fit, state in zip(row, found)] for row, one in zip(fitting, ours)
+        if given.keys() != by_name.keys():
+            raise NotPairedError(f"the file's {what}s are {_listed(by_name)}, those given {_listed(given)}")
+        return [(one, by_name[name]) for name, one in given.items()]
+    if len(all_given) <= _MOST:
+        fitting = [[fits(one, state) for state in found] for one in all_given]
+        alike = [
+            [fit and names(one, str(state.name)) for fit, state in zip(row, found)]
+            for row, one in zip(fitting, all_given)
         ]
-        for orders in map(_orders, (fitting, named)):
+        for orders in map(_orders, (fitting, alike)):
             if len(orders) == 1:
-                return [(one, found[index]) for one, index in zip(ours, orders[0])]
+                return [(one, found[index]) for one, index in zip(all_given, orders[0])]
         if not _orders(fitting):
-            return list(zip(ours, found))  # what keeps them from fitting is told of each
-    some = ", ".join(f"{name!r}: …" for name in theirs)
+            return list(zip(all_given, found))  # what keeps them from fitting is told of each
+    some = ", ".join(f"{name!r}: …" for name in by_name)
     raise NotPairedError(
         f"the file names its {what}s, and it can't be told which of those given is which: pass {what}={{{some}}}"
     )

@@ -46,7 +46,7 @@ class FolderPlan:
             temporary, error = None, None
             if ranks.is_writer:
                 try:
-                    temporary = stack.enter_context(replacing_folder(self.path, _is_ours))
+                    temporary = stack.enter_context(replacing_folder(self.path, _is_part_of_one))
                 except BaseException as problem:  # noqa: BLE001 - raised by `share`, on all ranks
                     error = problem
             temporary = ranks.share(error, temporary)
@@ -93,7 +93,7 @@ def make_folder_plan(state: State, beside: Mapping[str, Any], path: str, casting
     return FolderPlan(path, tree, counted, path)
 
 
-def _is_ours(name: str) -> bool:
+def _is_part_of_one(name: str) -> bool:
     return METADATA_NAME.fullmatch(name) is not None or _DATA_NAME.fullmatch(name) is not None
 
 
