@@ -79,6 +79,17 @@ class Ranks:
                 raise _told_by(rank, theirs)
         return [said for _, said in answers]
 
+    def exchange(self, everyones: list[torch.Tensor], mine: torch.Tensor) -> None:
+        """Fill one tensor for each rank with what that rank sends.
+
+        Raises:
+            TorchLoadError: A rank isn't there any more.
+        """
+        try:
+            self._distributed.all_gather(everyones, mine, group=self.group)
+        except RuntimeError as failure:
+            raise _left_alone(failure) from failure
+
     def share(self, error: BaseException | None, result: Any) -> Any:
         """What the writer has to say, on every rank.
 
