@@ -209,6 +209,14 @@ def hybrid(rank: int, folder: Path) -> None:
     for name, value in model.state_dict().items():
         assert same_bits(value.full_tensor(), want[name])
     assert sum(_gathered(report.read_bytes)) <= 1.2 * sum(value.nbytes for value in want.values())
+    group = mesh.get_group("replicate")
+    wrong = "nowhere.pth" if rank == 3 else "linear.pth"
+    expected = errors.CheckpointNotFoundError if rank % 2 else None  # replicas are 0 and 2, and 1 and 3
+    if expected is None:
+        smart_load(model, folder / wrong, process_group=group)
+    else:
+        with pytest.raises(expected, match="on rank 3" if rank == 1 else "nowhere"):
+            smart_load(model, folder / wrong, process_group=group)
     with pytest.raises(ValueError, match="not one of process_group="):
         smart_load(model, folder / "linear.pth", process_group=distributed.GroupMember.NON_GROUP_MEMBER)
 

@@ -76,6 +76,10 @@ class Replicas:
         self._is_over |= last
         return answers
 
+    def global_rank(self, rank: int) -> int:
+        """What a rank of the group is among all ranks."""
+        return self._ranks.global_rank(rank)
+
     def send_from(self, kinds: set[str]) -> None:
         """Choose where data is sent from, knowing on which kinds of devices it is on any rank."""
         group = self._ranks.group
