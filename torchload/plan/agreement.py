@@ -81,8 +81,8 @@ def _compare_files(answers: Sequence[Any], names: Sequence[int], path: str) -> N
     if other is not None:
         raise IncompatibleCheckpointError(
             f"The ranks of process_group= don't read the same file: {_described(answers[0], names[0])}, "
-            f"{_described(answers[other], names[other])}. Nothing was loaded; the models are unchanged. Give all of them "
-            "the same file (a copy that keeps its time, as cp -p makes it, counts as the same), or load without "
+            f"{_described(answers[other], names[other])}. Nothing was loaded; the models are unchanged. Give all of "
+            "them the same file (a copy that keeps its time, as cp -p makes it, counts as the same), or load without "
             "process_group=.",
             path=path,
         )
@@ -104,8 +104,8 @@ def _compare_plans(answers: Sequence[Any], names: Sequence[int], path: str) -> N
     if other is not None:
         raise IncompatibleCheckpointError(
             f"Ranks {names[0]} and {names[other]} of process_group= load other tensors of {path}, other parts of them, "
-            "or into another dtype: only replicas can read together. Nothing was loaded; the models are unchanged. Of a "
-            "sharded model, "
+            "or into another dtype: only replicas can read together. Nothing was loaded; the models are unchanged. Of "
+            "a sharded model, "
             'those are the ranks of the mesh dimension that replicates: process_group=mesh.get_group("replicate"); '
             "without process_group= each rank reads just its own part.",
             path=path,
