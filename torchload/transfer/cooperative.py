@@ -170,18 +170,19 @@ def shares(copies: Sequence[Copy], count: int) -> list[list[Copy]]:
     The same copies give the same shares on every rank. Tensors are cut where a share ends.
 
     Args:
-        copies: What is to be read.
+        copies: What is to be read. Those without elements are left out.
         count: How many ranks there are.
     """
     order: dict[Source, int] = {}
-    for copy in copies:
+    some = [copy for copy in copies if _file_bytes(copy)]
+    for copy in some:
         order.setdefault(copy.box.extent.source, len(order))
 
     def position(copy: Copy) -> tuple[int, int]:
         return order[copy.box.extent.source], copy.box.extent.offset + copy.box.start
 
-    total = sum(map(_file_bytes, copies))
-    hands = list(_deal(sorted(copies, key=position), _file_bytes, max(1, -(-total // count))))
+    total = sum(map(_file_bytes, some))
+    hands = list(_deal(sorted(some, key=position), _file_bytes, max(1, -(-total // count))))
     return hands + [[] for _ in range(count - len(hands))]
 
 
