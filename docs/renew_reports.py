@@ -38,7 +38,15 @@ def renew(page: Path) -> str:
     return re.sub(r"^>>> (.*)\n((?:(?!>>>|\.\.\.|```).*\n)*)", output, text, flags=re.MULTILINE)
 
 
+def sessions(text: str) -> list[str]:
+    """The blocks of a page that show what is typed and printed."""
+    return re.findall(r"```pycon\n.*?```", text, re.DOTALL)
+
+
 if __name__ == "__main__":
     for shown in [ROOT / "README.md", *sorted((ROOT / "docs" / "fix").glob("*.md"))]:
         if shown.stem != "index":
             shown.write_text(renew(shown), encoding="utf-8")
+    front, readme = ROOT / "docs" / "index.md", (ROOT / "README.md").read_text(encoding="utf-8")
+    text = front.read_text(encoding="utf-8")
+    front.write_text(text.replace(sessions(text)[0], sessions(readme)[1]), encoding="utf-8")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torchload.core.budget import Budget
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.collector import collector_paused
+from torchload.core.optimizers import is_optimizer_state
 from torchload.core.source import Source
 from torchload.errors import CheckpointNotFoundError, TorchLoadError
 from torchload.formats.files import safetensors
@@ -163,11 +164,11 @@ class _Opening:
         from torchload.formats.sets import folder, sharded
 
         try:
-            choice = folder.choose(path, _is_checkpoint)
+            choice = folder.choose(path, _is_checkpoint, _holds_weights)
         except CheckpointNotFoundError as nothing:
             # Files that may hold anything, such as pickles, count where there is nothing else.
             try:
-                choice = folder.choose(path, _opens)
+                choice = folder.choose(path, _opens, _holds_weights)
             except CheckpointNotFoundError:
                 raise nothing from None
         if choice.opener is not None:
@@ -239,6 +240,15 @@ def _opens(path: str) -> bool:
     except (TorchLoadError, PermissionError):
         return False
     return True
+
+
+def _holds_weights(path: str) -> bool:
+    """Whether a file holds anything but an optimizer's state; what can't be opened is not judged."""
+    try:
+        with _Opening().shard(path) as checkpoint:
+            return not is_optimizer_state(checkpoint.root)
+    except (TorchLoadError, PermissionError):
+        return True
 
 
 def _required_path(part: object) -> str:
