@@ -311,7 +311,7 @@ def test_where_folders_can_not_be_exchanged_they_are_renamed(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+@pytest.mark.filterwarnings("ignore")  # torch's own: of single processes, and in 2.4 of its own torch.load
 def test_torchs_own_reader_reads_the_folder(tmp_path):
     import torch.distributed.checkpoint as dcp
 
@@ -411,3 +411,14 @@ def test_overflow_in_a_folder_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
     smart_save(model, tmp_path / "last", dtype=torch.float16, keep_fp32=["weight"])
     assert read_state_dict(tmp_path / "last")["bias"].dtype is torch.float16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_for_inference_the_average_is_taken_and_for_training_the_raw_weights(tmp_path, name):
+    run = stopped_run()
+    save(run, tmp_path / name)
+    report = smart_load(model := new_model(1), tmp_path / name)
+    assert (report.key, report.averaged) == ("ema_state_dict", True)
+    assert torch.equal(model[0].weight, run.ema.module[0].weight)
+    assert smart_resume(model, tmp_path / name).load.key == "state_dict"
+    assert torch.equal(model[0].weight, run.model[0].weight)
