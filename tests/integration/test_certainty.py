@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from torchload import errors, read_state_dict, smart_load, smart_resume, verify_weights
+from torchload.core.wrappers import WRAPPER_CLASSES, WRAPPERS
 
 
 class Net(nn.Module):
@@ -385,6 +386,8 @@ def test_whole_words_count(save):
     [
         ("q_net", "q_net_target"),
         ("online_network", "target_network"),
+        ("policy_net", "target_net"),
+        ("q_network", "target_network"),
         ("encoder", "momentum_encoder"),
         ("encoder_q", "encoder_k"),
     ],
@@ -622,3 +625,28 @@ def test_hooks_that_rename_are_seen_before_the_container_is_chosen(save, strict,
     state = changed(Hooked(), 1)
     old = {name.replace("backbone.", "encoder."): value for name, value in state.items()}
     assert_loads(Hooked(), save(content(old)), state, strict=strict)
+
+
+def test_stacked_experts_and_adapters_are_named(save):
+    separate = tree(experts=nn.ModuleList([tree(w1=line(False)), tree(w1=line(False))]), stem=line())
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = line()
+            self.experts = nn.Module()
+            self.experts.gate_up_proj = nn.Parameter(torch.ones(2, 4, 4))
+
+    error, _ = assert_refused(Stacked, save(separate.state_dict()))
+    assert "experts one by one (experts.0.w1.weight), the model has them stacked (experts.gate_up_proj)" in str(error)
+    error, _ = assert_refused(lambda: separate, save(Stacked().state_dict()))
+    assert "experts stacked (experts.gate_up_proj), the model one by one (experts.0.w1.weight)" in str(error)
+    adapted = tree(q=tree(base_layer=line(), lora_A=line()), stem=line())
+    error, _ = assert_refused(lambda: tree(q=line(), stem=line()), save(adapted.state_dict()))
+    assert "The file has adapters around its layers (q.base_layer.weight)" in str(error)
+
+
+@pytest.mark.parametrize("cls", sorted(WRAPPER_CLASSES))
+def test_every_wrapper_class_is_one_of_a_segment(cls):
+    assert WRAPPER_CLASSES[cls] in WRAPPERS
+    assert "." in cls

@@ -148,6 +148,7 @@ def verify_weights(
     check_arguments(model, None, skip, (), False)
     check_choice(key, prefix, rename)
     with open_checkpoint(path) as checkpoint, torch.no_grad():
+        checkpoint.confirm()
         with collector_paused():
             target = describe_model(model)
             choice = {"key": key, "prefix": prefix, "rename": rename}

@@ -70,8 +70,15 @@ def _is_equal(one: TensorEntry, other: TensorEntry, read: Read, allowance: Allow
 
 
 def _is_equal_piece(one: TensorEntry, other: TensorEntry, read: Read, allowance: Allowance) -> bool:
-    allowance.spend(0, one.nbytes + other.nbytes)
-    return torch.equal(_bits(read(one)), _bits(read(other)))
+    return _afford(allowance, one.nbytes + other.nbytes) and torch.equal(_bits(read(one)), _bits(read(other)))
+
+
+def _afford(allowance: Allowance, nbytes: int) -> bool:
+    """Whether some data may be looked at; what can't be is left open, so that it is asked about."""
+    if allowance.left_bytes < nbytes:
+        return False
+    allowance.spend(0, nbytes)
+    return True
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,16 +102,15 @@ def rows_of(entry: TensorEntry, read: Read, allowance: Allowance) -> tuple[list[
         be read for their sake.
     """
     if not entry.shape or entry.nbytes <= 1 << 16 or len(entry.boxes) != 1:
-        if entry.nbytes > _MOST_BYTES or not entry.boxes:
+        if entry.nbytes > _MOST_BYTES or not entry.boxes or not _afford(allowance, entry.nbytes):
             return None
-        allowance.spend(0, entry.nbytes)
         whole = read(entry)
         return list(range(entry.shape[0] if entry.shape else 1)), whole if entry.shape else whole.reshape(1)
     last = entry.shape[0] - 1
     numbers = sorted({last * part // (_ROWS - 1) for part in range(_ROWS)})
-    if entry.nbytes // entry.shape[0] * len(numbers) > _MOST_BYTES:
+    nbytes = entry.nbytes // entry.shape[0] * len(numbers)
+    if nbytes > _MOST_BYTES or not _afford(allowance, nbytes):
         return None
-    allowance.spend(0, entry.nbytes // entry.shape[0] * len(numbers))
     return numbers, torch.cat([read(_narrowed(entry, number, 1)) for number in numbers])
 
 

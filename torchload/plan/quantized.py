@@ -131,6 +131,8 @@ def _config_says(path: Any) -> str | None:
     """Whether the ``config.json`` beside a file, or in a folder, has settings of a quantization."""
     try:
         place = Path(os.fspath(path))
+        if not place.exists():
+            return None  # something in memory, or a file object
         config = (place if place.is_dir() else place.parent) / "config.json"
         if not config.is_file() or config.stat().st_size > _CONFIG_BYTES:
             return None

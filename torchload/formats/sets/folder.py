@@ -148,6 +148,17 @@ _WHOLE_FOLDERS: tuple[_WholeFolder, ...] = (
     _WholeFolder("folder of an FSDP training state", rank_files.is_single_part, opener=rank_files.open_part),
     _WholeFolder("set of rank files", rank_files.is_rank_set, opener=rank_files.open_rank_set),
     _WholeFolder(
+        "torchsnapshot folder",
+        lambda names: ".snapshot_metadata" in names,
+        "Restore it with torchsnapshot.Snapshot(path).restore(...) where it was made, and save the model's state dict "
+        "with torch.save.",
+    ),
+    _WholeFolder(
+        "zip checkpoint that was unpacked",
+        lambda names: "data.pkl" in names and bool({"data", "version", "byteorder"} & names),
+        "Pack it again without compression: in the folder above, run 'zip -0 -r model.pth' with the folder's name.",
+    ),
+    _WholeFolder(
         "TensorFlow SavedModel",
         lambda names: bool({"saved_model.pb", "saved_model.pbtxt"} & names),
         "Its weights belong to another framework; convert the model to PyTorch first.",
