@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import resource
 import sys
 import tempfile
 from doctest import ELLIPSIS
@@ -88,7 +89,7 @@ class _PageParser(PythonCodeBlockParser):
 def enter_folder(namespace: dict[str, Any]) -> None:
     """Go to an empty folder."""
     folder = tempfile.TemporaryDirectory()
-    namespace["_folder"] = (folder, Path.cwd())
+    namespace["_folder"] = (folder, Path.cwd(), resource.getrlimit(resource.RLIMIT_DATA))
     os.chdir(folder.name)
     torch.manual_seed(0)
 
@@ -101,7 +102,8 @@ def set_the_stage(namespace: dict[str, Any]) -> None:
 
 def leave_folder(namespace: dict[str, Any]) -> None:
     """Go back, and remove the folder."""
-    folder, before = namespace.pop("_folder")
+    folder, before, limits = namespace.pop("_folder")
+    resource.setrlimit(resource.RLIMIT_DATA, limits)  # an example that failed may have left its own
     os.chdir(before)
     folder.cleanup()
 

@@ -17,6 +17,7 @@ from torch import distributed, nn
 from tests.distributed._ranks import on_ranks
 from tests.law import assert_equal_bits, randomise, same_bits, snapshot
 from torchload import LoadReport, errors, smart_load
+from torchload.transfer import cooperative
 
 
 class Net(nn.Module):
@@ -176,12 +177,20 @@ def not_there(rank: int, folder: Path) -> None:
     else:
         time.sleep(6)
     distributed.barrier()
-    if rank == 0:
-        torch.save(None, folder / "outcome0")
-        os._exit(0)
-    with pytest.raises(errors.TorchLoadError, match="has ended"):
-        smart_load(model, folder / "x.pth", process_group=distributed.group.WORLD)
-    assert_equal_bits(snapshot(model), before)
+    torch.save(None, folder / f"outcome{rank}")
+    share = sum(value.nbytes for value in before.values()) / distributed.get_world_size()
+
+    def die(done: int, total: int) -> None:
+        if done > 1.2 * share:  # in the middle of what is sent
+            os._exit(0)
+
+    cooperative._EXCHANGED_BYTES = 1
+    with pytest.raises(errors.TorchLoadError, match="has ended") as caught:
+        smart_load(model, folder / "x.pth", process_group=distributed.group.WORLD, progress=die if rank == 0 else False)
+    now = snapshot(model)
+    changed = {name for name in before if not same_bits(now[name], before[name])}
+    assert changed
+    assert changed <= set(caught.value.written)
 
 
 def hybrid(rank: int, folder: Path) -> None:
@@ -200,6 +209,14 @@ def hybrid(rank: int, folder: Path) -> None:
     for name, value in model.state_dict().items():
         assert same_bits(value.full_tensor(), want[name])
     assert sum(_gathered(report.read_bytes)) <= 1.2 * sum(value.nbytes for value in want.values())
+    group = mesh.get_group("replicate")
+    wrong = "nowhere.pth" if rank == 3 else "linear.pth"
+    expected = errors.CheckpointNotFoundError if rank % 2 else None  # replicas are 0 and 2, and 1 and 3
+    if expected is None:
+        smart_load(model, folder / wrong, process_group=group)
+    else:
+        with pytest.raises(expected, match="on rank 3" if rank == 1 else "nowhere"):
+            smart_load(model, folder / wrong, process_group=group)
     with pytest.raises(ValueError, match="not one of process_group="):
         smart_load(model, folder / "linear.pth", process_group=distributed.GroupMember.NON_GROUP_MEMBER)
 

@@ -43,6 +43,12 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
     return parallelize_module(model, mesh, plan)
 
 
+def skip_without_fsdp2() -> None:
+    """Before torch 2.6 it runs on CUDA devices only."""
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("FSDP2 came with torch 2.6")
+
+
 SHARDS: dict[str, Shard] = {"fsdp2": fsdp2, "tensor parallel": tensor_parallel}
 
 
@@ -179,12 +185,16 @@ def copy_of(run: deepspeed.Run) -> deepspeed.Run:
 @pytest.mark.parametrize("kind", SHARDS)
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_goes_on_bit_for_bit_from_every_layout(tmp_path, kind, ranks):
+    if kind == "fsdp2":
+        skip_without_fsdp2()
     on_ranks(partial(_every_layout, kind), tmp_path, ranks)
 
 
 @pytest.mark.parametrize("kind", SHARDS)
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_goes_on_from_deepspeeds_folders(tmp_path, kind, ranks):
+    if kind == "fsdp2":
+        skip_without_fsdp2()
     on_ranks(partial(_deepspeed, kind), tmp_path, ranks)
 
 
@@ -207,6 +217,7 @@ def _folder_on_other_ranks(rank: int, folder: Path) -> None:
 
 
 def test_a_folder_written_by_two_ranks_is_read_by_one(tmp_path):
+    skip_without_fsdp2()
     on_ranks(_folder_on_other_ranks, tmp_path)
     names = {path.name for path in tmp_path.iterdir() if not path.name.startswith("outcome")}
     assert names == {"last", "half", "gathered.pth", "store"}
@@ -300,6 +311,7 @@ def _losses(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
 @pytest.mark.parametrize("version", [1, 2])
 def test_one_process_goes_on_from_what_accelerate_sharded(tmp_path, version):
     pytest.importorskip("accelerate")
+    skip_without_fsdp2()
     want, _ = on_ranks(partial(_accelerate, version), tmp_path)
     model = _small(1)
     optimizer = torch.optim.Adam(model.parameters())

@@ -69,7 +69,7 @@ def test_a_state_dict_that_was_cast_as_a_whole_loads(save, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_numbers_above_what_a_dtype_counts_are_the_models_own_or_refused(save, dtype):
+def test_numbers_above_what_a_dtype_counts_are_the_models_own_or_refused(save, tmp_path, dtype):
     count = {torch.bfloat16: 600, torch.float16: 5_000}[dtype]
     state = {name: value.to(dtype) for name, value in Net(count).state_dict().items()}
     assert not torch.equal(state["position_ids"].long(), torch.arange(count))  # whole, in range, and wrong
@@ -77,6 +77,7 @@ def test_numbers_above_what_a_dtype_counts_are_the_models_own_or_refused(save, d
     report = loads(model, save(state))
     assert torch.equal(model.position_ids, torch.arange(count))
     assert "position_ids" in report.ignored
+    assert verify_weights(model, tmp_path / "x.pth")
     renamed = {("table" if name == "position_ids" else name): value for name, value in state.items()}
 
     class Other(Net):

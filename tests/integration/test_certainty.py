@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from torchload import errors, read_state_dict, smart_load, smart_resume, verify_weights
+from torchload.core.wrappers import WRAPPER_CLASSES, WRAPPERS
 
 
 class Net(nn.Module):
@@ -183,6 +184,7 @@ MASKS = {
     "what is left out": torch.ones(6, 6).triu(1).bool(),
     "window": tril(6) - torch.ones(6, 6).tril(-3),
     "long": tril(300)[None, None],
+    "swin": torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).sub(1).mul(100).expand(3, 6, 6).clone(),
 }
 NO_MASKS = {
     "learned": torch.randn(1, 1, 6, 6),
@@ -407,6 +409,8 @@ def test_whole_words_count(save):
     [
         ("q_net", "q_net_target"),
         ("online_network", "target_network"),
+        ("policy_net", "target_net"),
+        ("q_network", "target_network"),
         ("encoder", "momentum_encoder"),
         ("encoder_q", "encoder_k"),
     ],
@@ -613,3 +617,81 @@ def test_messages_stay_short_whatever_is_in_the_file(save):
 def test_a_model_without_tensors_and_a_file_with_some(save):
     error, _ = assert_refused(lambda: nn.ReLU(), save({"a.weight": torch.ones(2)}))
     assert "has , …" not in str(error)
+
+
+def test_a_file_with_an_optimizers_state_alone_is_no_rival_in_a_folder(tmp_path):
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    state = changed(model, 1)
+    torch.save(state, tmp_path / "net.pth")
+    torch.save(optimizer.state_dict(), tmp_path / "adam.pth")
+    assert_loads(Net(), tmp_path, state)
+
+
+def test_modules_that_upgrade_old_names_themselves_are_asked_first(save):
+    class Pyramid(nn.Module):
+        _version = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
+            self.layer = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
+
+        def _load_from_state_dict(self, state_dict, prefix, *rest):
+            for old in [name for name in state_dict if name.count(".") == prefix.count(".") + 2]:
+                part, index, leaf = old.removeprefix(prefix).split(".")
+                state_dict[f"{prefix}{part}.{index}.0.{leaf}"] = state_dict.pop(old)
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    state = changed(Pyramid(), 1)
+    old = {name.replace(".0.0.", ".0."): value for name, value in state.items()}
+    for content in (old, {"model": old, "epoch": 3}):
+        for strict in (True, False):
+            assert_loads(Pyramid(), save(content), state, strict=strict)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("content", [lambda state: state, lambda state: {"state_dict": state, "optimizer": {}}])
+def test_hooks_that_rename_are_seen_before_the_container_is_chosen(save, strict, content):
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.fc = nn.Linear(4, 2)
+            self.register_load_state_dict_pre_hook(self.rename)
+
+        @staticmethod
+        def rename(module, state_dict, prefix, *rest):
+            for name in [name for name in state_dict if name.startswith(f"{prefix}encoder.")]:
+                state_dict[name.replace("encoder.", "backbone.")] = state_dict.pop(name)
+
+    state = changed(Hooked(), 1)
+    old = {name.replace("backbone.", "encoder."): value for name, value in state.items()}
+    assert_loads(Hooked(), save(content(old)), state, strict=strict)
+
+
+def test_stacked_experts_and_adapters_are_named(save):
+    separate = tree(experts=nn.ModuleList([tree(w1=line(False)), tree(w1=line(False))]), stem=line())
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = line()
+            self.experts = nn.Module()
+            self.experts.gate_up_proj = nn.Parameter(torch.ones(2, 4, 4))
+
+    error, _ = assert_refused(Stacked, save(separate.state_dict()))
+    assert "experts one by one (experts.0.w1.weight), the model has them stacked (experts.gate_up_proj)" in str(error)
+    error, _ = assert_refused(lambda: separate, save(Stacked().state_dict()))
+    assert "experts stacked (experts.gate_up_proj), the model one by one (experts.0.w1.weight)" in str(error)
+    adapted = tree(q=tree(base_layer=line(), lora_A=line()), stem=line())
+    error, _ = assert_refused(lambda: tree(q=line(), stem=line()), save(adapted.state_dict()))
+    assert "The file has adapters around its layers (q.base_layer.weight)" in str(error)
+
+
+@pytest.mark.parametrize("cls", sorted(WRAPPER_CLASSES))
+def test_every_wrapper_class_is_one_of_a_segment(cls):
+    assert WRAPPER_CLASSES[cls] in WRAPPERS
+    assert "." in cls

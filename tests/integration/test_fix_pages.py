@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,13 @@ PAGES = sorted(page for page in FOLDER.glob("*.md") if page.stem != "index")
 NO_MESSAGE = {"accuracy-drops-strict-false", "gpu-0-fills-up", "half-precision-inf-nan"}  # a symptom is their title
 NEEDS_GPU = {"gpu-0-fills-up", "invalid-device-ordinal"}  # for what torch does; what torchload does needs none
 NEEDS_NO_GPU = {"deserialize-cuda-device"}
+
+
+@pytest.fixture(autouse=True)
+def _limits_are_put_back() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 def _printed(page: Path) -> tuple[str, dict[str, str]]:

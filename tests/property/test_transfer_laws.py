@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from torchload.core.checkpoint import Box, Extent, TensorEntry, box_end_bytes
 from torchload.core.copies import Copy
+from torchload.core.crc32 import combine_crc32
 from torchload.core.source import FileSource, MemorySource, Source
 from torchload.transfer import map_entries, pieces, read_entries, run
-from torchload.transfer.checksums import combine_crc32
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

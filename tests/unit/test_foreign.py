@@ -15,6 +15,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,10 +52,17 @@ def zipped(names: list[str]) -> bytes:
     return file.getvalue()
 
 
-def numpy_array() -> bytes:
+def numpy_array(value: Any = None) -> bytes:
     file = io.BytesIO()
-    np.save(file, np.arange(4))
+    np.save(file, np.arange(4) if value is None else np.array(value, dtype=object))
     return file.getvalue()
+
+
+def headless_zip() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("m/data.pkl", PAYLOAD)
+    return b"<html>" + file.getvalue()[6:]
 
 
 def database() -> bytes:
@@ -109,6 +117,8 @@ CASES: list[tuple[str, bytes, str, str]] = [
     ("mxnet", struct.pack("<QQ", 0x112, 0) + PAYLOAD, "MXNet parameter file", "another framework"),
     ("torch7", struct.pack("<iii", 4, 1, 3) + b"V 1" + PAYLOAD, "Lua Torch7 file", "another framework"),
     ("npy", numpy_array(), "numpy array", "numpy.load"),
+    ("npy", numpy_array({"w": np.ones(3)}), "numpy file of a pickled object", "numpy.savez"),
+    ("pth", headless_zip(), "zip archive whose beginning is damaged or was replaced", "Download or copy it again"),
     ("mat", b"MATLAB 5.0 MAT-file, Platform: GLNXA64", "MATLAB file", "Check the path"),
     ("png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "PNG image", "Check the path"),
     ("jpeg", b"\xff\xd8\xff\xe0\0\x10JFIF", "JPEG image", "Check the path"),

@@ -287,3 +287,61 @@ def test_checksums_cover_what_such_modules_are_given(tmp_path, trained):
     (tmp_path / "x.pth").write_bytes(data)
     with pytest.raises(errors.CorruptCheckpointError):
         smart_load(doubling(), tmp_path / "x.pth", verify=True)
+
+
+def test_all_that_refuse_are_named_at_once(tmp_path):
+    class Refusing(nn.Linear):
+        def _load_from_state_dict(self, *arguments):
+            self.was_here = True
+            raise ValueError("not this one")
+
+    class Picky(nn.Linear):
+        version = 1
+
+        def get_extra_state(self):
+            return self.version
+
+        def set_extra_state(self, state):
+            if state != self.version:
+                raise ValueError("another version")
+
+    def build():
+        return nn.ModuleDict({"a": Refusing(2, 2), "b": Refusing(2, 2), "c": Picky(2, 2)})
+
+    trained = build()
+    trained["c"].version = 2
+    torch.save(trained.state_dict(), tmp_path / "x.pth")
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(errors.IncompatibleCheckpointError) as caught:
+        smart_load(model, tmp_path / "x.pth")
+    assert len(caught.value.problems) == 3
+    assert all(name in str(caught.value) for name in ("'a'", "'b'", "'c._extra_state'"))
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert not hasattr(model["a"], "was_here")
+    assert caught.value.written == ()
+    assert_equal_bits(snapshot(model), before)
+
+
+def test_extra_state_inside_a_module_that_loads_itself_is_set_once(tmp_path):
+    class Inner(nn.Linear):
+        calls = 0
+
+        def get_extra_state(self):
+            return 1
+
+        def set_extra_state(self, state):
+            self.calls += 1
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner(2, 2)
+
+        def _load_from_state_dict(self, *arguments):
+            super()._load_from_state_dict(*arguments)
+
+    torch.save(nn.ModuleDict({"x": Outer()}).state_dict(), tmp_path / "x.pth")
+    model = nn.ModuleDict({"x": Outer()})
+    smart_load(model, tmp_path / "x.pth")
+    assert model["x"].inner.calls == 1

@@ -22,6 +22,7 @@ from torch import nn
 
 from torchload import inspect_checkpoint, read_state_dict, smart_load, verify_weights
 from torchload.errors import (
+    AmbiguousCheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -236,6 +237,44 @@ def test_an_index_that_is_a_plain_mapping(tmp_path: Path) -> None:
         other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
         assert smart_load(other, path).tensors == 4
         assert torch.equal(other[1].weight, model[1].weight)
+
+
+def test_parts_without_an_index_are_told_to_be_given_as_a_list(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    paths = []
+    for number in "01":
+        part = {name: tensor for name, tensor in model.state_dict().items() if name[0] == number}
+        paths.append(tmp_path / f"part_{'ab'[int(number)]}.pth")
+        torch.save(part, paths[-1])
+    with pytest.raises(AmbiguousCheckpointError, match="give the list of their paths"):
+        smart_load(model, tmp_path)
+    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    assert smart_load(other, paths).tensors == 4
+    torch.save(model.state_dict(), paths[0])
+    with pytest.raises(AmbiguousCheckpointError) as caught:
+        smart_load(model, tmp_path)
+    assert "list" not in str(caught.value)
+
+
+def test_folders_and_archives_in_pieces_are_named(tmp_path: Path) -> None:
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "m.pth")
+    with zipfile.ZipFile(tmp_path / "m.pth") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    with pytest.raises(CheckpointFormatError, match="was unpacked.*zip -0 -r"):
+        read_state_dict(tmp_path / "unpacked" / "m")
+    with zipfile.ZipFile(tmp_path / "again.pth", "w") as archive:
+        for file in sorted((tmp_path / "unpacked").rglob("*")):
+            archive.write(file, file.relative_to(tmp_path / "unpacked"))
+    assert list(read_state_dict(tmp_path / "again.pth")) == ["weight", "bias"]
+    whole = (tmp_path / "m.pth").read_bytes()
+    for head in (bytes(64), b"<html>" + bytes(58), b"PK\x03\x00" + whole[4:64]):
+        (tmp_path / "m.pth").write_bytes(head + whole[64:])
+        with pytest.raises(CheckpointFormatError, match=r"beginning is damaged|is damaged"):
+            read_state_dict(tmp_path / "m.pth")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / ".snapshot_metadata").write_text("{}")
+    with pytest.raises(CheckpointFormatError, match=r"torchsnapshot folder.*torch\.save"):
+        read_state_dict(tmp_path / "snapshot")
 
 
 def test_more_shards_than_may_be_open(tmp_path: Path) -> None:

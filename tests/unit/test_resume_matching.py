@@ -198,6 +198,7 @@ def test_ties_have_the_place_of_their_first_name(tmp_path):
     assert_same_moments(new, old)
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # SequentialLR of torch 2.4
 def test_numbers_that_a_distributed_checkpoint_made_text_of(tmp_path):
     model = nn.Linear(3, 3)
     old = torch.optim.Adam(model.parameters(), 0.1)

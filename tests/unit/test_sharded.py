@@ -12,8 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
+from torch import nn
 
 from tests.unit.test_safetensors import dense
+from torchload import inspect_checkpoint, read_state_dict, smart_load
+from torchload.core.source import FileSource
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.formats.sets import sharded
@@ -150,8 +153,31 @@ def test_a_list_with_equal_duplicates_is_joined_and_with_others_refused(tmp_path
     save_file({"norm": torch.tensor([1.0, 1.0, 2.0])}, third)
     with open_checkpoint([first, second]) as checkpoint:
         assert checkpoint.root.keys() == {"norm", "a", "b"}
-    with pytest.raises(CheckpointFormatError, match="both hold 'norm', with different values"):
-        open_checkpoint((first, third))
+    with open_checkpoint((first, third)) as checkpoint:
+        for _ in range(2):
+            with pytest.raises(CheckpointFormatError, match="both hold 'norm', with different values"):
+                checkpoint.confirm()
+    for use in (lambda paths: read_state_dict(paths), lambda paths: smart_load(nn.Linear(1, 1), paths, strict=False)):
+        with pytest.raises(CheckpointFormatError, match="both hold 'norm', with different values"):
+            use([first, third])
+
+
+def test_no_tensor_is_read_to_inspect_shards_that_share_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for number, path in enumerate(paths):
+        save_file({"shared": torch.zeros(1 << 20), f"own{number}": torch.ones(2)}, path)
+    read_bytes = 0
+    plain = FileSource.readinto
+
+    def counted(self: FileSource, offset: int, buffer: memoryview) -> None:
+        nonlocal read_bytes
+        read_bytes += len(buffer)
+        plain(self, offset, buffer)
+
+    monkeypatch.setattr(FileSource, "readinto", counted)
+    assert len(inspect_checkpoint(paths).tensors) == 3
+    assert read_bytes < 10_000
+    assert len(read_state_dict(paths)) == 3
 
 
 @pytest.mark.parametrize("paths", [[], ()])

@@ -136,6 +136,7 @@ def smart_load(
                 raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
             placement = Placement(device)
             checkpoint = stack.enter_context(open_checkpoint(path))
+            checkpoint.confirm()
             with collector_paused():
                 options = Options(
                     placement,

@@ -89,6 +89,7 @@ def read_state_dict(
         raise TypeError("device must be one device: 'auto', a torch.device, a string or an index")
     place = resolve_device(device)
     with open_checkpoint(path) as checkpoint:
+        checkpoint.confirm()
         with collector_paused():
             chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes, map_entry)
             entries = _tensors(chosen, checkpoint.path)

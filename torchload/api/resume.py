@@ -103,6 +103,7 @@ def smart_resume(
     with ExitStack() as stack:
         with collector_paused():
             checkpoint = stack.enter_context(open_checkpoint(path))
+            checkpoint.confirm()
             resumption = Resumption(
                 checkpoint, path, training_tree(checkpoint, path, stack), strict, Placement(device), dtype
             )

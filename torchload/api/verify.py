@@ -23,6 +23,7 @@ from torchload.model.shards import is_hollow
 from torchload.model.target import Slot, Target, describe_model
 from torchload.plan.arguments import check_arguments, check_choice, with_hints
 from torchload.plan.compare import Difference, Pair, compare
+from torchload.plan.numbers import Verdict, judge_numbers
 from torchload.plan.steps import select_for
 from torchload.plan.twins import Twins, compare_extra_states, load_twins
 
@@ -147,6 +148,7 @@ def verify_weights(
     check_arguments(model, None, skip, (), False)
     check_choice(key, prefix, rename)
     with open_checkpoint(path) as checkpoint, torch.no_grad():
+        checkpoint.confirm()
         with collector_paused():
             target = describe_model(model)
             choice = {"key": key, "prefix": prefix, "rename": rename}
@@ -189,6 +191,8 @@ def _pairs(target: Target, selection: Selection, twins: Twins) -> tuple[list[Pai
         slot, leaf = target.by_name.get(name), selection.leaves[source]
         if slot is None or source in given:
             continue  # extra state, or what a copy was loaded with
+        if _keeps_its_own(name, slot, leaf):
+            continue
         reason = _incomparable(name, slot, leaf, selection)
         if reason is not None or not isinstance(leaf, TensorEntry):
             numel = math.prod(slot.shape or ())
@@ -196,6 +200,13 @@ def _pairs(target: Target, selection: Selection, twins: Twins) -> tuple[list[Pai
         else:
             pairs.append(Pair(name, source, slot, leaf))
     return pairs, differing
+
+
+def _keeps_its_own(name: str, slot: Slot, leaf: object) -> bool:
+    """Whether a load would leave the model's own numbers, since the file has them as floats that can't tell them."""
+    if not isinstance(leaf, TensorEntry) or slot.tensor.dtype.is_floating_point or not leaf.dtype.is_floating_point:
+        return False
+    return slot.shape == leaf.shape and judge_numbers(name, leaf, slot.tensor) is Verdict.KEEP
 
 
 def _incomparable(name: str, slot: Slot, leaf: object, selection: Selection) -> str | None:

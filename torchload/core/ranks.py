@@ -33,6 +33,10 @@ class Ranks:
         """Whether this is the rank that writes."""
         return self.rank == WRITER
 
+    def global_rank(self, rank: int) -> int:
+        """What a rank of this group is among all ranks: what its user knows it by."""
+        return rank if self.group is None else int(self._distributed.get_global_rank(self.group, rank))
+
     def agree(self, error: BaseException | None, what: object) -> None:
         """Go on only if every rank can, and means the same.
 
@@ -76,8 +80,19 @@ class Ranks:
             raise error
         for rank, (theirs, _) in enumerate(answers):
             if theirs is not None:
-                raise _told_by(rank, theirs)
+                raise _told_by(self.global_rank(rank), theirs)
         return [said for _, said in answers]
+
+    def exchange(self, everyones: list[torch.Tensor], mine: torch.Tensor) -> None:
+        """Fill one tensor for each rank with what that rank sends.
+
+        Raises:
+            TorchLoadError: A rank isn't there any more.
+        """
+        try:
+            self._distributed.all_gather(everyones, mine, group=self.group)
+        except RuntimeError as failure:
+            raise _left_alone(failure) from failure
 
     def share(self, error: BaseException | None, result: Any) -> Any:
         """What the writer has to say, on every rank.

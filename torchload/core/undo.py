@@ -13,7 +13,7 @@ class Undo:
     """Steps that take back what was changed, each prepared before the change.
 
     Attributes:
-        steps: The steps, oldest first. Each may be called more than once, and before what it takes back was done.
+        steps: The steps, oldest first. Each may be called before what it takes back was done.
 
     Example:
         >>> values, undo = [1], Undo()
@@ -26,26 +26,15 @@ class Undo:
     steps: list[Callable[[], object]] = field(default_factory=list)
 
     def roll_back(self) -> list[BaseException]:
-        """Take everything back, newest first.
-
-        A step that fails does not keep the others from being taken; one that is interrupted is taken again.
+        """Take everything back, newest first; a step that fails does not keep the others from being taken.
 
         Returns:
-            What was raised meanwhile, an interrupt first.
+            What was raised meanwhile, interrupts first.
         """
         failures: list[BaseException] = []
-        interrupts: list[BaseException] = []
         while self.steps:
             try:
-                self.steps[-1]()
-            except Exception as error:  # noqa: BLE001 - a module's own code
+                self.steps.pop()()
+            except BaseException as error:  # noqa: BLE001 - a module's own code, or an interrupt
                 failures.append(error)
-            except BaseException as error:  # noqa: BLE001 - left to the caller
-                interrupts.append(error)
-                if len(interrupts) < _MOST_INTERRUPTS:
-                    continue
-            self.steps.pop()
-        return interrupts + failures
-
-
-_MOST_INTERRUPTS = 10  # then somebody means it
+        return sorted(failures, key=lambda failure: isinstance(failure, Exception))

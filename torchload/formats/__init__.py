@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torchload.core.budget import Budget
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.collector import collector_paused
+from torchload.core.optimizers import is_optimizer_state
 from torchload.core.source import Source
-from torchload.errors import CheckpointNotFoundError, TorchLoadError
+from torchload.errors import AmbiguousCheckpointError, CheckpointNotFoundError, TorchLoadError
 from torchload.formats.files import safetensors
 from torchload.formats.files.magic import HEAD_BYTES, is_legacy, is_pickle, is_ustar, is_zip
 from torchload.formats.locate import folder_around, path_text, source_of_file, source_of_object, status_of
 
 __all__ = ["FORMATS", "Format", "open_checkpoint"]
+
+
+_MOST_PARTS = 100  # of a checkpoint without an index that are looked into
 
 
 class Format(NamedTuple):
@@ -163,11 +167,21 @@ class _Opening:
         from torchload.formats.sets import folder, sharded
 
         try:
-            choice = folder.choose(path, _is_checkpoint)
+            choice = folder.choose(path, _is_checkpoint, _holds_weights)
+        except AmbiguousCheckpointError as several:
+            if not self.are_parts(several.candidates):
+                raise
+            raise AmbiguousCheckpointError(
+                f"{several.message} No name is in two of them: if they are parts of one checkpoint, give the list of "
+                "their paths.",
+                path=path,
+                candidates=several.candidates,
+                argument="path",
+            ) from None
         except CheckpointNotFoundError as nothing:
             # Files that may hold anything, such as pickles, count where there is nothing else.
             try:
-                choice = folder.choose(path, _opens)
+                choice = folder.choose(path, _opens, _holds_weights)
             except CheckpointNotFoundError:
                 raise nothing from None
         if choice.opener is not None:
@@ -177,6 +191,20 @@ class _Opening:
         else:
             checkpoint = sharded.open_list(list(choice.files), self.shard)
         return folder.describe(checkpoint, path, choice)
+
+    def are_parts(self, paths: Sequence[str]) -> bool:
+        """Whether files open as one checkpoint, and none has a name that another one has."""
+        if len(paths) > _MOST_PARTS:
+            return False
+        from torchload.formats.sets import sharded
+
+        try:
+            opened = [self.shard(path) for path in paths]
+        except (TorchLoadError, PermissionError):
+            return False
+        sharded.close_all(opened)
+        names = [name for part in opened for name in (part.root if isinstance(part.root, dict) else [None] * 2)]
+        return len(set(names)) == len(names)
 
     def __call__(self, path: str) -> Checkpoint:
         """Open a part of a folder: a file, or another folder."""
@@ -239,6 +267,15 @@ def _opens(path: str) -> bool:
     except (TorchLoadError, PermissionError):
         return False
     return True
+
+
+def _holds_weights(path: str) -> bool:
+    """Whether a file holds anything but an optimizer's state; what can't be opened is not judged."""
+    try:
+        with _Opening().shard(path) as checkpoint:
+            return not is_optimizer_state(checkpoint.root)
+    except (TorchLoadError, PermissionError):
+        return True
 
 
 def _required_path(part: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Shape
@@ -16,7 +16,7 @@ from torchload.match.paths import joined, last
 from torchload.match.rename import Rename, renamed_from
 from torchload.match.selection import Selection, Wanted
 from torchload.match.tables import AVERAGED_WORDS, GENERIC, NEVER_THE_MODELS, container_standing, words_of
-from torchload.match.values import Read
+from torchload.match.values import Read, is_mask
 
 __all__ = ["Search", "needed_tensors"]
 
@@ -46,6 +46,7 @@ class Search:
         prefix: The prefix that the caller named, or ``None``.
         rename: The caller's renaming, or ``None``.
         guess: Whether to look below prefixes too that nothing but shapes speaks for.
+        masks: Identity of a leaf → whether it is a causal mask, as far as they were looked at.
     """
 
     places: Sequence[Place]
@@ -55,6 +56,7 @@ class Search:
     prefix: str | None = None
     rename: Rename | None = None
     guess: bool = False
+    masks: dict[int, bool] = field(default_factory=dict)
 
     def candidates(self, least: int, *, parts: bool = False) -> Iterator[Selection]:
         """Every sub-tree with at least `least` tensors that shares names with the model, judged.
@@ -226,9 +228,7 @@ class _Judge:
     def __call__(self, prefix: str, node: Node, alignment: Alignment, added: str) -> Selection:
         wanted = self.search.wanted
         missing, harmless = wanted.lacks(alignment.pairs, alignment.spare)
-        leftovers = Leftovers(
-            self.leaves, node, prefix, alignment, wanted, self.search.read, self.search.allowance, self.original
-        ).sorted()
+        leftovers = Leftovers(self.leaves, node, prefix, alignment, wanted, self._is_mask, self.original).sorted()
         segments = (*self.place.segments, *(prefix.split(".") if prefix else ()))
         return Selection(
             key=self.place.path,
@@ -252,6 +252,13 @@ class _Judge:
             added=added,
             original=self.original,
         )
+
+    def _is_mask(self, leaf: Leaf) -> bool:
+        """Whether a leaf is a causal mask; each is looked at once, however many candidates leave it."""
+        masks, read = self.search.masks, self.search.read
+        if read is not None and id(leaf) not in masks:
+            masks[id(leaf)] = is_mask(leaf, read, self.search.allowance)
+        return masks.get(id(leaf), False)
 
 
 def _mismatched(wanted: Wanted, pairs: Mapping[str, str], leaves: Mapping[str, Leaf]) -> dict[str, tuple[Shape, Shape]]:

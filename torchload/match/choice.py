@@ -148,6 +148,7 @@ class _Choice:
         self._key = key
         self._size_bytes = size_bytes
         self._is_trial = is_trial
+        self._reading = Allowance(path, size_bytes)  # of its own: names have to be looked at all the same
         self._notes: list[str] = []
 
     def meant(self, candidates: Iterable[Selection]) -> Iterator[Selection]:
@@ -265,7 +266,7 @@ class _Choice:
         if self._search.read is None or one.pairs.keys() != other.pairs.keys():
             return False
         pairs = ((one.leaves[source], other.leaves[other.pairs[name]]) for name, source in one.pairs.items())
-        return hold_same_values(pairs, self._search.read, self._search.allowance)
+        return hold_same_values(pairs, self._search.read, self._reading)
 
     def _incomplete_averages(self, chosen: Selection) -> Iterator[str]:
         """What to say of averages that only lack buffers: somebody may have meant one of them."""

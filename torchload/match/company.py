@@ -113,7 +113,8 @@ def is_copy_of(label: str, other: str) -> bool:
     return follows(label, other) or (len(average) < len(words) and average == list(words_of(other)))
 
 
-_LAGGING = ("target", "momentum", "slow", "delayed")
+_LAGGING = frozenset({"target", "momentum", "slow", "delayed"})
+_LEADING = frozenset({"online", "policy", "q", "local"})  # what reinforcement learning calls the network that it trains
 
 
 def follows(label: str, other: str) -> bool:
@@ -127,7 +128,8 @@ def follows(label: str, other: str) -> bool:
     if "k" in ours and tuple("q" if word == "k" else word for word in ours) == theirs:
         return True
     rest = [word for word in ours if word not in _LAGGING]
-    return len(rest) < len(ours) and rest == [word for word in theirs if word != "online"] and ours != theirs
+    followed = (list(theirs), [word for word in theirs if word not in _LEADING])
+    return len(rest) < len(ours) and _LAGGING.isdisjoint(theirs) and rest in followed
 
 
 def lags_behind(candidate: Candidate, other: Candidate) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Shape
 from torchload.core.wrappers import WRAPPERS
 from torchload.match.containers import Leaf
@@ -19,7 +18,6 @@ from torchload.match.tables import (
     UNTOUCHED,
     words_of,
 )
-from torchload.match.values import Read, is_mask
 
 __all__ = ["Leftovers"]
 
@@ -39,8 +37,7 @@ class Leftovers:
     prefix: str
     alignment: Alignment
     wanted: Wanted
-    read: Read | None
-    allowance: Allowance
+    is_mask: Callable[[Leaf], bool]
     original: Mapping[str, str]
     unexpected: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
@@ -90,7 +87,7 @@ class Leftovers:
             return True
         if self._is_average(local, shape):
             return True
-        return self.read is not None and is_mask(leaf, self.read, self.allowance)
+        return self.is_mask(leaf)
 
     def _is_average(self, local: str, shape: Shape | None) -> bool:
         """Whether a name, un-mangled, is one of the model's, with the model's shape, behind the mark of an average."""

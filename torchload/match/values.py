@@ -70,8 +70,15 @@ def _is_equal(one: TensorEntry, other: TensorEntry, read: Read, allowance: Allow
 
 
 def _is_equal_piece(one: TensorEntry, other: TensorEntry, read: Read, allowance: Allowance) -> bool:
-    allowance.spend(0, one.nbytes + other.nbytes)
-    return torch.equal(_bits(read(one)), _bits(read(other)))
+    return _afford(allowance, one.nbytes + other.nbytes) and torch.equal(_bits(read(one)), _bits(read(other)))
+
+
+def _afford(allowance: Allowance, nbytes: int) -> bool:
+    """Whether some data may be looked at; what can't be is left open, so that it is asked about."""
+    if allowance.left_bytes < nbytes:
+        return False
+    allowance.spend(0, nbytes)
+    return True
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,26 +102,28 @@ def rows_of(entry: TensorEntry, read: Read, allowance: Allowance) -> tuple[list[
         be read for their sake.
     """
     if not entry.shape or entry.nbytes <= 1 << 16 or len(entry.boxes) != 1:
-        if entry.nbytes > _MOST_BYTES or not entry.boxes:
+        if entry.nbytes > _MOST_BYTES or not entry.boxes or not _afford(allowance, entry.nbytes):
             return None
-        allowance.spend(0, entry.nbytes)
         whole = read(entry)
         return list(range(entry.shape[0] if entry.shape else 1)), whole if entry.shape else whole.reshape(1)
     last = entry.shape[0] - 1
     numbers = sorted({last * part // (_ROWS - 1) for part in range(_ROWS)})
-    if entry.nbytes // entry.shape[0] * len(numbers) > _MOST_BYTES:
+    nbytes = entry.nbytes // entry.shape[0] * len(numbers)
+    if nbytes > _MOST_BYTES or not _afford(allowance, nbytes):
         return None
-    allowance.spend(0, entry.nbytes // entry.shape[0] * len(numbers))
     return numbers, torch.cat([read(_narrowed(entry, number, 1)) for number in numbers])
 
 
 def is_mask(entry: Any, read: Read, allowance: Allowance) -> bool:
     """Whether a tensor is a causal mask, told by its values: square, 0 and 1 or 0 and -inf, what comes later left out.
 
-    A window of limited length is a mask too, as is one that marks what is left out rather than what is kept.
+    A window of limited length is a mask too, as is one that marks what is left out rather than what is kept; and so are
+    Swin's, one for each window, of 0 and -100.
     """
     if not isinstance(entry, TensorEntry) or len(entry.shape) < 2 or len(entry.boxes) != 1:
         return False
+    if len(entry.shape) == 3 and entry.shape[1] == entry.shape[2] and entry.shape[0] > 1:
+        return (found := rows_of(entry, read, allowance)) is not None and _masks_windows(found[1])
     size = entry.shape[-1]
     if entry.shape[-2] != size or size < 2 or any(one != 1 for one in entry.shape[:-2]):
         return False
@@ -140,6 +149,16 @@ def is_mask(entry: Any, read: Read, allowance: Allowance) -> bool:
     # A window: nothing is kept before something that isn't. More than the position itself is, or it were an identity.
     gaps = kept[:, 1:] < kept[:, :-1]
     return bool(kept[-1].sum() > 1) and not bool((gaps & (column[:, 1:] <= row)).any())
+
+
+def _masks_windows(windows: torch.Tensor) -> bool:
+    """Whether each of some squares says, with 0 and -100, which positions of a window belong together."""
+    values = windows.to(torch.float64)
+    is_apart = values == -100
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    return bool((is_apart | (values == 0)).all() and not diagonal.any() and is_apart.any()) and torch.equal(
+        values, values.transpose(1, 2)
+    )
 
 
 def was_never_updated(container: Mapping[Any, Any], read: Read) -> str | None:

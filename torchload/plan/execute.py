@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 from torchload.core.checkpoint import TensorEntry
 from torchload.core.collector import collector_paused
 from torchload.core.undo import Undo
-from torchload.errors import TorchLoadError
+from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Selection
 from torchload.model.shards import empty_part, held_numel, is_sharded, refresh_shards
 from torchload.model.swap import Exchange
@@ -137,14 +137,32 @@ def carry_out(
 
 
 def _hand_over(plan: LoadPlan, target: Target, selection: Selection, undo: Undo, changes: Changes) -> None:
-    """Let modules load themselves, and take their extra state."""
+    """Let modules load themselves, and take their extra state; all that refuse are named at once."""
     read = map_entry if plan.mmap else _read_entry
-    changes.by_themselves += [name for name in target.extra_state if name in selection.pairs]
-    hooks.set_extra_states(target, selection, read, undo)
+    own = tuple(hooked.prefix for hooked, _ in plan.own_loaders)
+    refusals: list[hooks.RefusedError] = []
+    for name, module in target.extra_state.items():
+        if name in selection.pairs and not (own and name.startswith(own)):
+            changes.by_themselves.append(name)
+            with _collecting(refusals):
+                hooks.set_extra_state(name, module, selection.leaves[selection.pairs[name]], read, undo)
     for hooked, slots in plan.own_loaders:
         if hooks.is_given(hooked, selection):
             changes.by_themselves += [name for slot in slots for name in slot.names if slot.persistent]
-            hooks.run_own_loader(hooked, slots, selection, read, undo)
+            with _collecting(refusals):
+                hooks.run_own_loader(hooked, slots, selection, read, undo)
+    if refusals:
+        problems = [str(refusal) for refusal in refusals]
+        text = "\n  ".join([*problems, "Nothing was loaded; the model is unchanged."])
+        raise IncompatibleCheckpointError(text, problems=problems) from refusals[0].__cause__
+
+
+@contextlib.contextmanager
+def _collecting(refusals: list[hooks.RefusedError]) -> Iterator[None]:
+    try:
+        yield
+    except hooks.RefusedError as refusal:
+        refusals.append(refusal)
 
 
 def _read_entry(entry: TensorEntry) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torchload.core.checkpoint import Copies, OpaqueTensor, Record, TensorEntry
 from torchload.core.in_memory import entry_of
 from torchload.core.quantized import quantized_tensor
 from torchload.core.undo import Undo
-from torchload.errors import IncompatibleCheckpointError
+from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Selection
 from torchload.model.target import HookedModule, Slot, Target
 from torchload.model.walk import modules_of, paths_of
@@ -31,6 +31,7 @@ from torchload.model.walk import modules_of, paths_of
 __all__ = [
     "COMPUTED",
     "ReadTensor",
+    "RefusedError",
     "attribute_restorer",
     "call_pre_hooks",
     "filled_by_itself",
@@ -42,12 +43,17 @@ __all__ = [
     "run_own_loader",
     "run_post_hooks",
     "run_pre_hooks",
-    "set_extra_states",
+    "set_extra_state",
     "would_load",
 ]
 
 COMPUTED = "<computed by a hook>"
+_NO_REFUSAL = (MemoryError, OSError, TorchLoadError)  # a failure to read, which says nothing of what a module accepts
 ReadTensor = Callable[[TensorEntry], torch.Tensor]
+
+
+class RefusedError(Exception):
+    """A module did not take what the checkpoint has for it."""
 
 
 def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Selection:
@@ -178,7 +184,7 @@ def run_own_loader(
     """Load one such module, and all below it, through torch's own machinery.
 
     Raises:
-        IncompatibleCheckpointError: The module refused what the checkpoint has for it; `undo` restores it.
+        RefusedError: The module refused what the checkpoint has for it; `undo` restores it.
     """
     undo.steps.append(restorer(hooked.module, slots))
     for slot in slots:
@@ -187,13 +193,12 @@ def run_own_loader(
             slot.install(torch.zeros(slot.shape, dtype=slot.tensor.dtype))
     try:
         load_itself(hooked.module, hooked.prefix, selection, read)
+    except _NO_REFUSAL:
+        raise
     except Exception as error:
         where = f" at {hooked.prefix.rstrip('.')!r}" if hooked.prefix else ""
-        raise IncompatibleCheckpointError(
-            f"{type(hooked.module).__name__}{where} loads itself, and refused this checkpoint: {error}\n"
-            "Nothing was loaded; the model is unchanged.",
-            problems=[str(error)],
-        ) from error
+        what = f"{type(hooked.module).__name__}{where} loads itself, and refused this checkpoint: {error}"
+        raise RefusedError(what) from error
 
 
 def is_given(hooked: HookedModule, selection: Selection) -> bool:
@@ -302,28 +307,24 @@ def _attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return tables
 
 
-def set_extra_states(target: Target, selection: Selection, read: ReadTensor, undo: Undo) -> None:
-    """Give modules their extra state.
+def set_extra_state(name: str, module: nn.Module, value: Any, read: ReadTensor, undo: Undo) -> None:
+    """Give a module its extra state.
 
     Raises:
-        IncompatibleCheckpointError: The file's value holds objects that torchload does not build, or the module refused
-            it; `undo` restores what was set before.
+        RefusedError: The file's value holds objects that torchload does not build, or the module refused it; `undo`
+            restores what was set before.
     """
-    for name, module in target.extra_state.items():
-        source = selection.pairs.get(name)
-        if source is None:
-            continue
-        try:
-            value = plain(selection.leaves[source], read)
-            before = module.get_extra_state()
-            undo.steps.append(partial(module.set_extra_state, before))
-            module.set_extra_state(value)
-        except Exception as error:
-            raise IncompatibleCheckpointError(
-                f"The extra state {name!r} can't be restored: {error}. Nothing was loaded; the model is unchanged. "
-                f'To load the rest: smart_load(..., skip=["{name}"])',
-                problems=[str(error)],
-            ) from error
+    try:
+        value = plain(value, read)
+        undo.steps.append(partial(module.set_extra_state, module.get_extra_state()))
+        module.set_extra_state(value)
+    except _NO_REFUSAL:
+        raise
+    except Exception as error:
+        what = (
+            f'The extra state {name!r} can\'t be restored: {error}. To load the rest: smart_load(..., skip=["{name}"])'
+        )
+        raise RefusedError(what) from error
 
 
 def run_post_hooks(target: Target, missing: Sequence[str], unexpected: Sequence[str]) -> _IncompatibleKeys:

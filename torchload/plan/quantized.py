@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def quantized_problem(target: Target, selection: Selection, elsewhere: str | Non
         elsewhere: Where else the file or its folder says that it is quantized (see `elsewhere_says`).
     """
     found: dict[str, str] = {}
+    own: set[str] | None = None
     packed = [name for name in selection.unexpected if not _PACKED.isdisjoint(name.split("."))]
     for name, source in selection.pairs.items():
         slot, leaf = target.by_name.get(name), selection.leaves[source]
@@ -80,7 +81,8 @@ def quantized_problem(target: Target, selection: Selection, elsewhere: str | Non
         is_integer = slot.is_parameter and not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
         if not is_integer and not (is_float8(leaf.dtype) and not is_float8(slot.tensor.dtype)):
             continue
-        if _beside(name, target.names):
+        own = set(target.names) if own is None else own
+        if _beside(name, own):
             continue  # the model has scales of its own
         scale = _beside(source, selection.leaves)
         if is_integer or scale or elsewhere:
@@ -103,13 +105,12 @@ def quantized_problem(target: Target, selection: Selection, elsewhere: str | Non
 _PACKED = frozenset({"qweight", "absmax", "quant_map", "weight_packed", "_packed_params", "SCB"})
 
 
-def _beside(name: str, names: Iterable[str]) -> str | None:
+def _beside(name: str, names: Container[str]) -> str | None:
     """A scale that stands beside a weight: in its module, or below its own name."""
     module = name.rpartition(".")[0]
-    known = names if isinstance(names, (Mapping, set)) else set(names)
     for scale in (*_SCALES, *_MAYBE):
         for candidate in (joined(module, scale), f"{name}.{scale}", f"{name}_{scale}"):
-            if candidate in known:
+            if candidate in names:
                 return candidate
     return None
 
@@ -131,6 +132,8 @@ def _config_says(path: Any) -> str | None:
     """Whether the ``config.json`` beside a file, or in a folder, has settings of a quantization."""
     try:
         place = Path(os.fspath(path))
+        if not place.exists():
+            return None  # something in memory, or a file object
         config = (place if place.is_dir() else place.parent) / "config.json"
         if not config.is_file() or config.stat().st_size > _CONFIG_BYTES:
             return None

@@ -17,6 +17,7 @@ from torchload.core.undo import Undo
 from torchload.errors import IncompatibleCheckpointError
 from torchload.formats.sets.deepspeed import MASTER_KEY
 from torchload.match import Selection
+from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.match.tables import SWAPPED, Standing
 from torchload.model.placement import Placement
@@ -113,7 +114,7 @@ class Resumption:
             return
         choice = {"key": None, "prefix": None, "rename": rename}
         try:
-            load = self._plan(module, averages or self.checkpoint.root, skip, choice)
+            load = self._plan(module, averages or self.checkpoint.root, skip, choice, keeps_promises=False)
         except IncompatibleCheckpointError as error:
             if averages:
                 raise
@@ -139,7 +140,10 @@ class Resumption:
         name, value = next(iter(averages.items()))
         self._plan_state("averaged weights", ema, Found(str(name), value))
 
-    def _plan(self, model: nn.Module, root: Any, skip: Any, choice: Mapping[str, Any]) -> _Load:
+    def _plan(
+        self, model: nn.Module, root: Any, skip: Globs, choice: Mapping[str, Any], *, keeps_promises: bool = True
+    ) -> _Load:
+        """Plan one set of weights; patterns that match nothing are told of the model's alone."""
         target = describe_model(model)
         # Fresh memory, so that a failure anywhere leaves everything as it was; parts of tensors stay where they are.
         atomic = not any(is_sharded(slot.tensor) for slot in target.slots)
@@ -150,8 +154,8 @@ class Resumption:
             self.strict,
             atomic,
             self.checkpoint.path,
-            skip=skip,
-            rename=choice["rename"],
+            skip=skip if keeps_promises else Globs(),
+            rename=choice["rename"] if keeps_promises else None,
             size_bytes=self.checkpoint.size_bytes,
             elsewhere=partial(elsewhere_says, self.checkpoint),
         )

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 
 import torch
 
 from torchload.core.checkpoint import Box, Extent
 from torchload.core.copies import Copy
+from torchload.core.crc32 import combine_crc32
 from torchload.errors import CorruptCheckpointError
 from torchload.transfer.pieces import Piece, is_plain
 
-__all__ = ["Arrivals", "combine_crc32", "combine_parts", "has_checksum", "is_summed_in_place", "report_damage"]
-
-_POLYNOMIAL = 0xEDB88320
+__all__ = ["Arrivals", "combine_parts", "has_checksum", "is_summed_in_place", "report_damage"]
 
 
 def has_checksum(box: Box, dtype: torch.dtype) -> bool:
@@ -95,39 +93,3 @@ def combine_parts(parts: Mapping[int, tuple[int, int]]) -> int:
     for _, (crc, nbytes) in sorted(parts.items()):
         total = combine_crc32(total, crc, nbytes)
     return total
-
-
-def combine_crc32(first: int, second: int, second_nbytes: int) -> int:
-    """The CRC-32 of two runs of bytes, one after the other, from that of each.
-
-    Example:
-        >>> combine_crc32(zlib.crc32(b"check"), zlib.crc32(b"point"), 5) == zlib.crc32(b"checkpoint")
-        True
-    """
-    if not first:
-        return second  # nothing comes before it, as a rule; the formula would give the same
-    # Appending n bytes multiplies the polynomial of the first by x^(8n), modulo the CRC's own.
-    return _multiply(_power_of_x(8 * second_nbytes), first) ^ second
-
-
-@lru_cache(maxsize=64)
-def _power_of_x(exponent: int) -> int:
-    power, square = 1 << 31, 1 << 30  # x^0 and x^1: the highest bit is the lowest coefficient
-    while exponent:
-        if exponent & 1:
-            power = _multiply(square, power)
-        square = _multiply(square, square)
-        exponent >>= 1
-    return power
-
-
-def _multiply(left: int, right: int) -> int:
-    """Product of two polynomials over GF(2), modulo the CRC's."""
-    product = 0
-    bit = 1 << 31
-    while bit:
-        if left & bit:
-            product ^= right
-        right = (right >> 1) ^ (_POLYNOMIAL if right & 1 else 0)
-        bit >>= 1
-    return product

@@ -76,6 +76,10 @@ class Replicas:
         self._is_over |= last
         return answers
 
+    def global_rank(self, rank: int) -> int:
+        """What a rank of the group is among all ranks."""
+        return self._ranks.global_rank(rank)
+
     def send_from(self, kinds: set[str]) -> None:
         """Choose where data is sent from, knowing on which kinds of devices it is on any rank."""
         group = self._ranks.group
@@ -85,9 +89,13 @@ class Replicas:
         index = module.current_device() if kind != "cpu" and hasattr(module, "current_device") else None
         self.device = torch.device(kind) if index is None else torch.device(kind, index)
 
-    def all_gather(self, everyones: list[torch.Tensor], mine: torch.Tensor) -> None:
-        """Receive what every rank sends."""
-        torch.distributed.all_gather(everyones, mine, group=self._ranks.group)
+    def exchange(self, everyones: list[torch.Tensor], mine: torch.Tensor) -> None:
+        """Send `mine`, and receive what every rank sends; raises a TorchLoadError if one isn't there any more."""
+        try:
+            self._ranks.exchange(everyones, mine)
+        except BaseException:
+            self._is_over = True
+            raise
 
     def __enter__(self) -> Replicas:
         return self
@@ -219,7 +227,7 @@ def _exchange(replicas: Replicas, parts: Sequence[Sequence[Copy]], progress: Pro
                 place.copy_(_bits(copy.target))
         except Exception as error:  # noqa: BLE001 - returned
             failure = failure or error
-        replicas.all_gather(everyones, mine[:used])
+        replicas.exchange(everyones, mine[:used])
         try:
             for rank, (part, received) in enumerate(zip(batch, everyones, strict=True)):
                 for copy, place in _places(part, received) if rank != replicas.rank else ():

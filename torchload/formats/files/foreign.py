@@ -211,6 +211,14 @@ def _ends_as_leveldb(source: Source) -> bool:
     return source.size >= 48 and source.read(source.size - 8, 8) == b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 
 
+def _ends_as_zip(source: Source) -> bool:
+    # The end record of an archive without a comment, and where it says the directory is, a directory.
+    if source.size < 100 or source.read(source.size - 22, 4) != b"PK\x05\x06":
+        return False
+    offset = int.from_bytes(source.read(source.size - 6, 4), "little")
+    return offset + 26 < source.size and source.read(offset, 4) == b"PK\x01\x02"
+
+
 def _is_msgpack_map(head: bytes) -> bool:
     # A map (at most 15 entries, 16-bit or 32-bit count) whose first key is a short readable text.
     match = re.match(rb"(?:[\x81-\x8f]|\xde..|\xdf....)(?:[\xa1-\xbf]|\xd9.)([A-Za-z_][\w./-]{2,})", head, re.DOTALL)
@@ -275,6 +283,12 @@ KINDS: tuple[Foreign, ...] = (
         "a git-annex pointer",
         _magic(b"/annex/objects/", b"../.git/annex/objects/", b".git/annex/objects/"),
         "Fetch the file itself: run 'git annex get' in the repository.",
+    ),
+    Foreign(
+        "a zip archive whose beginning is damaged or was replaced",
+        lambda head: True,
+        "Its directory, at the end, is whole: it may be a checkpoint. Download or copy it again.",
+        confirms=_ends_as_zip,
     ),
     Foreign("an HTML page", _is_html, _DOWNLOAD_AGAIN, _html_title),
     Foreign("an XML document", _is_xml, _DOWNLOAD_AGAIN, _xml_code),

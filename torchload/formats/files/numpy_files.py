@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from torchload.core.checkpoint import Box, Checkpoint, Container, Extent, Record, TensorEntry, contiguous_strides
+from torchload.core.crc32 import combine_crc32
 from torchload.core.source import Source
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats.files.zip_directory import STORED, ZipDirectory
@@ -84,7 +85,9 @@ def _array(source: Source, checksum: int, name: str, path: str) -> TensorEntry |
         _damaged(
             path, f"the array {name[:200]!r} should have {nbytes} bytes, and has {source.size - header.size_bytes}"
         )
-    crc32 = _crc32_after(source.read(0, header.size_bytes), nbytes, checksum) if checksum else None
+    crc32 = None
+    if checksum:  # of header and data; what the header contributes is taken out
+        crc32 = checksum ^ combine_crc32(zlib.crc32(source.read(0, header.size_bytes)), 0, nbytes)
     return _entry(Extent(source, header.size_bytes, nbytes, crc32, is_big_endian), dtype, header)
 
 
@@ -96,33 +99,6 @@ def _entry(extent: Extent, dtype: torch.dtype, header: _Header) -> TensorEntry:
     if header.is_fortran:
         strides = contiguous_strides(shape[::-1])[::-1]
     return TensorEntry(dtype, shape, (Box(extent, 0, shape, strides, (0,) * len(shape)),))
-
-
-def _crc32_after(head: bytes, rest_bytes: int, checksum: int) -> int:
-    """The CRC-32 of the rest of a run of bytes, given its beginning, the rest's length and the checksum of it all.
-
-    Checksums are polynomials over two elements: that of a whole is that of its head, times x for every bit that
-    follows, plus that of the rest. The number of multiplications grows with the logarithm of the length.
-    """
-    shifted = zlib.crc32(head)
-    power = 1 << 23  # x to the eighth; the highest bit is the lowest power
-    while rest_bytes:
-        if rest_bytes & 1:
-            shifted = _product(shifted, power)
-        power = _product(power, power)
-        rest_bytes >>= 1
-    return checksum ^ shifted
-
-
-def _product(one: int, other: int) -> int:
-    """Of two polynomials, modulo that of CRC-32."""
-    product = 0
-    while one:
-        if one & 0x80000000:
-            product ^= other
-        one = (one << 1) & 0xFFFFFFFF
-        other = (other >> 1) ^ (0xEDB88320 if other & 1 else 0)
-    return product
 
 
 def _read_header(source: Source, name: str, path: str) -> _Header:

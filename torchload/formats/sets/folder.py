@@ -61,6 +61,9 @@ _TEXT_SUFFIX = re.compile(
 _NUMBERED = re.compile(r"(?:shard-\d+-)?(?P<stem>.*?)(?P<number>\d{2,6})-of-(?P<total>\d{2,6})(?P<suffix>\..+)")
 
 
+_MOST_OPENED = 20  # files that are opened to see whether they hold weights
+
+
 class OpenMember(Protocol):
     """Opens a file or a folder that is a part of a folder.
 
@@ -145,6 +148,17 @@ _WHOLE_FOLDERS: tuple[_WholeFolder, ...] = (
     _WholeFolder("folder of an FSDP training state", rank_files.is_single_part, opener=rank_files.open_part),
     _WholeFolder("set of rank files", rank_files.is_rank_set, opener=rank_files.open_rank_set),
     _WholeFolder(
+        "torchsnapshot folder",
+        lambda names: ".snapshot_metadata" in names,
+        "Restore it with torchsnapshot.Snapshot(path).restore(...) where it was made, and save the model's state dict "
+        "with torch.save.",
+    ),
+    _WholeFolder(
+        "zip checkpoint that was unpacked",
+        lambda names: "data.pkl" in names and bool({"data", "version", "byteorder"} & names),
+        "Pack it again without compression: in the folder above, run 'zip -0 -r model.pth' with the folder's name.",
+    ),
+    _WholeFolder(
         "TensorFlow SavedModel",
         lambda names: bool({"saved_model.pb", "saved_model.pbtxt"} & names),
         "Its weights belong to another framework; convert the model to PyTorch first.",
@@ -162,12 +176,13 @@ _WHOLE_FOLDERS: tuple[_WholeFolder, ...] = (
 )
 
 
-def choose(path: str, is_checkpoint: Callable[[str], bool]) -> Choice:
+def choose(path: str, is_checkpoint: Callable[[str], bool], holds_weights: Callable[[str], bool]) -> Choice:
     """Pick the file, or the files, that are the checkpoint of a folder.
 
     Args:
         path: The folder.
         is_checkpoint: Whether a file is a checkpoint by its content.
+        holds_weights: Whether a checkpoint holds more than an optimizer's state; asked where there are several.
 
     Raises:
         CheckpointNotFoundError: There is none; the message says what is there.
@@ -199,7 +214,10 @@ def choose(path: str, is_checkpoint: Callable[[str], bool]) -> Choice:
     found = [name for name in candidates if is_checkpoint(os.path.join(path, name))]
     if not found:
         raise CheckpointNotFoundError(_nothing_found(path, files, folders), path=path)
-    return _only(path, _one_per_model(path, found))
+    groups = _one_per_model(path, found)
+    if 1 < len(groups) <= _MOST_OPENED:
+        groups = [group for group in groups if len(group) > 1 or holds_weights(os.path.join(path, group[0]))] or groups
+    return _only(path, groups)
 
 
 def describe(checkpoint: Checkpoint, path: str, choice: Choice) -> Checkpoint:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torchload.core.checkpoint import Checkpoint, Container, OpaqueTensor, TensorEntry
@@ -20,7 +21,7 @@ from torchload.formats.json_text import parse_object
 from torchload.formats.locate import path_inside
 from torchload.formats.sets.slices import assemble, slice_origins
 
-__all__ = ["open_index", "open_list", "recognizes"]
+__all__ = ["close_all", "open_index", "open_list", "recognizes"]
 
 OpenFile = Callable[[str], Checkpoint]
 
@@ -89,9 +90,9 @@ def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
         _check_listed(weight_map, by_name, path)
         merged = _Merge(path, weight_map, by_name)
         notes = (*merged.notes, *_size_note(index, merged.root))
-        return _checkpoint(path, opened, merged.root, notes)
+        return replace(_checkpoint(path, opened, merged.root, notes), confirm=merged.confirm)
     except BaseException:
-        _close_all(opened)
+        close_all(opened)
         raise
 
 
@@ -117,9 +118,9 @@ def open_list(paths: list[str], open_file: OpenFile) -> Checkpoint:
         return opened[0]
     try:
         merged = _Merge(path, {}, dict(zip(paths, opened)))
-        return _checkpoint(path, opened, merged.root, tuple(merged.notes))
+        return replace(_checkpoint(path, opened, merged.root, tuple(merged.notes)), confirm=merged.confirm)
     except BaseException:
-        _close_all(opened)
+        close_all(opened)
         raise
 
 
@@ -162,12 +163,13 @@ def _open_all(paths: Iterable[str], open_file: OpenFile) -> list[Checkpoint]:
                     path=shard,
                 )
     except BaseException:
-        _close_all(opened)
+        close_all(opened)
         raise
     return opened
 
 
-def _close_all(checkpoints: Iterable[Checkpoint]) -> None:
+def close_all(checkpoints: Iterable[Checkpoint]) -> None:
+    """Release the files of several checkpoints."""
     for checkpoint in checkpoints:
         checkpoint.close()
 
@@ -197,6 +199,7 @@ class _Merge:
         self.weight_map = weight_map
         self.shards = shards
         self.notes: list[str] = []
+        self.unread: list[tuple[Any, list[str], list[TensorEntry]]] = []
         holders: dict[Any, list[str]] = {key: [] for key in weight_map}
         for name, shard in shards.items():
             for key in shard.root:
@@ -223,13 +226,26 @@ class _Merge:
         if key in self.weight_map:
             self.notes.append(f"{key!r} is in {len(names)} shards; took {self.weight_map[key]}, as the index says")
             return self.shards[self.weight_map[key]].root[key]
-        if not all(_same_value(entries[0], entry) for entry in entries[1:]):
-            raise CheckpointFormatError(
-                f"{names[0]} and {names[1]} are not shards of one checkpoint: both hold {key!r}, with different "
-                "values. Files saved by one process each (ranks of a parallel run) can't be joined by name.",
-                path=self.path,
-            )
+        if not all(_may_be_same(entries[0], entry) for entry in entries[1:]):
+            raise self._differing(key, names)
+        if isinstance(entries[0], TensorEntry):
+            self.unread.append((key, names, entries))
         return entries[0]
+
+    def confirm(self) -> None:
+        """Compare the data of tensors that several shards hold; what it is equal to is read once."""
+        while self.unread:
+            key, names, entries = self.unread[-1]
+            if not all(_same_data(entries[0], entry) for entry in entries[1:]):
+                raise self._differing(key, names)
+            self.unread.pop()
+
+    def _differing(self, key: Any, names: list[str]) -> CheckpointFormatError:
+        return CheckpointFormatError(
+            f"{names[0]} and {names[1]} are not shards of one checkpoint: both hold {key!r}, with different "
+            "values. Files saved by one process each (ranks of a parallel run) can't be joined by name.",
+            path=self.path,
+        )
 
     def _note_unlisted(self) -> None:
         if not self.weight_map:
@@ -239,9 +255,10 @@ class _Merge:
             self.notes.append(f"{len(unlisted)} entries of the shards are not in the index, such as {unlisted[0]!r}")
 
 
-def _same_value(left: Any, right: Any) -> bool:
+def _may_be_same(left: Any, right: Any) -> bool:
+    """Whether two values are equal, as far as can be seen without the data of tensors."""
     if isinstance(left, TensorEntry) and isinstance(right, TensorEntry):
-        return left.dtype == right.dtype and left.shape == right.shape and _same_data(left, right)
+        return left.dtype == right.dtype and left.shape == right.shape
     if isinstance(left, (str, int, float, bool, bytes, type(None))):
         return type(left) is type(right) and bool(left == right)
     return False
