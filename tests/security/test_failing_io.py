@@ -592,7 +592,7 @@ def test_no_room_for_what_is_saved(suffix: str, tmp_path: Path) -> None:
     smart_save(tower(), path)
     content = path.read_bytes()
     told = in_child(FULL, str(path))
-    assert "The file that was there is unchanged" in told
+    assert "What was there before is unchanged" in told
     assert told.endswith(f"['{path.name}']\n")
     assert path.read_bytes() == content
 

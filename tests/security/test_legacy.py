@@ -33,8 +33,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         handmade(named(w=Rebuilt(storage("0", 99), 0, (2,), (1,))), ["0"], floats(1, 2)),
         "needs?",
     ),
-    "keys that are no list": (handmade(named(w=TENSOR), {"0": 1}, floats(1, 2)), "no list of storage keys"),  # type: ignore[arg-type]
-    "keys that are no texts": (handmade(named(w=TENSOR), [None], floats(1, 2)), "no list of storage keys"),  # type: ignore[list-item]
+    "keys that are no list": (handmade(named(w=TENSOR), {"0": 1}, floats(1, 2)), "list of storage keys is malformed"),  # type: ignore[arg-type]
+    "keys that are no texts": (handmade(named(w=TENSOR), [None], floats(1, 2)), "list of storage keys is malformed"),  # type: ignore[list-item]
     "a tensor beyond its storage": (
         handmade(named(w=Rebuilt(storage("0", 2), 1, (2,), (1,))), ["0"], floats(1, 2)),
         "does not lie inside",

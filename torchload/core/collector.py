@@ -51,6 +51,11 @@ class collector_paused:  # noqa: N801 - used as a context manager, as if it were
             if id(self) not in _holders:
                 return
             if len(_holders) == 1 and _was_enabled:
+                if gc.get_freeze_count() == 0:
+                    # All that was made becomes old without being looked through, which took 0.3 s of 0.6 s for 20,000
+                    # tensors. Where somebody else has frozen objects, they would be thawed: then it is looked through.
+                    gc.freeze()
+                    gc.unfreeze()
                 gc.enable()
             _holders.discard(id(self))
 

@@ -214,7 +214,8 @@ class _Planner:
             what = entry.reason if isinstance(entry, OpaqueTensor) else f"a {type(entry).__name__}, not a tensor"
             self.problems.append(f"{name} is {what} in the file, which can't be loaded into a dense tensor")
             return
-        unfit = self._unfit(name, slot, entry)
+        dtype = self._dtype(slot, entry)
+        unfit = self._unfit(name, slot, entry, dtype)
         if unfit is Verdict.KEEP:
             self.plan.kept.append(name)
             self._plan_unread(slot, device, is_filled=True)
@@ -222,8 +223,8 @@ class _Planner:
         if isinstance(unfit, str):
             self.problems.append(f"{name}{unfit}")
             return
-        dtype = self._dtype(slot, entry)
-        self._compare_ties(name, sources)  # of several, any one will do
+        if len(sources) > 1:  # of which any one will do
+            self._compare_ties(name, sources)
         item = Assignment(slot, name, source, entry, dtype, device)
         item.way = self._way(item)
         item.check = _check(item) if self.options.verify else Check.NONE
@@ -264,7 +265,7 @@ class _Planner:
         if dtype is not tensor.dtype or device != tensor.device:
             self.plan.conversions.append(Conversion(slot, dtype, device))
 
-    def _unfit(self, name: str, slot: Slot, entry: TensorEntry) -> Verdict | str:
+    def _unfit(self, name: str, slot: Slot, entry: TensorEntry, dtype: torch.dtype) -> Verdict | str:
         """Why a slot can't take a tensor, as the rest of a sentence that begins with its name; or a verdict."""
         if is_hollow(slot.tensor):
             return (
@@ -273,7 +274,6 @@ class _Planner:
             )
         if slot.shape is None and entry.is_expanded:
             return " takes its shape from the file, where it has more elements than there is data"
-        dtype = self._dtype(slot, entry)
         if (reason := impossible_cast(entry.dtype, dtype)) is None:
             return Verdict.LOAD
         is_number = not (dtype.is_floating_point or entry.dtype.is_complex or dtype.is_complex)
@@ -288,8 +288,6 @@ class _Planner:
 
     def _compare_ties(self, name: str, sources: list[tuple[str, str]]) -> None:
         """Refuse different values for names that the model ties together."""
-        if len(sources) == 1:
-            return
         leaves = self.selection.leaves
         held = {leaf.location: (s, leaf) for _, s in sources if isinstance(leaf := leaves[s], TensorEntry)}
         (first, entry), *others = held.values()
@@ -320,8 +318,11 @@ class _Planner:
 
     def _is_read_from_the_model(self, item: Assignment) -> bool:
         """Whether a tensor's source is memory of the model, which may be written to before it is read."""
-        sources = [box.extent.source for box in item.entry.boxes]
-        return any(isinstance(source, TensorSource) and source.address in self._own_memory for source in sources)
+        for box in item.entry.boxes:
+            source = box.extent.source
+            if isinstance(source, TensorSource) and source.address in self._own_memory:
+                return True
+        return False
 
     @cached_property
     def _own_memory(self) -> frozenset[int]:

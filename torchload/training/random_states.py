@@ -157,6 +157,10 @@ def _numpy(state: Any) -> _Generator:
         inner = state["state"]
         state = (state["bit_generator"], inner["key"], inner["pos"], state["has_gauss"], state["gauss"])
     name, words, position, has_gauss, gauss = state
+    if not isinstance(words, torch.Tensor) and not all(isinstance(word, int) for word in words):
+        raise ValueError(
+            "it has another form than numpy's"
+        )  # of texts numpy would make an array as wide as the longest
     key = words.numpy() if isinstance(words, torch.Tensor) else np.asarray(words)
     # numpy itself does not look at the position, and would read beyond the words.
     if name != "MT19937" or key.shape != (_NUMPY_WORDS,) or not (type(position) is int and 0 <= position <= len(key)):

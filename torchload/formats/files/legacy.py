@@ -87,7 +87,7 @@ def _read_head(data: bytes | mmap, source: Source, path: str) -> tuple[Unpickled
     listed = following(unpickled.end)
     keys = listed.finish()
     if type(keys) is not list or not all(type(key) is str or (type(key) is int and abs(key) < 1 << 64) for key in keys):
-        _damaged(path, "it has no list of storage keys")
+        _damaged(path, "its list of storage keys is malformed")
     unpickled.end = listed.end
     return unpickled, [key if type(key) is str else str(key) for key in keys]
 

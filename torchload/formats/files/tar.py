@@ -150,7 +150,7 @@ def _pax(data: bytes, path: str) -> dict[str, Any]:
         line = data[position + len(digits) + 1 : position + length - 1]
         key, equals, value = line.partition(b"=")
         if length <= len(digits) or position + length > len(data) or not equals:
-            _damaged(path, "it has a header that is no pax header")
+            _damaged(path, "one of its pax headers is malformed")
         if key == b"path":
             found["path"] = value.decode("utf-8", "replace").removeprefix("./")
         elif key == b"size" and value.isdigit() and len(value) < 19:

@@ -106,9 +106,9 @@ def _in_order(spec: dict[str, Any], walk: Walk) -> bool:
 def _shape(value: Any, walk: Walk) -> Shape:
     value = walk.value(value)
     if not isinstance(value, (list, tuple)) or len(value) > MAX_DIMENSIONS:
-        raise TypeError("a place is no list of numbers")
+        raise TypeError("offsets or sizes are not a list of numbers")
     if not all(type(size) is int and 0 <= size < 1 << 63 for size in value):
-        raise TypeError("a place is no list of positive numbers")
+        raise TypeError("offsets or sizes are not positive numbers")
     return tuple(value)
 
 

@@ -56,7 +56,7 @@ def quantized(walk: Walk, dtype: torch.dtype, shape: Shape, data: Any, quantizer
     if scheme == "torch.per_tensor_affine":
         _, scale, zero_point = quantizer
         if type(scale) is not float or type(zero_point) is not int or not -(1 << 31) <= zero_point < 1 << 31:
-            walk.fail("is quantized by a scale or zero point that is none")
+            walk.fail("has a malformed quantization scale or zero point")
         return OpaqueTensor("a quantized tensor", shape, quantized=Quantized(dtype, data, scale, zero_point))
     if scheme not in _PER_CHANNEL:
         return OpaqueTensor("a quantized tensor", shape)
@@ -68,7 +68,7 @@ def quantized(walk: Walk, dtype: torch.dtype, shape: Shape, data: Any, quantizer
     if not scale.shape == zero_point.shape == (shape[axis],):
         walk.fail("is quantized by scales or zero points that don't belong to its shape")
     if scale.dtype not in _REAL or zero_point.dtype not in _REAL | _WHOLE:
-        walk.fail("is quantized by scales or zero points that are no numbers")
+        walk.fail("has quantization scales or zero points of an impossible dtype")
     return OpaqueTensor("a quantized tensor", shape, quantized=Quantized(dtype, data, scale, zero_point, axis))
 
 

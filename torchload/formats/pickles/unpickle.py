@@ -272,7 +272,7 @@ class _Reader(pickle.Unpickler):
             return BlobReference(pid)
         elif type(pid) is str and self.outside is not None:
             return Outside(self.outside(pid))
-        raise TypeError("it refers to something outside it that is no storage")
+        raise TypeError("it refers to something outside it that is not a storage")
 
     def new_storage(self, pid: tuple[Any, ...]) -> Storage:
         """A declaration ``("storage", class, key, location, numel[, view])`` that was not met before."""
@@ -315,7 +315,7 @@ def _declared(pid: tuple[Any, ...]) -> Storage:
 def _collection(items: Any, is_mapping: Any) -> Any:
     """What the rewritten DICT and FROZENSET ask for."""
     if type(items) is not tuple:
-        raise TypeError("it refers to something outside it that is no storage")
+        raise TypeError("it refers to something outside it that is not a storage")
     if is_mapping is True:
         mapping = MappingStandIn()
         if len(items) % 2:

@@ -218,7 +218,7 @@ class Walk:
         except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
             if isinstance(error, TorchLoadError):
                 raise
-            self.fail(f"is no {call.qualified} as its writer makes them ({error})", error)
+            self.fail(f"is a malformed {call.qualified} ({error})", error)
         self._nesting -= 1
         if value is AS_RECORD:
             value = Record(call.qualified, call.args, call.state)

@@ -155,7 +155,9 @@ class _Index:
         places: dict[str, _Place] = {}
         for key, info in stored.items():
             if _class_name(key) != "MetadataIndex" or _class_name(info) != "_StorageInfo":
-                raise self.refuse("its .metadata lists places in a form that only their writer can read")
+                raise self.refuse(
+                    "the storage info in its .metadata has a form that only a custom storage writer knows"
+                )
             index, place = record_fields(key), record_fields(info)
             name, origin = index.get("fqn"), index.get("offset")
             file_name, offset, size = place.get("relative_path"), place.get("offset"), place.get("length")
@@ -167,7 +169,7 @@ class _Index:
                 or not (type(offset) is int and type(size) is int and offset >= 0 and size >= 0)
                 or not (isinstance(transforms, (list, tuple)) and all(type(part) is str for part in transforms))
             ):
-                raise self.refuse(f"the place of {_short(name)} in its .metadata is none")
+                raise self.refuse(f"the storage info of {_short(name)} in its .metadata is malformed")
             places[_place_key(name, origin)] = _Place(file_name, offset, size, tuple(transforms))
         return places
 
@@ -183,7 +185,7 @@ class _Index:
         state = properties.state if isinstance(properties, Record) else None
         dtype = state[0] if isinstance(state, tuple) and state else None
         if not _is_shape(shape) or not isinstance(chunks, list):
-            raise self.refuse(f"the shape or the chunks of {_short(name)} in its .metadata are none")
+            raise self.refuse(f"the shape or the list of chunks of {_short(name)} in its .metadata is malformed")
         tensor = self.tensors.setdefault(name, _Tensor(dtype, shape, {}))
         if (tensor.shape, tensor.dtype) != (shape, dtype) and not isinstance(dtype, Record):
             raise self.refuse(f"two ranks describe {_short(name)} differently")
@@ -194,7 +196,7 @@ class _Index:
             region = record_fields(chunk) if _class_name(chunk) == "ChunkStorageMetadata" else {}
             origin, size = region.get("offsets"), region.get("sizes")
             if not _is_shape(origin) or not _is_shape(size) or not len(origin) == len(size) == len(shape):
-                raise self.refuse(f"a chunk of {_short(name)} in its .metadata has no place in the tensor")
+                raise self.refuse(f"the offsets or sizes of a chunk of {_short(name)} in its .metadata are malformed")
             if 0 not in size:  # replicas, which ranks that saved without each other each describe, are taken once
                 place = self._place_of(places, name, origin)
                 tensor.chunks.setdefault(_place_key("", origin), (Region(origin, size), place))

@@ -242,7 +242,7 @@ def _shapes(groups: Sequence[Mapping[Any, Any]]) -> Iterator[tuple[str, Shape]]:
         for name, shape in group.items():
             good = isinstance(shape, tuple) and all(type(size) is int and 0 <= size < 1 << 62 for size in shape)
             if type(name) is not str or not good or len(shape) > MAX_DIMENSIONS or math.prod(shape) >= 1 << 62:
-                _refuse(f"the shape of {str(name)[:200]!r} is none")
+                _refuse(f"the shape of {str(name)[:200]!r} is malformed")
             if name in seen:
                 _refuse(f"{name[:200]!r} is in two groups")
             seen.add(name)
