@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torchload.core.text import printable_lines
+from torchload.core.text import printable, printable_lines
 
 __all__ = [
     "AmbiguousCheckpointError",
@@ -58,6 +58,8 @@ class TorchLoadError(Exception):
     """
 
     def __init__(self, message: str, *, path: str | None = None, written: Iterable[str] = ()) -> None:
+        if path and "\n" in path:
+            message = message.replace(path, printable(path, None))
         message = printable_lines(message)  # names in it come from the file
         super().__init__(message)
         self.message = message

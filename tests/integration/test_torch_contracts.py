@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.law import assert_equal_bits, randomise, snapshot
-from torchload import errors, smart_load, smart_save, verify_weights
+from torchload import errors, smart_load, smart_resume, smart_save, verify_weights
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells what is mapped")
 
@@ -448,6 +448,7 @@ def test_attributes_that_shadow_methods(tmp_path: Path, attribute: str) -> None:
         assert verify_weights(model, tmp_path / "x.pth")
     smart_save(trained, tmp_path / "saved.pth")
     assert verify_weights(trained, tmp_path / "saved.pth")
+    smart_resume(Net(), tmp_path / "saved.pth")
 
 
 def test_a_model_without_state_loads_from_an_empty_state_dict(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 import torchload
 from tests.law import snapshot
-from torchload import errors, smart_load
+from torchload import errors, smart_load, smart_resume
 
 PACKAGE = str(Path(torchload.__file__).parent)
 
@@ -131,6 +131,9 @@ def _raising_log(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_a_log_that_raises_does_not_fail_a_load(path: str) -> None:
     model = net(1.0)
     assert smart_load(model, path, atomic=True).tensors == 6
+    assert version(model) == {2.0}
+    model = net(1.0)
+    smart_resume(model, path)
     assert version(model) == {2.0}
 
 

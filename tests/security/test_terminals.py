@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tests.security._handmade import safetensors_bytes, tensor, write
-from torchload import inspect_checkpoint, read_state_dict, smart_load, smart_resume, verify_weights
+from torchload import inspect_checkpoint, read_state_dict, smart_load, smart_resume, smart_save, verify_weights
 from torchload.core.text import printable, printable_lines
 
 EVIL = "x\x1b[2K\rm.pth → Linear on cpu: all 2 tensors loaded\n  verified  yes \x1b[8m\u202e\u2066\x9b31m\x00"
@@ -85,10 +85,25 @@ def _page(folder: Path) -> str:
     return write(folder / "m.pth", f"<html><title>{EVIL}</title></html>")
 
 
+def _foreign_names(folder: Path) -> str:
+    torch.save({EVIL + name: torch.zeros(3) for name in ("a", "b")}, folder / "m.pth")
+    return str(folder / "m.pth")
+
+
+def _own_name(folder: Path) -> str:
+    return write(folder / EVIL.replace("\x00", ""), bytes(100))
+
+
+def _near_name(folder: Path) -> str:
+    torch.save({}, folder / EVIL.replace("\x00", ""))
+    return str(folder / EVIL.replace("\x00", "")[:-1])
+
+
 MAKERS: dict[str, Callable[[Path], str]] = {
     make.__name__.strip("_"): make
     for make in (
         *(_state, _containers, _beside, _safetensors, _members, _tar, _folder, _nothing_in_a_folder, _index, _page),
+        *(_foreign_names, _own_name, _near_name),
     )
 }
 
@@ -105,6 +120,7 @@ ENTRANCES: dict[str, Callable[[str], object]] = {
     "read_state_dict": read_state_dict,
     "verify_weights": lambda path: verify_weights(nn.Linear(3, 2), path),
     "smart_resume": _resume,
+    "smart_load, prefix": lambda path: smart_load(nn.Linear(3, 2), path, prefix="no.such."),
 }
 
 
@@ -126,6 +142,14 @@ def test_text_from_a_file_is_spelled_out(
     said += [str(warning.message) for warning in warned]
     assert "".join(said)
     assert all(map(is_clean, said)), said
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".zip", "/no/such/folder/m.pth"])
+def test_what_a_save_refuses_is_spelled_out(suffix: str, tmp_path: Path) -> None:
+    name = EVIL.replace("/", "")
+    with pytest.raises((ValueError, OSError)) as caught:
+        smart_save(nn.Linear(3, 2), str(tmp_path / name.replace("\x00", "")) + suffix, extra={name: object()})
+    assert is_clean(str(caught.value))
 
 
 def test_honest_text_stays_as_it_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -120,5 +121,6 @@ def smart_resume(
             resumption.verify()
         resumption.carry_out()
         report = resumption.report()
-    _log.info("%s", report)
+    with contextlib.suppress(Exception):  # a filter or handler of the caller's; everything is restored
+        _log.info("%s", report)
     return report

@@ -16,6 +16,7 @@ from typing import Any
 
 from torchload.core.budget import Budget
 from torchload.core.source import FileSource, MemorySource, Source, StreamSource
+from torchload.core.text import printable
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 
 __all__ = [
@@ -234,12 +235,12 @@ def _hint(path: str) -> str:
         return ""
     unfinished = [found for found in names if found.startswith(name) and found.endswith(UNFINISHED_SUFFIXES)]
     if unfinished:
-        return f"{unfinished[0]} is there: its download has not finished."
+        return f"{printable(unfinished[0])} is there: its download has not finished."
     import difflib
 
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
-        return f"Did you mean {' or '.join(near)}?"
+        return f"Did you mean {' or '.join(map(printable, near))}?"
     if not os.path.isabs(path):
         return f"The path is relative to {os.getcwd()}."
     return ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import TensorEntry
+from torchload.core.text import printable
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError, TorchLoadError
 from torchload.match.candidates import Search, needed_tensors
 from torchload.match.company import is_average_of, lags_behind, standing_in_company
@@ -377,7 +378,9 @@ def _nothing(places: Sequence[Place], wanted: Wanted, prefix: str | None, path: 
         hint = f"Its names begin with: {cut(tops)}."
     else:
         what = "not one name in common with this model"
-        theirs, ours = [name[:_SHOWN] for name in list(largest.leaves)[:4]], list(wanted.shapes)[:4]
+        theirs, ours = (
+            [printable(name, _SHOWN) for name in list(names)[:4]] for names in (largest.leaves, wanted.shapes)
+        )
         hint = f"The file has {', '.join(theirs)}, …; the model has {', '.join(ours) + ', …' if ours else 'no tensors'}"
     return IncompatibleCheckpointError(
         f"{path} has {what}. Nothing was loaded; the model is unchanged.\n  {hint}",

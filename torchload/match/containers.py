@@ -8,6 +8,7 @@ from typing import Any
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import OpaqueTensor, Record, Shape, TensorEntry, record_fields
+from torchload.core.text import printable
 from torchload.errors import IncompatibleCheckpointError
 from torchload.match.paths import last
 
@@ -99,7 +100,7 @@ def cut(names: Sequence[str]) -> str:
         >>> cut(["'a'", "'b'"])
         "'a', 'b'"
     """
-    listed = [name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…" for name in names[:_LISTED]]
+    listed = [printable(name, _SHOWN + 1) for name in names[:_LISTED]]
     return ", ".join([*listed, *([f"and {len(names) - _LISTED:,} more"] if len(names) > _LISTED else [])])
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["modules_of", "paths_of", "tensors_of"]
+__all__ = ["modules_of", "parameter_names", "paths_of", "tensors_of"]
 
 
 def paths_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -43,6 +43,16 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 todo.append(child)
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """The identity of every parameter → the first of its names, as `named_parameters` has them."""
+    names: dict[int, str] = {}
+    for prefix, module in paths_of(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), prefix + name)
+    return names
 
 
 def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:

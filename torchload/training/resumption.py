@@ -24,6 +24,7 @@ from torchload.model.placement import Placement
 from torchload.model.shards import is_sharded
 from torchload.model.target import Target, describe_model
 from torchload.model.unwrapping import module_within
+from torchload.model.walk import parameter_names
 from torchload.plan import hooks
 from torchload.plan.account import notes_of, report_of
 from torchload.plan.dtypes import DtypeSpec
@@ -167,7 +168,7 @@ class Resumption:
         """Check the states of everything else."""
         state = find_training_state(self.tree)
         target = self.loads[0].target
-        names = {id(parameter): name for name, parameter in target.model.named_parameters()}
+        names = parameter_names(target.model)
         plan_of = partial(plan_optimizer, names=names, file_order=self._file_order())
         paired = self._pairs(
             "optimizer",

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torchload.core.checkpoint import contiguous_strides
 from torchload.core.ranks import Ranks
 from torchload.core.sharing import Layout, shared_runs
-from torchload.core.text import group_names, short_dtype
+from torchload.core.text import group_names, printable, short_dtype
 from torchload.match.globs import Globs
 from torchload.model.shards import is_hollow, is_sharded
 from torchload.model.unwrapping import State
@@ -158,9 +158,9 @@ def taken_apart(
 def refuse(path: str, problems: Sequence[str]) -> None:
     """Raise what stands against a save, if anything does."""
     if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:10])
+        shown = "".join(f"\n  {printable(problem, None)}" for problem in problems[:10])
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{path} was not written, because it can't hold this as it is:{shown}{more}")
+        raise ValueError(f"{printable(path, None)} was not written, because it can't hold this as it is:{shown}{more}")
 
 
 def _unsavable(tensors: Sequence[tuple[str, torch.Tensor]], ranks: Ranks) -> list[str]:

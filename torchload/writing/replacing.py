@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from torchload.core.text import printable
+
 __all__ = ["replacing", "replacing_folder"]
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
@@ -248,7 +250,9 @@ def _status(path: str) -> os.stat_result | None:
 
 def _check_folder_around(final: str, path: str) -> None:
     if not os.path.isdir(folder := os.path.dirname(final)):
-        raise FileNotFoundError(errno.ENOENT, f"the folder {folder} does not exist; create it first", path)
+        raise FileNotFoundError(
+            errno.ENOENT, f"the folder {printable(folder, None)} does not exist; create it first", path
+        )
 
 
 def _sync_folder(folder: str) -> None:
