@@ -47,6 +47,10 @@ class CheckpointWarning(UserWarning):
     """
 
 
+def _on_one_line(message: str, name: str | None) -> str:
+    return message.replace(name, printable(name, None)) if name and "\n" in name else message
+
+
 class TorchLoadError(Exception):
     """Base of all errors that torchload raises on purpose.
 
@@ -58,9 +62,7 @@ class TorchLoadError(Exception):
     """
 
     def __init__(self, message: str, *, path: str | None = None, written: Iterable[str] = ()) -> None:
-        if path and "\n" in path:
-            message = message.replace(path, printable(path, None))
-        message = printable_lines(message)  # names in it come from the file
+        message = printable_lines(_on_one_line(message, path))  # names in it come from the file
         super().__init__(message)
         self.message = message
         self.path = path
@@ -165,7 +167,7 @@ class CastOverflowError(TorchLoadError, OverflowError):
         source_dtype: str = "",
         target_dtype: str = "",
     ) -> None:
-        super().__init__(message, path=path, written=written)
+        super().__init__(_on_one_line(message, tensor), path=path, written=written)
         self.tensor = tensor
         self.largest = largest
         self.source_dtype = source_dtype

@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,20 @@ def _foreign_names(folder: Path) -> str:
     return str(folder / "m.pth")
 
 
+def _missing_shards(folder: Path) -> list[str]:
+    return [str(folder / EVIL.replace("\x00", "")), str(folder / "m.pth")]
+
+
+def _sparse(folder: Path) -> str:
+    torch.save({EVIL: torch.eye(3).to_sparse()[0]}, folder / "m.pth")
+    return str(folder / "m.pth")
+
+
+def _too_large(folder: Path) -> str:
+    torch.save({EVIL: torch.full((3,), 1e30)}, folder / "m.pth")
+    return str(folder / "m.pth")
+
+
 def _own_name(folder: Path) -> str:
     return write(folder / EVIL.replace("\x00", ""), bytes(100))
 
@@ -99,11 +114,11 @@ def _near_name(folder: Path) -> str:
     return str(folder / EVIL.replace("\x00", "")[:-1])
 
 
-MAKERS: dict[str, Callable[[Path], str]] = {
+MAKERS: dict[str, Callable[[Path], Any]] = {
     make.__name__.strip("_"): make
     for make in (
         *(_state, _containers, _beside, _safetensors, _members, _tar, _folder, _nothing_in_a_folder, _index, _page),
-        *(_foreign_names, _own_name, _near_name),
+        *(_foreign_names, _own_name, _near_name, _missing_shards, _sparse, _too_large),
     )
 }
 
@@ -113,11 +128,19 @@ def _resume(path: str) -> object:
     return smart_resume(model, path, torch.optim.SGD(model.parameters(), lr=1.0))
 
 
+class _Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self._parameters[EVIL] = nn.Parameter(torch.zeros(3))
+
+
 ENTRANCES: dict[str, Callable[[str], object]] = {
     "smart_load": lambda path: smart_load(nn.Linear(3, 2), path),
     "smart_load, strict=False": lambda path: smart_load(nn.Linear(3, 2), path, strict=False),
     "inspect_checkpoint": inspect_checkpoint,
     "read_state_dict": read_state_dict,
+    "read_state_dict, float16": lambda path: read_state_dict(path, dtype=torch.float16),
+    "smart_load, as named": lambda path: smart_load(_Named(), path, dtype=torch.float16),
     "verify_weights": lambda path: verify_weights(nn.Linear(3, 2), path),
     "smart_resume": _resume,
     "smart_load, prefix": lambda path: smart_load(nn.Linear(3, 2), path, prefix="no.such."),

@@ -73,7 +73,7 @@ def _cut_problems(problems: Sequence[str]) -> list[str]:
 
 def _bounded(lines: list[str]) -> str:
     """The lines as a message that can still be read, however long the names are."""
-    first, *rest = lines
+    first, *rest = (printable(line, None) for line in lines)  # names in them may have line breaks
     rest = [
         line if len(line) <= _MOST_CHARACTERS or "smart_load(" in line else f"{line[:_MOST_CHARACTERS]}…"
         for line in rest

@@ -16,6 +16,7 @@ from typing import Any
 
 from torchload.core.checkpoint import Checkpoint, Container, OpaqueTensor, TensorEntry
 from torchload.core.source import FileSource, Source
+from torchload.core.text import printable
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats.json_text import parse_object
 from torchload.formats.locate import path_inside
@@ -143,7 +144,7 @@ def _check_present(shards: Mapping[str, str], path: str) -> None:
     missing = [name for name, shard in shards.items() if not os.path.exists(shard)]
     if not missing:
         return
-    listed = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+    listed = ", ".join(map(printable, missing[:20])) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
     raise CheckpointNotFoundError(
         f"{len(missing)} of {len(shards)} shards of {path} {'is' if len(missing) == 1 else 'are'} missing: {listed}. "
         "Download them into the same folder.",
