@@ -695,3 +695,69 @@ def test_stacked_experts_and_adapters_are_named(save):
 def test_every_wrapper_class_is_one_of_a_segment(cls):
     assert WRAPPER_CLASSES[cls] in WRAPPERS
     assert "." in cls
+
+
+# --- arguments and corners ---
+
+
+def test_a_matrix_that_lies_the_other_way_round_is_named_strict_or_not(save):
+    make = lambda: nn.ModuleDict({"up": nn.Linear(4, 6), "square": nn.Linear(6, 6)})  # noqa: E731
+    state = changed(make(), 1)
+    path = save({**state, "up.weight": state["up.weight"].T.contiguous()})
+    for strict in (True, False):
+        error, proposals = assert_refused(make, path, strict=strict)
+        assert "the other way round" in str(error)
+        assert not proposals  # a square one beside it would be loaded transposed
+        assert "not in the file" not in str(error)
+        assert "no place in the model" not in str(error)
+
+
+def test_a_promise_to_skip_is_kept_by_verify_weights_too(save):
+    model = Net()
+    path = save(changed(model, 1))
+    smart_load(model, path)
+    with pytest.raises(errors.IncompatibleCheckpointError, match="matches no name of the model or the file"):
+        verify_weights(model, path, skip=["fv1.*"])
+    with pytest.raises(errors.IncompatibleCheckpointError, match="matches no name of the file"):
+        verify_weights(model, path, rename={r"^layer\.": ""})
+    with pytest.warns(errors.CheckpointWarning, match="'head.\\*', which matches no name"):
+        assert verify_weights(model, path, skip=["fc1.*", "head.*"]).ok
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_name_too_long_to_be_shown_is_no_advice(save, nested):
+    first, second = changed(Net(), 1), changed(Net(), 2)
+    one, other = "a" * 300, "b" * 300
+    path = save({one: first, other: second} if nested else {**below(one, first), **below(other, second)})
+    with pytest.raises(errors.AmbiguousCheckpointError) as caught:
+        smart_load(Net(), path)
+    assert caught.value.candidates == ((one, other) if nested else (f"{one}.", f"{other}."))
+    assert not re.search(r"^    (key|prefix)=", str(caught.value), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["skip", "keep_fp32", "device"])
+def test_a_wrong_type_names_the_argument(save, name):
+    with pytest.raises(TypeError, match=f"^{name} "):
+        smart_load(Net(), save(changed(Net(), 1)), **{name: {0: "cpu"} if name == "device" else 3})
+
+
+def test_one_name_of_the_file_is_proposed_for_one_of_the_model(save):
+    make = lambda *names: nn.ModuleDict({name: nn.Linear(4, 4) for name in names})  # noqa: E731
+    error, proposals = assert_refused(lambda: make("a", "b", "d"), save(make("x", "y", "d").state_dict()))
+    assert not proposals
+    assert "did you mean" not in str(error)
+
+
+def test_the_only_weights_beside_an_optimizer_are_resumed_whatever_they_are_called(save):
+    state = changed(Net(), 1)
+    model = Net()
+    smart_resume(model, save({"best_model": state, "optimizer": {"state": {}, "param_groups": []}}))
+    assert_holds(model, state)
+
+
+def test_a_key_that_names_nothing_in_a_file_without_containers(save):
+    path = save(changed(Net(), 1))
+    with pytest.raises(errors.IncompatibleCheckpointError, match="its tensors stand at the top") as caught:
+        smart_load(Net(), path, key="state_dict")
+    assert "key=''" in str(caught.value)
+    smart_load(Net(), path, key="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,8 @@ from torchload.core.checkpoint import OpaqueTensor, TensorEntry, entries_in
 from torchload.core.collector import collector_paused
 from torchload.core.public import CheckpointLike, public
 from torchload.core.shown import Shown
-from torchload.core.text import format_bytes, format_seconds, group_names, plural, short_dtype
+from torchload.core.text import format_bytes, format_seconds, group_names, plural, printable, short_dtype
+from torchload.errors import CheckpointWarning
 from torchload.formats import open_checkpoint
 from torchload.match import Selection
 from torchload.match.globs import Globs
@@ -23,6 +25,8 @@ from torchload.model.shards import is_hollow
 from torchload.model.target import Slot, Target, describe_model
 from torchload.plan.arguments import check_arguments, check_choice, with_hints
 from torchload.plan.compare import Difference, Pair, compare
+from torchload.plan.doubts import unkept
+from torchload.plan.explain import incompatible
 from torchload.plan.numbers import Verdict, judge_numbers
 from torchload.plan.steps import select_for
 from torchload.plan.twins import Twins, compare_extra_states, load_twins
@@ -131,7 +135,7 @@ def verify_weights(
         CheckpointNotFoundError: Nothing is there.
         CheckpointFormatError: The file is no checkpoint, or a damaged one; the message says what it is.
         AmbiguousCheckpointError: Several parts of it fit equally well; the message lists them.
-        IncompatibleCheckpointError: It has not one name in common with the model.
+        IncompatibleCheckpointError: It has not one name in common with the model, or `skip` or `rename` matches none.
 
     Example:
         >>> from torchload import smart_load, verify_weights
@@ -152,7 +156,13 @@ def verify_weights(
         with collector_paused():
             target = describe_model(model)
             choice = {"key": key, "prefix": prefix, "rename": rename}
-            selection = select_for(target, checkpoint, Globs(skip), strict=True, **choice)
+            globs = Globs(skip)
+            selection = select_for(target, checkpoint, globs, strict=True, **choice)
+            problems, told = unkept(target, selection, globs, rename=rename)
+            if problems:
+                raise incompatible(target, selection, problems, checkpoint.path)
+        for text in told:
+            warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
         twins = load_twins(target, selection)
         pairs, differing = _pairs(target, selection, twins)
         differing += [*compare(pairs), *twins.differing, *compare_extra_states(target, selection)]

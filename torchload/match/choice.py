@@ -303,8 +303,9 @@ class _Choice:
         containers = len({candidate.key for candidate in equals}) > 1 or not all(one.prefix for one in equals)
         argument = "key" if containers else "prefix"
         names = [candidate.path if containers else f"{candidate.prefix}." for candidate in equals]
-        tried = [name for name, one in zip(names[:_LISTED], equals) if self._works({argument: name}, one)]
-        listing = "\n".join(f"    {argument}={name[:_SHOWN]!r}" for name in tried)
+        short = [(name, one) for name, one in zip(names[:_LISTED], equals) if len(name) <= _SHOWN]
+        tried = [name for name, one in short if self._works({argument: name}, one)]
+        listing = "\n".join(f"    {argument}={name!r}" for name in tried)
         listing += f"\n    and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
         return AmbiguousCheckpointError(
             f"{self._path} holds {what}:\n{listing}",

@@ -86,7 +86,8 @@ def find_places(root: Any, key: str | None, allowance: Allowance, whole: frozens
         return found
     chosen = [place for place in found if place.path == key]
     if not chosen:
-        known = cut([repr(place.path) for place in found if place.path]) or "no containers with tensors"
+        here = "none; its tensors stand at the top (key='')" if found else "no containers with tensors"
+        known = cut([repr(place.path) for place in found if place.path]) or here
         raise IncompatibleCheckpointError(
             f"{path} has no container {key[:_SHOWN]!r} that holds tensors. It has: {known}.", path=path
         )

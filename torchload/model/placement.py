@@ -33,6 +33,9 @@ class Placement:
         self._everywhere: torch.device | None = None
         self._by_prefix: dict[str, torch.device] = {}
         if isinstance(spec, Mapping):
+            names: list[object] = list(spec)
+            if odd := [name for name in names if not isinstance(name, str)]:
+                raise TypeError(f"device maps from the names of modules to devices, not from {odd[0]!r}")
             self._by_prefix = {prefix.rstrip("."): resolve_device(device) for prefix, device in spec.items()}
         elif spec is not None:
             self._everywhere = resolve_device(spec)

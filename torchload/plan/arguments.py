@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
 from inspect import signature
@@ -50,6 +50,8 @@ def check_arguments(model: nn.Module, dtype: Any, skip: Any, keep_fp32: Any, ato
     for name, globs in (("skip", skip), ("keep_fp32", keep_fp32)):
         if isinstance(globs, str):
             raise TypeError(f"{name} is a list of globs: {name}=[{globs!r}]")
+        if not isinstance(globs, Iterable):
+            raise TypeError(f"{name} is a list of globs, not {globs!r}")
         if isinstance(globs, Collection) and (odd := [glob for glob in globs if not isinstance(glob, str)]):
             raise TypeError(f"{name} is a list of globs, which are strings, not {odd[0]!r}")
     if not isinstance(atomic, (bool, AbstractContextManager)):

@@ -8,7 +8,9 @@ from torchload.core.budget import Allowance
 from torchload.core.checkpoint import TensorEntry
 from torchload.core.text import group_names, plural
 from torchload.match import Selection
+from torchload.match.globs import Globs
 from torchload.match.partial import transposed
+from torchload.match.rename import Rename
 from torchload.model.target import Target
 from torchload.model.unwrapping import bare_names
 from torchload.plan.constants import differing_constants
@@ -16,9 +18,32 @@ from torchload.plan.options import Options
 from torchload.plan.promises import unkept_globs, unkept_rules
 from torchload.plan.quantized import is_float8, quantized_problem
 
-__all__ = ["Doubts"]
+__all__ = ["Doubts", "unkept"]
 
 _LISTED = 8
+
+
+def unkept(
+    target: Target, selection: Selection, skip: Globs, keep_fp32: Sequence[str] = (), rename: Rename | None = None
+) -> tuple[list[str], list[str]]:
+    """What to say of the caller's patterns that match nothing: problems and warnings."""
+    problems: list[str] = []
+    warnings: list[str] = []
+    if not (skip.patterns or keep_fp32 or rename):
+        return problems, warnings
+    ours = [*bare_names(target.model, target.names).items()]
+    model_names = [name for pair in ours for name in pair]
+    original = [selection.original.get(name, name) for name in selection.leaves]
+    spelled = [*selection.leaves, *original, *selection.alignment.leftover.values()]
+    found = [
+        unkept_globs("skip", skip.patterns, [*model_names, *spelled]),
+        unkept_globs("keep_fp32", keep_fp32, model_names),
+        unkept_rules(rename, original),
+    ]
+    for problem, more in found:
+        problems += [problem] if problem else []
+        warnings += more
+    return problems, warnings
 
 
 class Doubts:
@@ -30,32 +55,18 @@ class Doubts:
     """
 
     def __init__(self, target: Target, selection: Selection, options: Options) -> None:
-        self.problems: list[str] = []
-        self.warnings: list[str] = []
         self._target, self._selection, self._options = target, selection, options
-        self._look_at_patterns()
+        self.problems, self.warnings = unkept(target, selection, options.skip, options.keep_fp32, options.rename)
         self._look_at_quantized()
+        if turned := transposed(selection):
+            self.problems.append(
+                f"{_listed(turned)}: the file has the matrix the other way round. Square ones beside it would be "
+                "loaded transposed; transpose them all first"
+            )
         if not options.strict:
             self._look_at_parts()
         allowance = Allowance(options.path, options.size_bytes)
         self.warnings += differing_constants(target, selection, allowance)
-
-    def _look_at_patterns(self) -> None:
-        options, selection = self._options, self._selection
-        if not (options.skip.patterns or options.keep_fp32 or options.rename):
-            return
-        ours = [*bare_names(self._target.model, self._target.names).items()]
-        model_names = [name for pair in ours for name in pair]
-        original = [selection.original.get(name, name) for name in selection.leaves]
-        spelled = [*selection.leaves, *original, *selection.alignment.leftover.values()]
-        found = [
-            unkept_globs("skip", options.skip.patterns, [*model_names, *spelled]),
-            unkept_globs("keep_fp32", options.keep_fp32, model_names),
-            unkept_rules(options.rename, original),
-        ]
-        for problem, warnings in found:
-            self.problems += [problem] if problem else []
-            self.warnings += warnings
 
     def _look_at_quantized(self) -> None:
         selection = self._selection
@@ -78,13 +89,8 @@ class Doubts:
             )
 
     def _look_at_parts(self) -> None:
-        """What `strict=False` leaves as it is, and what it doesn't excuse."""
+        """What `strict=False` leaves as it is."""
         selection = self._selection
-        if turned := transposed(selection):
-            self.problems.append(
-                f"{_listed(turned)}: the file has the matrix the other way round. Square ones beside it would be "
-                "loaded transposed; transpose them all first"
-            )
         if parts := list(_left_as_it_is(selection)):
             self.warnings.append(f"{self._options.path} was loaded in part (strict=False). {'; '.join(parts)}")
         if selection.averaged:

@@ -6,6 +6,7 @@ Advice is tried before it is printed: an argument that doesn't make the file fit
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torchload.core.checkpoint import Shape
@@ -29,7 +30,9 @@ def incompatible(
     """The error that says everything that keeps a checkpoint from fitting a model."""
     model = type(target.model).__name__
     where = f" (looked at {selection.path!r})" if selection.path else ""
-    unexpected = [selection.original.get(name, name) for name in selection.unexpected]
+    held_back = {*selection.missing} & {*selection.unexpected}  # with the rest of their layer, which doesn't fit
+    missing = [name for name in selection.missing if name not in held_back]
+    unexpected = [selection.original.get(name, name) for name in selection.unexpected if name not in held_back]
     advice = Advice(target, selection)
     near = _near(target, selection, advice.renamed) if selection.missing else {}
     what = "does not fit" if selection.pairs or not target.names else "has not one name in common with"
@@ -37,16 +40,15 @@ def incompatible(
     if selection.mismatched:
         lines.append(f"  {plural(len(selection.mismatched), 'tensor')} {_have(selection.mismatched)} another shape")
         lines += _shapes(selection.mismatched)
-    if selection.missing:
-        count = plural(len(selection.missing), "tensor")
-        lines.append(f"  {count} of the model {_is(selection.missing)} not in the file")
-        lines += _listing(selection.missing, near)
+    if missing:
+        lines.append(f"  {plural(len(missing), 'tensor')} of the model {_is(missing)} not in the file")
+        lines += _listing(missing, near)
     if unexpected:
         count = plural(len(unexpected), "tensor")
         lines.append(f"  {count} of the file {_have(unexpected)} no place in the model")
         lines += _listing(unexpected)
     lines += [f"  {problem}" for problem in _cut_problems(problems)]
-    lines += [f"  {sentence}" for sentence in likeness(selection.missing, unexpected)]
+    lines += [f"  {sentence}" for sentence in likeness(missing, unexpected)]
     fitting = sum(name not in selection.mismatched and not _stands_in(name, problems) for name in selection.pairs)
     lines.append(f"  {fitting:,} of {plural(len(target.names), 'tensor')} fit.")
     if not problems and not any(map(is_scale, unexpected)):
@@ -101,13 +103,18 @@ def _near(target: Target, selection: Selection, renamed: Mapping[str, str]) -> d
         ]
         if close := difflib.get_close_matches(name, alike, n=1, cutoff=0.75):
             near[name] = selection.original.get(close[0], close[0])
-    return near
+    claims = Counter(near.values())
+    return {name: other for name, other in near.items() if claims[other] == 1}
 
 
 def _listing(names: Sequence[str], near: dict[str, str] | None = None) -> list[str]:
     near = near or {}
     plain = group_names(name for name in names if name not in near)
-    hinted = [f"{name}    did you mean {printable(near[name])}, which the file has?" for name in names if name in near]
+    hinted = [
+        f"{printable(name, None)}    did you mean {printable(near[name])}, which the file has?"
+        for name in names
+        if name in near
+    ]
     return _cut([f"    {line}" for line in [*hinted, *plain]])
 
 

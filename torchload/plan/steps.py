@@ -15,7 +15,7 @@ from torchload.match.globs import Globs
 from torchload.match.names import Alignment
 from torchload.match.partial import held_back
 from torchload.match.paths import last
-from torchload.match.tables import BENIGN_UNEXPECTED, Standing, container_standing
+from torchload.match.tables import Standing, container_standing
 from torchload.model.target import Target, own_loaders
 from torchload.model.unwrapping import bare_names
 from torchload.plan import hooks
@@ -118,11 +118,7 @@ def _unmatched(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selec
     ]
     # Of those with the same tensors the innermost: the root has them below the name of the container.
     largest = max(likely, key=lambda place: (len(place.leaves), len(place.segments)), default=None)
-    if largest is None:
-        return None
-    selection = _unpaired(largest, wanted)
-    unexpected = [name for name in selection.unexpected if last(name) not in BENIGN_UNEXPECTED]
-    return replace(selection, missing=wanted.lacks({})[0], unexpected=unexpected)
+    return None if largest is None else replace(_unpaired(largest, wanted), missing=list(wanted.shapes))
 
 
 def _unpaired(place: Place, wanted: Wanted) -> Selection:

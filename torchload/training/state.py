@@ -208,7 +208,13 @@ def _is_best(root: Mapping[Any, Any], name: Any) -> bool:
     """Whether a container holds the weights of the best epoch so far, which no optimizer's state goes with."""
     if not isinstance(name, str) or isinstance(root[name], (TensorEntry, OpaqueTensor)) or "best" not in words_of(name):
         return False
-    return any(other != name and not _is_average(root, other) and isinstance(root[other], Mapping) for other in root)
+    return any(
+        other != name
+        and isinstance(root[other], Mapping)
+        and not _is_average(root, other)
+        and container_standing(str(other)) is not Standing.NOT_WEIGHTS
+        for other in root
+    )
 
 
 def average_of(root: Any) -> Container:
