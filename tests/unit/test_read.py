@@ -241,3 +241,12 @@ def test_what_is_no_dense_tensor_is_named(tmp_path):
     path = saved(tmp_path, {"dense": torch.ones(2), "adjacency": torch.eye(2).to_sparse()})
     with pytest.raises(errors.IncompatibleCheckpointError, match=r"adjacency"):
         read_state_dict(path)
+
+
+def test_lazy_conjugates_are_refused_by_name_with_what_to_do(tmp_path):
+    lazy = torch.tensor([1 + 2j, 3j]).conj()
+    for value in (lazy, lazy.imag):
+        with pytest.raises(errors.IncompatibleCheckpointError, match=r"resolve_conj\(\)\.resolve_neg\(\).*: lazy\."):
+            read_state_dict(saved(tmp_path, {"lazy": value}))
+        path = saved(tmp_path, {"lazy": value.resolve_conj().resolve_neg()})
+        assert torch.equal(read_state_dict(path)["lazy"], value)

@@ -141,3 +141,11 @@ def test_reports_show_one_line_and_notebooks_a_table(tmp_path):
         assert "<script" not in html + markdown.replace("\\<", "")
         assert "\x1b" not in html
         assert all(line.count("|") - line.count("\\|") == 3 for line in markdown.splitlines()[4:])
+
+
+def test_a_lone_tensor_beside_the_weights_is_listed(tmp_path):
+    weights = nn.Linear(3, 2).state_dict()
+    torch.save({"state_dict": weights, "mean": torch.ones(3), "epoch": 3}, tmp_path / "m.pth")
+    assert smart_load(nn.Linear(3, 2), tmp_path / "m.pth").beside == {"mean": "Tensor", "epoch": 3}
+    torch.save({**weights, "mean": torch.ones(3)}, tmp_path / "m.pth")
+    assert smart_load(nn.Linear(3, 2), tmp_path / "m.pth", skip=["mean"]).beside == {}

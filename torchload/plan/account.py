@@ -69,12 +69,18 @@ def _beside(root: Any, selection: Selection) -> dict[str, object]:
     top = selection.key.split(".")[0]
     beside: dict[str, object] = {}
     for name, value in root.items():
-        if isinstance(value, TensorEntry) or str(name) == top:
+        if str(name) == top or (isinstance(value, TensorEntry) and not selection.key):  # the state dict's own
             continue
         small = value is None or isinstance(value, float) or (isinstance(value, str) and len(value) <= 200)
         small = small or (isinstance(value, int) and abs(value) < 1 << 64)  # Python refuses to print the hugest
-        beside[str(name)] = value if small else value.name if isinstance(value, Record) else type(value).__name__
+        beside[str(name)] = value if small else _kind(value)
     return beside
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, TensorEntry):
+        return "Tensor"
+    return value.name if isinstance(value, Record) else type(value).__name__
 
 
 def _rewrites(selection: Selection) -> Iterator[str]:

@@ -27,6 +27,8 @@ __all__ = ["KNOWN_CALLS", "KNOWN_MAPPINGS", "KNOWN_VALUES", "STORAGE_DTYPES", "s
 MAX_DIMENSIONS = 64
 MAX_BYTES = 1 << 63
 
+_LAZY = "a lazily conjugated or negated tensor (save its .resolve_conj().resolve_neg() instead)"
+
 # Every dtype that torch can name, as far as this torch has it.
 _DTYPE_NAMES = (
     "bool uint8 int8 int16 short int32 int int64 long uint16 uint32 uint64 "
@@ -166,7 +168,7 @@ def _shape_or_none(walk: Walk, value: Any) -> Shape | None:
 def _tensor(call: Call, walk: Walk) -> Any:
     storage, offset, shape, strides, *rest = call.args
     if len(rest) > 2 and _is_flagged(rest[2]):
-        return OpaqueTensor("a lazily conjugated or negated tensor", _shape_or_none(walk, shape))
+        return OpaqueTensor(_LAZY, _shape_or_none(walk, shape))
     return strided_tensor(walk, storage, None, offset, shape, strides)
 
 
@@ -175,7 +177,7 @@ def _tensor_with_dtype(call: Call, walk: Walk) -> Any:
     if type(dtype) is not torch.dtype:
         walk.fail("has a dtype that this version of torch doesn't know")
     if rest and _is_flagged(rest[0]):
-        return OpaqueTensor("a lazily conjugated or negated tensor", _shape_or_none(walk, shape))
+        return OpaqueTensor(_LAZY, _shape_or_none(walk, shape))
     return strided_tensor(walk, storage, dtype, offset, shape, strides)
 
 
