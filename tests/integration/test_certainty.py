@@ -761,3 +761,42 @@ def test_a_key_that_names_nothing_in_a_file_without_containers(save):
         smart_load(Net(), path, key="state_dict")
     assert "key=''" in str(caught.value)
     smart_load(Net(), path, key="")
+
+
+def test_a_file_with_an_optimizers_state_under_a_name_is_no_rival_in_a_folder(tmp_path):
+    state, model = changed(Net(), 1), Net()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    torch.save(state, tmp_path / "weights.pth")
+    torch.save({"optimizer": optimizer.state_dict(), "epoch": 3}, tmp_path / "run.pth")
+    assert_loads(Net(), tmp_path, state)
+    torch.save({"optimizer": optimizer.state_dict(), "model": changed(Net(), 2)}, tmp_path / "run.pth")
+    with pytest.raises(errors.AmbiguousCheckpointError, match=r"run\.pth"):
+        smart_load(Net(), tmp_path)
+
+
+class Upgraded(nn.Module):
+    """A network that renames what older files call its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self._register_load_state_dict_pre_hook(self._upgrade)
+
+    @staticmethod
+    def _upgrade(state, *rest):
+        for name in [name for name in state if "old." in name]:
+            state[name.replace("old.", "fc.")] = state.pop(name)
+
+
+def test_what_hooks_accept_is_listed_once(save):
+    first, second = (
+        {name.replace("fc", "old"): value for name, value in changed(Upgraded(), n).items()} for n in (1, 2)
+    )
+    path = save({"model": first, "model_ema": second})
+    with pytest.raises(errors.AmbiguousCheckpointError) as caught:
+        smart_load(Upgraded(), path)
+    assert sorted(caught.value.candidates) == ["model", "model_ema"]
+    for key, state in (("model", first), ("model_ema", second)):
+        model = Upgraded()
+        smart_load(model, path, key=key)
+        assert torch.equal(model.fc.weight, state["old.weight"])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torchload.core.budget import Budget
-from torchload.core.checkpoint import Checkpoint
+from torchload.core.checkpoint import Checkpoint, OpaqueTensor, Record, TensorEntry
 from torchload.core.collector import collector_paused
 from torchload.core.optimizers import is_optimizer_state
 from torchload.core.source import Source
@@ -273,9 +273,16 @@ def _holds_weights(path: str) -> bool:
     """Whether a file holds anything but an optimizer's state; what can't be opened is not judged."""
     try:
         with _Opening().shard(path) as checkpoint:
-            return not is_optimizer_state(checkpoint.root)
+            root = checkpoint.root
     except (TorchLoadError, PermissionError):
         return True
+    if is_optimizer_state(root) or not isinstance(root, Mapping):
+        return not is_optimizer_state(root)
+    # {"optimizer": its state, "epoch": 3}
+    holders = [
+        value for value in root.values() if isinstance(value, (TensorEntry, OpaqueTensor, Record, Mapping, list))
+    ]
+    return not holders or not all(map(is_optimizer_state, holders))
 
 
 def _required_path(part: object) -> str:

@@ -79,9 +79,9 @@ def select_through_hooks(
             data = tuple(leaf.location if isinstance(leaf, TensorEntry) else id(leaf) for leaf in leaves)
             found.setdefault(data, (reading, selection))
     if len(found) > 1:
-        keys = [reading.place.path for reading, _ in found.values()]
+        keys = list(dict.fromkeys(selection.path for _, selection in found.values()))
         raise AmbiguousCheckpointError(
-            f"{checkpoint.path} holds {len(found)} sets of weights that the model's own hooks accept. Nothing was "
+            f"{checkpoint.path} holds {len(keys)} sets of weights that the model's own hooks accept. Nothing was "
             "loaded. Say which is meant:\n" + "\n".join(f"    key={key!r}" for key in keys[:10]),
             path=checkpoint.path,
             candidates=keys,
