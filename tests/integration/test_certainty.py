@@ -368,6 +368,23 @@ def test_another_set_below_a_prefix_is_never_taken_before_the_models_own_names(s
     assert_loads(Net(), path, other, key=beside)
 
 
+def test_nor_is_it_taken_because_one_of_those_has_another_shape(save):
+    own, other = changed(Net(), 1), changed(Net(), 2)
+    own["fc1.weight"] = torch.rand(7, 4)
+    path = save({**own, **below("other", other)})
+    error, _ = assert_refused(Net, path)
+    assert error.mismatched.keys() == {"fc1.weight"}
+    assert_loads(Net(), path, other, key="other")
+
+
+def test_a_stray_name_of_a_model_with_hooks_hides_no_prefix(save):
+    make = lambda: nn.ModuleDict({"fc": nn.Linear(2, 2), "out": Upgraded()})  # noqa: E731
+    state = changed(make(), 1)
+    model = make()
+    model._register_load_state_dict_pre_hook(lambda *given: None)
+    assert_loads(model, save({**below("model", state), "fc.weight": torch.rand(2, 2)}), state)
+
+
 @pytest.mark.parametrize(
     "settings", [{"use_ema": False}, {"model_ema": False, "model_ema_decay": 0.9998}, {"ema_decay": None}]
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Shape
@@ -76,8 +76,10 @@ class Search:
                     yield candidate
 
     def _is_own(self, candidate: Selection) -> bool:
-        """Whether a container holds the model under its own names, to the letter: then no prefix in it is the model."""
-        return self.prefix is None and candidate.is_exact and candidate.fills
+        """Whether a container has all of the model's names, to the letter: no prefix in it is the model instead."""
+        if self.prefix is not None or not candidate.is_exact:
+            return False
+        return not replace(self.wanted, optional=frozenset()).lacks(candidate.pairs)[0]
 
     def _in(self, place: Place, views: list[_View], least: int, *, is_bare: bool) -> Iterator[Selection]:
         """The candidates in one container."""
