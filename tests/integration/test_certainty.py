@@ -575,6 +575,13 @@ def test_what_has_not_one_name_in_common_is_explained_as_well(save):
     assert "fused" in str(error)
 
 
+def test_no_renaming_is_proposed_that_ends_in_quantized_weights(save):
+    state = {name.replace("fc1", "old"): value for name, value in changed(Net(), 1).items()}
+    assert assert_refused(Net, save(state))[1]
+    state["old.weight"] = state["old.weight"].to(torch.int8)
+    assert not [one for one in assert_refused(Net, save(state))[1] if "rename" in one]
+
+
 def test_packed_weights_are_quantized_though_no_name_is_the_models(save):
     packed = {"_packed_params._packed_params.0": torch.ones(2, 2, dtype=torch.int8), "scale": torch.ones(())}
     error, proposals = assert_refused(
@@ -800,3 +807,10 @@ def test_what_hooks_accept_is_listed_once(save):
         model = Upgraded()
         smart_load(model, path, key=key)
         assert torch.equal(model.fc.weight, state["old.weight"])
+
+
+def test_a_renaming_that_leaves_nothing_is_what_is_blamed(save):
+    with pytest.raises(
+        errors.IncompatibleCheckpointError, match="not one name in common with this model after rename="
+    ):
+        smart_load(Net(), save(changed(Net(), 1)), rename=lambda name: None)

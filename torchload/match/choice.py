@@ -82,7 +82,7 @@ def select(
             return choice.best(likely)
     elif nearest := _nearest(choice.meant(partial)):
         return nearest
-    raise _nothing(places, wanted, prefix, path)
+    raise _nothing(places, wanted, prefix, path, is_renamed=rename is not None)
 
 
 def _places_for(
@@ -365,7 +365,9 @@ def _plainness(candidate: Selection) -> tuple[Any, ...]:
     return not candidate.fits, candidate.standing, candidate.crossed, left, len(candidate.path)
 
 
-def _nothing(places: Sequence[Place], wanted: Wanted, prefix: str | None, path: str) -> IncompatibleCheckpointError:
+def _nothing(
+    places: Sequence[Place], wanted: Wanted, prefix: str | None, path: str, *, is_renamed: bool
+) -> IncompatibleCheckpointError:
     if not places:
         return IncompatibleCheckpointError(
             f"{path} holds no tensors. Nothing was loaded; the model is unchanged.",
@@ -378,7 +380,7 @@ def _nothing(places: Sequence[Place], wanted: Wanted, prefix: str | None, path: 
         what = f"no names under the prefix {prefix!r} that this model has"
         hint = f"Its names begin with: {cut(tops)}."
     else:
-        what = "not one name in common with this model"
+        what = "not one name in common with this model" + (" after rename=" if is_renamed else "")
         theirs, ours = (
             [printable(name, _SHOWN) for name in list(names)[:4]] for names in (largest.leaves, wanted.shapes)
         )

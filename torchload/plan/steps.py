@@ -36,7 +36,8 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
         different = {**choice, **({"rename": rename} if rename else {}), "is_trial": True}
         try:
             wider = _wanted(target, Globs([*skip.patterns, *more]))
-            return _chosen(target, checkpoint, wider, True, **different).fits
+            found = _chosen(target, checkpoint, wider, True, **different)
+            return found.fits and quantized_problem(target, found, None) is None
         except TorchLoadError:
             return False
 
