@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -92,6 +96,24 @@ def test_a_guard_that_fails(path: str, when: str, failure: BaseException) -> Non
         smart_load(model, path, atomic=_Guard(**{when: failure}))
     assert_of_one_piece(model, caught.value)
     assert not caught.value.written
+
+
+def test_control_c_when_the_guard_has_just_been_taken_leaves_it_free(path: str) -> None:
+    lock = threading.Lock()
+    # Nothing of this is Python, so that the signal is seen only when the guard is held.
+    steps = [lock.acquire, _thread.interrupt_main]
+
+    class Guard:
+        __enter__ = partial(list, map(methodcaller("__call__"), steps))
+
+        def __exit__(self, *exc: object) -> None:
+            lock.release()
+
+    model = net(1.0)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        smart_load(model, path, atomic=Guard())
+    assert not lock.locked()
+    assert_of_one_piece(model, caught.value)
 
 
 def test_warnings_as_errors_refuse_before_anything_is_changed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ forward pass that sees some layers old and some new: only a lock that forward pa
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -58,7 +59,7 @@ class Exchange:
             (slot, tensor, _kept(slot, tensor, data)) for slot, tensor, data in _tensors(changes, keeps_old)
         ]
         self._keeps_old = keeps_old
-        self._guard = _Guard(guard)
+        self._guard = guard if guard is not None else contextlib.nullcontext()
 
     def make(self) -> BaseException | None:
         """Let all slots show their new memory.
@@ -88,8 +89,20 @@ class Exchange:
 
     def _guarded(self, action: Callable[[], object]) -> BaseException | None:
         devices = {tensor.device for _, tensor, _ in self._before}
-        with self._guard:
-            interrupt = _uninterrupted(action)
+        interrupt: BaseException | None = None
+        failure: BaseException | None = KeyboardInterrupt()  # until it is done, whatever a guard makes of errors
+        guard, self._guard = self._guard, contextlib.nullcontext()
+        with guard:  # itself, with nothing around it in which an interrupt would leave it held
+            try:
+                interrupt, failure = _uninterrupted(action), None
+            except BaseException as error:  # noqa: BLE001 - raised below
+                failure = error
+        self._guard = guard  # one that fails may be held for ever, and isn't asked for again
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure  # its traceback holds this frame
         return _outlast([tensor for _, tensor, _ in self._before], devices) or interrupt
 
     def _install(self) -> None:
@@ -110,25 +123,6 @@ class Exchange:
                 slot.install(data)
             settle([slot for slot, _, _ in self._before])
         self.shown.clear()
-
-
-class _Guard:
-    """What the caller wants held, until it fails once: then it may be held for ever, and isn't asked for again."""
-
-    def __init__(self, guard: AbstractContextManager[object] | None) -> None:
-        self._guard = guard
-
-    def __enter__(self) -> None:
-        self._call("__enter__")
-
-    def __exit__(self, *exc: object) -> None:
-        self._call("__exit__", *exc)
-
-    def _call(self, method: str, *arguments: object) -> None:
-        guard, self._guard = self._guard, None
-        if guard is not None:
-            getattr(guard, method)(*arguments)
-        self._guard = guard
 
 
 def _tensors(changes: Sequence[Change], wanted: bool) -> list[tuple[Slot, torch.Tensor, torch.Tensor]]:
