@@ -223,7 +223,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "nested lists": lambda: head() + b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"." + pickle.dumps([], 2),
     "a memo index of 2**28": lambda: head() + b"\x80\x02Nr\0\0\0\x10.",
     "a text of 4 GiB": lambda: head() + b"\x80\x02X\xff\xff\xff\xff" + b"x" * 100,
-    "an inflated array": lambda: deflated(150 << 20),
+    "an inflated array": lambda: deflated(200 << 20),
     "a class per line of code": long_code,
     "a tar header in front of nothing": lambda: packed({"pickle": b"x" * 600})[:1024],
     "a numpy array of 2**60 elements": lambda: (

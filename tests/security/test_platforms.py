@@ -26,9 +26,8 @@ for name in ("zip.pth", "legacy.pth"):
         for key, value in model.state_dict().items():
             assert torch.equal(value, expected[key].to(value.dtype)), (name, options, key)
     with open(os.path.join(folder, name), "rb") as file:
-        file.seek(3)
         assert len(read_state_dict(file)) == len(expected)
-        assert file.tell() == 3
+        assert not file.read()
 smart_save(model, os.path.join(folder, "saved.pth"))
 assert inspect_checkpoint(os.path.join(folder, "saved.pth"))
 print("loaded")

@@ -241,9 +241,9 @@ class UnpackedSource(Source):
 
     __slots__ = ("_lock", "_unpack", "_unpacked")
 
-    def __init__(self, unpack: Callable[[], bytes], size: int, name: str, budget: Budget) -> None:
+    def __init__(self, unpack: Callable[[], bytes | bytearray], size: int, name: str, budget: Budget) -> None:
         self._unpack = unpack
-        self._unpacked: list[bytes] = []
+        self._unpacked: list[bytes | bytearray] = []
         self._lock = threading.Lock()
         self.name = name
         self.size = size

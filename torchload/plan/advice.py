@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
@@ -112,9 +113,13 @@ def _by_contents(theirs: Mapping[str, Shape | None], ours: Mapping[str, Shape | 
         todo += [(f"{here}{label}.", f"{there}{label}.", parts[label], wanted[label]) for label in both]
         extra = {label: frozenset(parts[label].items()) for label in parts.keys() - wanted.keys()}
         lacking = {label: frozenset(wanted[label].items()) for label in wanted.keys() - parts.keys()}
+        by_contents: dict[frozenset[tuple[str, Shape | None]], list[str]] = {}
+        for new, contents in lacking.items():
+            by_contents.setdefault(contents, []).append(new)
+        times = Counter(extra.values())
         for old, contents in extra.items():
-            alike = [new for new, other in lacking.items() if other == contents]
-            if sum(other == contents for other in extra.values()) > 1:
+            alike = by_contents.get(contents, [])
+            if times[contents] > 1:
                 alike = [new for new in alike if _numbers(new) == _numbers(old) and _numbers(old)]
             if len(alike) == 1:
                 end = "$" if contents == frozenset({("", next(iter(parts[old].values())))}) else r"\."
@@ -164,9 +169,13 @@ def _by_another_way_to_number(theirs: Mapping[str, object], ours: Mapping[str, o
 def _by_a_level(theirs: Mapping[str, object], ours: Mapping[str, object]) -> Iterator[Rules]:
     """One side has a level of modules that the other lacks: `text.transformer` is `transformer`, or an adapter's."""
     for inner, outer, adds in ((theirs, ours, True), (ours, theirs, False)):
-        for label in {name.partition(".")[0] for name in outer}:
-            below = {name.partition(".")[2] for name in outer if name.startswith(f"{label}.")}
-            if below and below <= inner.keys():
+        below_label: dict[str, set[str]] = {}
+        for name in outer:
+            label, dot, rest = name.partition(".")
+            if dot:
+                below_label.setdefault(label, set()).add(rest)
+        for label, below in below_label.items():
+            if below <= inner.keys():
                 tops = sorted({name.partition(".")[0] for name in below})
                 if adds:
                     yield {rf"^({'|'.join(map(re.escape, tops))})(?=\.|$)": rf"{label}.\1"}

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from torchload.core.checkpoint import Extent, OpaqueTensor, Record, TensorEntry, entries_in
+from torchload.core.checkpoint import Box, Extent, OpaqueTensor, Record, TensorEntry, entries_in
 from torchload.core.copies import Copy
 from torchload.core.in_memory import TensorSource
 from torchload.match import Selection
@@ -319,6 +319,8 @@ class _Planner:
     def _is_read_from_the_model(self, item: Assignment) -> bool:
         """Whether a tensor's source is memory of the model, which may be written to before it is read."""
         for box in item.entry.boxes:
+            if type(box) is not Box:
+                return False  # a chunk in a file, which only the rank that needs it looks up
             source = box.extent.source
             if isinstance(source, TensorSource) and source.address in self._own_memory:
                 return True

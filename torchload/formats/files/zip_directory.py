@@ -70,6 +70,9 @@ class ZipRecord(NamedTuple):
     flags: int
 
 
+_INFLATED_AT_ONCE = 1 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class ZipDirectory:
     """All records of an archive, in the order of the central directory.
@@ -92,7 +95,7 @@ class ZipDirectory:
         record = self.records[name]
         if record.method != STORED:
             self.source.budget.spend(_UNPACKED_COST * record.size, self.source.name)
-        return self._checked(record)
+        return bytes(self._checked(record))
 
     def source_of(self, name: str) -> Source:
         """A record as a source of its own: a part of the archive, or unpacked when it is first read.
@@ -114,7 +117,7 @@ class ZipDirectory:
             return Extent(self.source_of(name), 0, record.size, None, big_endian)
         return Extent(self.source, record.offset, record.size, record.crc32 or None, big_endian)
 
-    def _checked(self, record: ZipRecord) -> bytes:
+    def _checked(self, record: ZipRecord) -> bytes | bytearray:
         stored = record.method == STORED
         data = self.source.read(record.offset, record.size) if stored else self._inflate(record)
         # `torch.serialization.set_crc32_options(False)` records 0 for everything.
@@ -126,14 +129,21 @@ class ZipDirectory:
             )
         return data
 
-    def _inflate(self, record: ZipRecord) -> bytes:
+    def _inflate(self, record: ZipRecord) -> bytearray:
         packed = self.source.read(record.offset, record.stored_size)
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        data, size = bytearray(record.size), 0  # all at once would take it twice for a moment
         try:
-            data = inflater.decompress(packed, record.size + 1)
+            while part := inflater.decompress(packed, _INFLATED_AT_ONCE):
+                if size + len(part) <= record.size:
+                    data[size : size + len(part)] = part
+                size += len(part)
+                packed = inflater.unconsumed_tail
+                if size > record.size:
+                    break
         except zlib.error as error:
             _damaged(self.source, f"its record {record.name!r} does not inflate ({error})")
-        if len(data) != record.size or not inflater.eof or inflater.unused_data:
+        if size != record.size or not inflater.eof or inflater.unused_data:
             _damaged(self.source, f"its record {record.name!r} does not inflate to the {record.size} bytes it declares")
         return data
 

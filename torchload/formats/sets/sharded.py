@@ -71,7 +71,7 @@ def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
     source.readinto(0, memoryview(data))
     index = parse_object(data, "index", path)
     weight_map = index.get("weight_map")
-    if index and all(isinstance(name, str) for name in index.values()):
+    if index and "weight_map" not in index and all(isinstance(name, str) for name in index.values()):
         weight_map = index  # accelerate's plain form: tensor → file
     if not isinstance(weight_map, dict):
         raise CheckpointFormatError(
