@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import resource
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ NEEDS_NO_GPU = {"deserialize-cuda-device"}
 
 @pytest.fixture(autouse=True)
 def _limits_are_put_back() -> Iterator[None]:
+    gc.collect()  # what is freed while a page runs would be room that it takes for none
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     yield
     resource.setrlimit(resource.RLIMIT_DATA, limits)
