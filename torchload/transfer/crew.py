@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -19,6 +20,8 @@ import torch
 __all__ = ["Crew", "available_cores", "can_limit_intra_op"]
 
 JobT = TypeVar("JobT")
+
+_PATIENCE_SECONDS = 0.5
 
 Worker = Callable[[JobT], int]
 """Does one job; returns how many bytes it moved."""
@@ -82,8 +85,7 @@ class Crew(Generic[JobT]):
             self._fail(error)
         while running:
             try:
-                if running[-1].ident is not None:  # else it was never started, or will find nothing to do
-                    running[-1].join()
+                _join(running[-1])
                 running.pop()
             except BaseException as error:  # noqa: BLE001 - interrupted while waiting
                 self._fail(error)
@@ -118,6 +120,15 @@ class Crew(Generic[JobT]):
                 self._done[slot] += worker(job)
                 if slot == 0 and self._on_progress is not None:
                     self._on_progress(self.done_bytes)
+
+
+def _join(helper: threading.Thread) -> None:
+    """Wait for a thread, also for one whose start was interrupted: it may run, and not have said so yet."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while helper.ident is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    if helper.ident is not None:  # else it was never started
+        helper.join()
 
 
 def available_cores() -> int:
