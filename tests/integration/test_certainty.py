@@ -772,10 +772,16 @@ def test_one_name_of_the_file_is_proposed_for_one_of_the_model(save):
     assert "did you mean" not in str(error)
 
 
-def test_the_only_weights_beside_an_optimizer_are_resumed_whatever_they_are_called(save):
+def test_the_best_weights_are_asked_about_where_an_optimizer_lies_beside_them_alone(save):
+    """The optimizer's state goes with the running weights, which the file may not have."""
     state = changed(Net(), 1)
     model = Net()
-    smart_resume(model, save({"best_model": state, "optimizer": {"state": {}, "param_groups": []}}))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = save({"best_model": state, "optimizer": {"state": {}, "param_groups": []}})
+    with pytest.raises(errors.AmbiguousCheckpointError, match="key='best_model'"):
+        smart_resume(model, path)
+    assert_holds(model, before)
+    smart_resume(model, path, key="best_model")
     assert_holds(model, state)
 
 

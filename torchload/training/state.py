@@ -11,6 +11,7 @@ from typing import Any
 
 from torchload.core.checkpoint import Container, OpaqueTensor, Record, TensorEntry, record_fields
 from torchload.core.optimizers import is_optimizer_state
+from torchload.errors import AmbiguousCheckpointError
 from torchload.match.tables import SWAPPED, Standing, container_standing, words_of
 
 __all__ = [
@@ -200,21 +201,27 @@ def weights_of(root: Any) -> Any:
     """The tree without averaged and best weights, for who wants the running ones: training goes on from those."""
     if not isinstance(root, Mapping):
         return root
-    others = {name for name in root if _is_average(root, name) or _is_best(root, name)}
+    best = [name for name in root if _is_best(root, name)]
+    others = {name for name in root if _is_average(root, name)}.union(best)
+    if best and not any(_may_be_weights(root, name) for name in root.keys() - others):
+        raise AmbiguousCheckpointError(
+            f"the only weights are those of the best epoch so far ({best[0]!r}), which the optimizer's state may not "
+            f"go with. If it does: smart_resume(..., key={best[0]!r})",
+            candidates=best,
+        )
     return Container({name: value for name, value in root.items() if name not in others}) if others else root
+
+
+def _may_be_weights(root: Mapping[Any, Any], name: Any) -> bool:
+    """Whether what stands under a name may hold a model's weights."""
+    if isinstance(root[name], (TensorEntry, OpaqueTensor, Record)):
+        return True
+    return isinstance(root[name], Mapping) and container_standing(str(name)) is not Standing.NOT_WEIGHTS
 
 
 def _is_best(root: Mapping[Any, Any], name: Any) -> bool:
     """Whether a container holds the weights of the best epoch so far, which no optimizer's state goes with."""
-    if not isinstance(name, str) or isinstance(root[name], (TensorEntry, OpaqueTensor)) or "best" not in words_of(name):
-        return False
-    return any(
-        other != name
-        and isinstance(root[other], Mapping)
-        and not _is_average(root, other)
-        and container_standing(str(other)) is not Standing.NOT_WEIGHTS
-        for other in root
-    )
+    return isinstance(name, str) and isinstance(root[name], Mapping) and "best" in words_of(name)
 
 
 def average_of(root: Any) -> Container:
