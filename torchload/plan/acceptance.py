@@ -39,7 +39,7 @@ class Acceptance:
             IncompatibleCheckpointError: Under `strict` the hooks leave names that are missing or unexpected.
         """
         if self._options.verify:
-            compare_landed(self._plan, self._options.path)
+            compare_landed(self._plan)
         if self._target.post_hooks:
             self._ask_hooks()
         self._replicas.meet(last=True)
@@ -53,12 +53,11 @@ class Acceptance:
         if not (self._options.strict and (keys.missing_keys or unexpected)):
             return
         if self._plan.keeps_old:
-            raise incompatible(self._target, self.selection, [], self._options.path)
+            raise incompatible(self._target, self.selection, [])
         names = ", ".join(group_names([*keys.missing_keys, *unexpected])[:8])
         raise IncompatibleCheckpointError(
-            f"{self._options.path} was loaded, but a load-state-dict post-hook of the model calls names missing or "
+            f"The checkpoint was loaded, but a load-state-dict post-hook of the model calls names missing or "
             f"unexpected: {names}. With atomic=True the model would be as it was.",
-            path=self._options.path,
             missing_keys=keys.missing_keys,
             unexpected_keys=unexpected,
         )

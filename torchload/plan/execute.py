@@ -153,8 +153,7 @@ def _hand_over(plan: LoadPlan, target: Target, selection: Selection, undo: Undo,
                 hooks.run_own_loader(hooked, slots, selection, read, undo)
     if refusals:
         problems = [str(refusal) for refusal in refusals]
-        text = "\n  ".join([*problems, "Nothing was loaded; the model is unchanged."])
-        raise IncompatibleCheckpointError(text, problems=problems) from refusals[0].__cause__
+        raise IncompatibleCheckpointError("\n  ".join(problems), problems=problems) from refusals[0].__cause__
 
 
 @contextlib.contextmanager
@@ -254,7 +253,7 @@ def _laid_out_like(item: Assignment, memory: torch.Tensor) -> torch.Tensor:
     return memory.as_strided(model.shape, torch.empty_like(model, device="meta").stride())
 
 
-def compare_landed(plan: LoadPlan, path: str) -> None:
+def compare_landed(plan: LoadPlan) -> None:
     """Read back what was loaded and compare it with the file, where its checksum doesn't tell already."""
     from torchload.plan.compare import Pair, compare  # for `verify=True` only
 
@@ -264,5 +263,5 @@ def compare_landed(plan: LoadPlan, path: str) -> None:
     if differing := compare(pairs):
         more = f" (and {len(differing) - 1:,} more)" if len(differing) > 1 else ""
         raise TorchLoadError(
-            f"{path} did not arrive as it was read: {differing[0]}{more}. The memory or a bus is at fault.", path=path
+            f"The checkpoint did not arrive as it was read: {differing[0]}{more}. The memory or a bus is at fault."
         )

@@ -79,8 +79,7 @@ def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Sel
     before = dict(state)
     if complaints := call_pre_hooks(target, state, partial(_local_metadata, selection)):
         raise IncompatibleCheckpointError(
-            "A load-state-dict pre-hook of the model refused the checkpoint. Nothing was loaded; the model is "
-            "unchanged.\n  " + "\n  ".join(complaints),
+            "\n  ".join(("A load-state-dict pre-hook of the model refused the checkpoint.", *complaints)),
             problems=complaints,
         )
     if state.keys() == before.keys() and all(state[name] is before[name] for name in state):

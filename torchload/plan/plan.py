@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from torchload.core.checkpoint import Box, Extent, OpaqueTensor, Record, TensorEntry, entries_in
+from torchload.core.checkpoint import Box, Checkpoint, Extent, OpaqueTensor, Record, TensorEntry, entries_in
 from torchload.core.copies import Copy
 from torchload.core.in_memory import TensorSource
 from torchload.match import Selection
@@ -132,7 +132,7 @@ class LoadPlan:
         return _extents([*(item.entry for item in self.assignments if Check.BEFORE in item.check), *self.given])
 
 
-def make_plan(target: Target, selection: Selection, options: Options) -> LoadPlan:
+def make_plan(target: Target, checkpoint: Checkpoint, selection: Selection, options: Options) -> LoadPlan:
     """Decide what goes where, and how.
 
     Raises:
@@ -140,20 +140,20 @@ def make_plan(target: Target, selection: Selection, options: Options) -> LoadPla
         DeviceError: Too little memory on a device.
         CorruptCheckpointError: Names that the model ties had to be compared, and their data is damaged.
     """
-    planner = _Planner(target, selection, options)
+    planner = _Planner(target, checkpoint, selection, options)
     planner.plan_modules()
     for slot in target.slots:
         planner.plan_slot(slot)
     planner.check()
-    check_room(_fresh_bytes(planner.plan), options.path)
+    check_room(_fresh_bytes(planner.plan))
     return planner.plan
 
 
 class _Planner:
     """A plan in the making, and what stands against it."""
 
-    def __init__(self, target: Target, selection: Selection, options: Options) -> None:
-        self.target, self.selection, self.options = target, selection, options
+    def __init__(self, target: Target, checkpoint: Checkpoint, selection: Selection, options: Options) -> None:
+        self.target, self.checkpoint, self.selection, self.options = target, checkpoint, selection, options
         self.problems: list[str] = []
         lacks_names = bool(selection.missing or selection.unexpected)
         tentative = options.strict and lacks_names and bool(target.post_hooks)
@@ -341,7 +341,7 @@ class _Planner:
             problems.append(_misplaced(unused))
         for name, claims in list(selection.alignment.ambiguous.items())[:5]:
             problems.append(f"{name} could be any of {', '.join(claims[:4])}; use rename= or prefix= to decide")
-        doubts = Doubts(target, selection, self.options)
+        doubts = Doubts(target, self.checkpoint, selection, self.options)
         problems += doubts.problems
         self.plan.warnings += doubts.warnings
         lacking = selection.missing or selection.mismatched or selection.unexpected
@@ -352,7 +352,7 @@ class _Planner:
             )
         forgivable = self.plan.is_tentative and not selection.mismatched
         if problems or (self.options.strict and lacking and not forgivable):
-            raise incompatible(target, selection, problems, self.options.path)
+            raise incompatible(target, selection, problems)
 
     def _almost_nothing(self) -> bool:
         """Whether so little fits that calling it a load would mislead: a tenth of the tensors and of the elements."""

@@ -50,7 +50,7 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
             raise
         problem = quantized_problem(target, unmatched, None)
         problems = [problem] if problem else []
-        raise incompatible(target, replace(unmatched, attempt=attempt), problems, checkpoint.path) from None
+        raise incompatible(target, replace(unmatched, attempt=attempt), problems) from None
     if not strict:
         selection = held_back(selection, wanted)
     return selection if selection.fits else replace(selection, attempt=attempt)
@@ -75,7 +75,7 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
     """What is chosen, after every hook had its say."""
     if not wanted.shapes:
         return _nothing_wanted(checkpoint, choice["key"], wanted)
-    choice.update(path=checkpoint.path, size_bytes=checkpoint.size_bytes, read=map_entry)
+    choice.update(size_bytes=checkpoint.size_bytes, read=map_entry)
     hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
     if not hooked:
         return select(checkpoint.root, wanted, strict=strict, **choice)
@@ -105,13 +105,13 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
 
 def _nothing_wanted(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selection:
     """For a model without any state, what the file has is unexpected, and nothing is what it should have."""
-    places = find_places(checkpoint.root, key, Allowance(checkpoint.path, checkpoint.size_bytes))
+    places = find_places(checkpoint.root, key, Allowance(checkpoint.size_bytes))
     return _unpaired(places[0] if places else Place("", (), {}, {}, frozenset()), wanted)
 
 
 def _unmatched(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selection | None:
     """The largest container of weights as what has no name in common with a model, to say what would mend it."""
-    places = find_places(checkpoint.root, None, Allowance(checkpoint.path, checkpoint.size_bytes))
+    places = find_places(checkpoint.root, None, Allowance(checkpoint.size_bytes))
     likely = [
         place
         for place in places

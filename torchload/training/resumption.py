@@ -26,12 +26,11 @@ from torchload.model.target import Target, describe_model
 from torchload.model.unwrapping import module_within
 from torchload.model.walk import parameter_names
 from torchload.plan import hooks
-from torchload.plan.account import notes_of, report_of
+from torchload.plan.account import report_of
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Moved, carry_out
 from torchload.plan.options import Options
 from torchload.plan.plan import LoadPlan, make_plan
-from torchload.plan.quantized import elsewhere_says
 from torchload.plan.steps import select_for
 from torchload.training.optimizer_states import Place, extents_in, read_states
 from torchload.training.optimizers import OptimizerPlan, plan_optimizer
@@ -70,6 +69,7 @@ class Resumption:
     strict: bool
     placement: Placement
     dtype: DtypeSpec
+    left_changed: list[str]  # gets the names of what may not be as it was, where taking back failed
     loads: list[_Load] = field(default_factory=list)
     optimizers: list[OptimizerPlan] = field(default_factory=list)
     steps: list[tuple[str, Any, Any]] = field(default_factory=list)  # what it is, the object, what it is to load
@@ -154,14 +154,11 @@ class Resumption:
             (),
             self.strict,
             atomic,
-            self.checkpoint.path,
             skip=skip if keeps_promises else Globs(),
             rename=choice["rename"] if keeps_promises else None,
-            size_bytes=self.checkpoint.size_bytes,
-            elsewhere=partial(elsewhere_says, self.checkpoint),
         )
         selection = select_for(target, replace(self.checkpoint, root=root), skip, self.strict, **choice)
-        plan = make_plan(target, selection, options)
+        plan = make_plan(target, self.checkpoint, selection, options)
         return _Load(target, selection, plan, options)
 
     def plan_rest(self, optimizers: Any, schedulers: Any, scaler: Any) -> None:
@@ -271,10 +268,7 @@ class Resumption:
         """Raise everything that stands against the plan."""
         if self.problems:
             raise IncompatibleCheckpointError(
-                f"{self.checkpoint.path} can't be resumed from. Nothing was restored; everything is as it was.\n  "
-                + "\n  ".join(self.problems),
-                path=self.checkpoint.path,
-                problems=self.problems,
+                "\n  ".join(("The checkpoint can't be resumed from.", *self.problems)), problems=self.problems
             )
 
     def warnings(self) -> Iterator[str]:
@@ -315,13 +309,11 @@ class Resumption:
                 random_state.set(random_state.state)
         except BaseException as error:
             if failures := undo.roll_back():
+                self.left_changed += [name for load in self.loads for name in load.target.names]
                 raise failures[0] from error
             if isinstance(error, RefusedError):
                 raise IncompatibleCheckpointError(
-                    f"{self.checkpoint.path} can't be resumed from: {error}. Nothing was restored; everything is as it "
-                    "was.",
-                    path=self.checkpoint.path,
-                    problems=[str(error)],
+                    f"The checkpoint can't be resumed from: {error}.", problems=[str(error)]
                 ) from error.__cause__
             raise
 
@@ -336,12 +328,10 @@ class Resumption:
     def report(self) -> ResumeReport:
         """The account."""
         state = find_training_state(self.tree)
-        reports = []
-        for load in self.loads:
-            notes = tuple(notes_of(self.checkpoint, load.selection, load.plan, False))
-            reports.append(
-                report_of(load.target, self.checkpoint, load.selection, load.plan, load.moved, notes, load.seconds)
-            )
+        reports = [
+            report_of(load.target, self.checkpoint, load.selection, load.plan, load.moved, load.seconds)
+            for load in self.loads
+        ]
         parts = [*state.optimizers, *state.schedulers, *([state.scaler] if state.scaler else [])]
         known = {
             path.split(".")[0] for path in [*(load.selection.key for load in self.loads), *(p.path for p in parts)]
