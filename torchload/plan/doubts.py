@@ -58,11 +58,12 @@ class Doubts:
         self._target, self._checkpoint, self._selection, self._options = target, checkpoint, selection, options
         self.problems, self.warnings = unkept(target, selection, options.skip, options.keep_fp32, options.rename)
         self._look_at_quantized()
-        if turned := transposed(selection):
+        if turned := [name for name in transposed(selection) if name not in selection.aliases]:
             self.problems.append(
                 f"{_listed(turned)}: the file has the matrix the other way round. Square ones beside it would be "
                 "loaded transposed; transpose them all first"
             )
+        self.problems += self._unproved_aliases()
         if not options.strict:
             self._look_at_parts()
         self.warnings += differing_constants(target, selection, Allowance(checkpoint.size_bytes))
@@ -84,6 +85,20 @@ class Doubts:
             self.warnings.append(
                 f"{plural(len(plain), 'tensor')} of the file {'is' if len(plain) == 1 else 'are'} 8-bit floats, and no "
                 f"scale for them was found: cast as they are ({_listed(plain)})"
+            )
+
+    def _unproved_aliases(self) -> Iterator[str]:
+        """What shared memory in another shape when it was saved: only a model that shares it so tells how."""
+        for name, kept in self._selection.aliases.items():
+            if (slot := self._target.by_name.get(name)) is not None and slot.tensor.is_meta:
+                what = "build the model on a real device, where its own tensors share memory so"
+            elif self._options.strict:
+                what = "make it a view of that in the model, as it was when saved, or save with torch.save"
+            else:
+                continue
+            yield (
+                f"{name} is in the file only as another name of {kept!r}, with which it shared memory in another "
+                f"shape; the file doesn't say which part of it. To load it, {what}"
             )
 
     def _look_at_parts(self) -> None:

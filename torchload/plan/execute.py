@@ -13,6 +13,7 @@ import torch
 
 from torchload.core.checkpoint import TensorEntry
 from torchload.core.collector import collector_paused
+from torchload.core.sharing import View
 from torchload.core.undo import Undo
 from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Selection
@@ -185,7 +186,7 @@ def _move(
     changes: Changes,
 ) -> int:
     """Into fresh memory first, then in place with a cast, which may overflow, then as it is; returns bytes read."""
-    moved = [item for item in plan.assignments if item.way is not Way.MAPPED]
+    moved = [item for item in plan.assignments if item.way in (Way.IN_PLACE, Way.FRESH)]
     phases: tuple[list[Assignment], list[Assignment], list[Assignment]] = ([], [], [])
     for item in moved:
         casts = item.entry.dtype is not item.dtype
@@ -238,7 +239,16 @@ def _fresh_memory(assignments: list[Assignment]) -> dict[int, torch.Tensor]:
         tensors = allocate([(_shape(item), item.dtype) for item in items], device)
         for item, tensor in zip(items, tensors):
             memory[id(item)] = _laid_out_like(item, tensor)
+    for item in assignments:
+        if item.whole is not None and id(item.whole[0]) in memory:
+            memory[id(item)] = _part(memory[id(item.whole[0])], item.whole[1])
     return memory
+
+
+def _part(memory: torch.Tensor, view: View) -> torch.Tensor:
+    """A view of new memory that lies in it as it did in the old one."""
+    first = (view.part.start_bytes - view.whole.start_bytes) // view.whole.dtype.itemsize
+    return memory.as_strided(view.part.shape, view.part.strides, memory.storage_offset() + first)
 
 
 def _shape(item: Assignment) -> tuple[int, ...]:

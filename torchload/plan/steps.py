@@ -53,7 +53,16 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
         raise incompatible(target, replace(unmatched, attempt=attempt), problems) from None
     if not strict:
         selection = held_back(selection, wanted)
-    return selection if selection.fits else replace(selection, attempt=attempt)
+    if selection.fits:
+        return selection
+    return replace(selection, attempt=attempt, aliases=_aliases(selection, checkpoint.metadata))
+
+
+def _aliases(selection: Selection, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Names of another shape that safetensors lists as others of a tensor which it kept: dropped → kept."""
+    sources = {name: selection.pairs[name] for name in selection.mismatched if name in selection.pairs}
+    originals = {name: selection.original.get(source, source) for name, source in sources.items()}
+    return {name: metadata[source] for name, source in originals.items() if source in metadata}
 
 
 def _wanted(target: Target, skip: Globs) -> Wanted:
@@ -68,6 +77,7 @@ def _wanted(target: Target, skip: Globs) -> Wanted:
         whole=frozenset(map(last, target.own_state)),
         transient={slot.name: slot.shape for slot in target.slots if not slot.persistent},
         skip=skip,
+        views=target.views,
     )
 
 

@@ -49,7 +49,7 @@ def like(value: Any, live: Any) -> Any:
         {'milestones': Counter({30: 1}), 'gamma': 0.1}
     """
     if isinstance(value, Mapping) and isinstance(live, Mapping):
-        if live and all(type(key) is int for key in live):
+        if type(live) is Counter or (live and all(type(key) is int for key in live)):  # a Counter's keys are milestones
             value = {_number(key): inner for key, inner in value.items()}
         inner = {key: like(inner, live.get(key)) for key, inner in value.items()}
         return Counter(inner) if type(live) is Counter else OrderedDict(inner) if type(live) is OrderedDict else inner
