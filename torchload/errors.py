@@ -119,6 +119,19 @@ class CorruptCheckpointError(CheckpointFormatError):
     """The file contradicts itself: truncated, failed checksum, impossible offsets, or made to do harm."""
 
 
+GET_IT_AGAIN = "Download or copy it again."
+
+
+def damaged(path: str, what: str) -> CorruptCheckpointError:
+    """The error of a file that contradicts itself; `what` it does is a clause."""
+    return CorruptCheckpointError(f"{path} is damaged: {what}. {GET_IT_AGAIN}", path=path)
+
+
+def incomplete(path: str, what: str) -> CorruptCheckpointError:
+    """The error of a file that ends too early; `what` is missing is a clause."""
+    return CorruptCheckpointError(f"{path} is incomplete: {what}. {GET_IT_AGAIN}", path=path)
+
+
 class AmbiguousCheckpointError(TorchLoadError, ValueError):
     """More than one part of the checkpoint fits the model equally well.
 
