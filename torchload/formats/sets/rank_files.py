@@ -213,8 +213,8 @@ def open_megatron(path: str, open_member: OpenMember) -> Checkpoint:
         raise CheckpointFormatError(
             f"The checkpoint is a Megatron checkpoint folder of {len(ranks)} tensor- or pipeline-parallel ranks "
             f"({ranks[0]}, {ranks[1]}, …). How their parts make up the model only Megatron-LM knows. In it, run "
-            "'python tools/checkpoint/convert.py --target-tensor-parallel-size 1 --target-pipeline-parallel-size 1', or save "
-            "with --ckpt-format torch_dist, which is read here as it is.",
+            "'python tools/checkpoint/convert.py --target-tensor-parallel-size 1 --target-pipeline-parallel-size 1', "
+            "or save with --ckpt-format torch_dist, which is read here as it is.",
             found="Megatron checkpoint folder",
         )
     inside = os.path.join(path, ranks[0])
