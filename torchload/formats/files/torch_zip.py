@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torchload.core.checkpoint import Checkpoint, Extent
+from torchload.core.text import printable
 from torchload.errors import CheckpointFormatError, damaged
 from torchload.formats.files.zip_directory import STORED, ZipDirectory
 from torchload.formats.pickles.unpickle import Storage, read_pickle
@@ -77,7 +78,7 @@ def _top_folder(directory: ZipDirectory, path: str) -> str:
     if len(tops) == 1:
         return tops[0]
     names = sorted(directory.records)
-    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    shown = ", ".join(map(printable, names[:5])) + (", …" if len(names) > 5 else "")
     raise CheckpointFormatError(
         f"{path} is a zip archive, but not one that torch.save wrote: "
         + ("it has no data.pkl" if not tops else f"it has {len(tops)} records named data.pkl")
