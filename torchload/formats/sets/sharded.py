@@ -20,7 +20,7 @@ from torchload.core.text import listed, plural
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats.json_text import parse_object
 from torchload.formats.locate import path_inside
-from torchload.formats.sets.members import Members, OpenMember, naming
+from torchload.formats.sets.members import Members, OpenFile, naming
 from torchload.formats.sets.tiling import MisfitError, assemble
 
 __all__ = ["open_index", "open_list", "recognizes"]
@@ -43,7 +43,7 @@ def recognizes(head: bytes) -> bool:
     return head.lstrip()[:1] == b"{" and (b'"weight_map"' in head or b'"metadata"' in head)
 
 
-def open_index(source: Source, path: str, open_file: OpenMember) -> Checkpoint:
+def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
     """Open the shards that an index lists.
 
     Args:
@@ -91,7 +91,7 @@ def _index_in(source: Source, path: str) -> dict[str, Any]:
     return parse_object(data, "index", path)
 
 
-def open_list(paths: list[str], open_file: OpenMember) -> Checkpoint:
+def open_list(paths: list[str], open_file: OpenFile) -> Checkpoint:
     """Open files that together are one checkpoint.
 
     Args:
@@ -115,7 +115,7 @@ def open_list(paths: list[str], open_file: OpenMember) -> Checkpoint:
 def _merged(
     path: str,
     shards: Mapping[str, str],
-    open_file: OpenMember,
+    open_file: OpenFile,
     index: Mapping[str, Any],
     weight_map: Mapping[str, str],
 ) -> Checkpoint:
