@@ -129,7 +129,7 @@ class _Search:
             segments, inside = self._known[identity]
             has_leaves = False
             for name, value in inside.items():
-                if _is_leaf(name, value, self._whole):
+                if type(value) is TensorEntry or _is_leaf(name, value, self._whole):
                     has_leaves = True
                     continue
                 if id(value) not in self._known and (found := self._enter(value, segments, name)):
@@ -249,8 +249,8 @@ def _flatten(
         allowance.spend(len(inside), len(inside) * len(prefix) + characters)
         allowance.check(max(len(inside), len(leaves)), len(prefix) + longest)
         for name, value in inside.items():
-            if _is_leaf(name, value, whole):
-                leaves.setdefault(f"{prefix}{name}", value)
+            if type(value) is TensorEntry or _is_leaf(name, value, whole):
+                leaves.setdefault(name if not prefix and type(name) is str else f"{prefix}{name}", value)
             elif id(value) in containers and not _is_above(id(value), above):
                 deeper.append((f"{prefix}{name}.", containers[id(value)][1], (id(value), above)))
         allowance.check(len(leaves), 0)
