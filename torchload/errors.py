@@ -87,14 +87,19 @@ class TorchLoadError(Exception):
         if self._has_left:
             return
         self._has_left = True
-        if self.path is None and path is not None:
-            self.path = path
-            colon = "" if self.message.startswith(_SUBJECT) else ": "
-            self.message = printable(path, None) + colon + self.message.removeprefix(_SUBJECT)
+        self._name(path)
         if state:
             head, line_break, rest = self.message.partition("\n")
             self.message = f"{head} {state}{line_break}{rest}"
         self.args = (self.message,)
+
+    def _name(self, path: str | None) -> None:
+        """Say which checkpoint this is about, where nobody has yet."""
+        if self.path is None and path is not None:
+            self.path = path
+            colon = "" if self.message.startswith(_SUBJECT) else ": "
+            self.message = printable(path, None) + colon + self.message.removeprefix(_SUBJECT)
+            self.args = (self.message,)
 
 
 class CheckpointNotFoundError(TorchLoadError, FileNotFoundError):
@@ -117,6 +122,19 @@ class CheckpointFormatError(TorchLoadError, ValueError):
 
 class CorruptCheckpointError(CheckpointFormatError):
     """The file contradicts itself: truncated, failed checksum, impossible offsets, or made to do harm."""
+
+
+GET_IT_AGAIN = "Download or copy it again."
+
+
+def damaged(path: str, what: str) -> CorruptCheckpointError:
+    """The error of a file that contradicts itself; `what` it does is a clause."""
+    return CorruptCheckpointError(f"{path} is damaged: {what}. {GET_IT_AGAIN}", path=path)
+
+
+def incomplete(path: str, what: str) -> CorruptCheckpointError:
+    """The error of a file that ends too early; `what` is missing is a clause."""
+    return CorruptCheckpointError(f"{path} is incomplete: {what}. {GET_IT_AGAIN}", path=path)
 
 
 class AmbiguousCheckpointError(TorchLoadError, ValueError):

@@ -164,6 +164,12 @@ class _Opening:
         return checkpoint
 
     def folder(self, path: str) -> Checkpoint:
+        from torchload.formats.sets.members import naming
+
+        with naming(path):
+            return self._folder(path)
+
+    def _folder(self, path: str) -> Checkpoint:
         from torchload.formats.sets import folder, sharded
 
         try:
@@ -174,7 +180,6 @@ class _Opening:
             raise AmbiguousCheckpointError(
                 f"{several.message} No name is in two of them: if they are parts of one checkpoint, give the list of "
                 "their paths.",
-                path=path,
                 candidates=several.candidates,
                 argument="path",
             ) from None
@@ -196,14 +201,16 @@ class _Opening:
         """Whether files open as one checkpoint, and none has a name that another one has."""
         if len(paths) > _MOST_PARTS:
             return False
-        from torchload.formats.sets import sharded
+        from torchload.formats.sets.members import Members
 
+        members = Members(self.shard)
         try:
-            opened = [self.shard(path) for path in paths]
+            roots = [members.open(path).root for path in paths]
         except (TorchLoadError, PermissionError):
             return False
-        sharded.close_all(opened)
-        names = [name for part in opened for name in (part.root if isinstance(part.root, dict) else [None] * 2)]
+        finally:
+            members.close()
+        names = [name for root in roots for name in (root if isinstance(root, dict) else [None] * 2)]
         return len(set(names)) == len(names)
 
     def __call__(self, path: str) -> Checkpoint:

@@ -26,9 +26,11 @@ from torchload.model.target import Target, describe_model
 from torchload.model.unwrapping import module_within
 from torchload.model.walk import parameter_names
 from torchload.plan import hooks
+from torchload.plan.acceptance import after_post_hooks
 from torchload.plan.account import report_of
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Moved, carry_out
+from torchload.plan.explain import incompatible
 from torchload.plan.options import Options
 from torchload.plan.plan import LoadPlan, make_plan
 from torchload.plan.steps import select_for
@@ -210,9 +212,12 @@ class Resumption:
     def _file_order(self) -> dict[int, int]:
         """Identity of each parameter → its place in the file, where its weights are in the order of a model."""
         load, checkpoint = self.loads[0], self.checkpoint
-        if self.tree is not checkpoint.root or len(checkpoint.sources) != 1 or "folder" in checkpoint.format:
-            return {}  # sharded and distributed files, and those beside an optimizer's, have an order of their own
-        places = {name: place for place, name in enumerate(load.selection.leaves)}
+        if len({source.name for source in checkpoint.sources}) > 1 or "folder" in checkpoint.format:
+            return {}  # sharded and distributed files have an order of their own
+        leaves = load.selection.leaves
+        if _are_sorted(leaves):
+            return {}
+        places = {name: place for place, name in enumerate(leaves)}
         order: dict[int, int] = {}
         for slot in load.target.slots:
             stored = [places[load.selection.pairs[name]] for name in slot.names if name in load.selection.pairs]
@@ -302,8 +307,10 @@ class Resumption:
                     receiver.updates = state
                 else:
                     receive(receiver, state)
-            for load in self.loads:
-                hooks.run_post_hooks(load.target, load.selection.missing, load.selection.unexpected)
+            for load in filter(lambda load: load.target.post_hooks, self.loads):
+                load.selection = after_post_hooks(load.target, load.selection)
+                if self.strict and (load.selection.missing or load.selection.unexpected):
+                    raise incompatible(load.target, load.selection, [])
             for random_state in self.random_states:  # last: nothing after it draws numbers
                 undo.steps.append(partial(random_state.set, random_state.get()))
                 random_state.set(random_state.state)
@@ -351,6 +358,14 @@ class Resumption:
 _ADDED_LATER = frozenset(
     {"_is_initial", "_get_lr_called_within_step", "_step_count", "_last_lr", "verbose", "mode_worse"}
 )
+
+
+def _are_sorted(leaves: Mapping[str, Any]) -> bool:
+    """Whether somebody sorted the names, as safetensors does for each dtype: then it isn't the order of a model."""
+    by_dtype: dict[Any, list[str]] = {}
+    for name, leaf in leaves.items():
+        by_dtype.setdefault(getattr(leaf, "dtype", None), []).append(name)
+    return all(names == sorted(names) for names in by_dtype.values())
 
 
 def _is_all(names: Sequence[str], model: nn.Module) -> bool:
