@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchload.core.checkpoint import Box, OpaqueTensor, Shape, TensorEntry, contiguous_strides
+from torchload.core.checkpoint import Box, Extent, OpaqueTensor, Shape, TensorEntry, box_end_bytes, contiguous_strides
 from torchload.formats.pickles import arrays
 from torchload.formats.pickles.lazy import resolved
 from torchload.formats.pickles.partial import KNOWN_SUBCLASSES, one_part
@@ -23,7 +23,7 @@ from torchload.formats.pickles.standins import AS_RECORD, Call, SetStandIn, Stan
 if TYPE_CHECKING:
     from torchload.formats.pickles.walk import Layout, Walk
 
-__all__ = ["KNOWN_CALLS", "KNOWN_MAPPINGS", "KNOWN_VALUES", "STORAGE_DTYPES", "strided_tensor"]
+__all__ = ["KNOWN_CALLS", "KNOWN_MAPPINGS", "KNOWN_VALUES", "STORAGE_DTYPES", "strided_entry"]
 
 MAX_DIMENSIONS = 64
 MAX_BYTES = 1 << 63
@@ -84,7 +84,7 @@ KNOWN_MAPPINGS = frozenset(
 )
 
 
-def strided_tensor(
+def _strided_tensor(
     walk: Walk, storage: Any, dtype: torch.dtype | None, offset: Any, shape: Any, strides: Any
 ) -> TensorEntry | OpaqueTensor:
     """A tensor over a storage, checked against it in integers that can't overflow.
@@ -143,6 +143,24 @@ def _layout(walk: Walk, shape: Any, strides: Any) -> Layout:
     return layout
 
 
+def strided_entry(
+    extent: Extent, start: int, end: int, dtype: torch.dtype, shape: Shape, strides: Shape
+) -> TensorEntry:
+    """A tensor over bytes `start` to `end` of an extent, checked in integers that can't overflow; none is negative.
+
+    Raises:
+        ValueError: It doesn't lie there; what it does instead is a clause.
+    """
+    if 0 in shape:
+        return TensorEntry(dtype, shape, ())
+    needed = box_end_bytes(start, shape, strides, dtype.itemsize)
+    if needed > end:
+        raise ValueError(f"of shape {_short(shape)} needs {needed} bytes of its storage, which has {end}")
+    if math.prod(shape) * dtype.itemsize >= MAX_BYTES:
+        raise ValueError(f"of shape {_short(shape)} is too large to exist")
+    return TensorEntry.over(extent, dtype, shape, strides, start)
+
+
 def _storage_over(vector: Any) -> Any:
     """A storage that a nested stream holds, as `_nested_storage` left it."""
     if type(vector) is not TensorEntry or len(vector.shape) != 1:
@@ -183,7 +201,7 @@ def _shape_or_none(walk: Walk, value: Any) -> Shape | None:
 def _tensor(call: Call, walk: Walk) -> Any:
     args = call.args
     storage, offset, shape, strides = args[:4]
-    tensor = strided_tensor(walk, storage, None, offset, shape, strides)
+    tensor = _strided_tensor(walk, storage, None, offset, shape, strides)
     return resolved(walk, tensor, args[6]) if len(args) > 6 else tensor
 
 
@@ -191,7 +209,7 @@ def _tensor_with_dtype(call: Call, walk: Walk) -> Any:
     storage, offset, shape, strides, _, _, dtype, *rest = call.args
     if type(dtype) is not torch.dtype:
         walk.fail("has a dtype that this version of torch doesn't know")
-    tensor = strided_tensor(walk, storage, dtype, offset, shape, strides)
+    tensor = _strided_tensor(walk, storage, dtype, offset, shape, strides)
     return resolved(walk, tensor, rest[0]) if rest else tensor
 
 
@@ -239,10 +257,10 @@ def _quantized(call: Call, walk: Walk) -> Any:
     shape, strides = walk.value(shape), walk.value(strides)
     integers, packed = INTEGERS[storage.dtype]
     if packed == 1:
-        data = strided_tensor(walk, storage, integers, offset, shape, strides)
+        data = _strided_tensor(walk, storage, integers, offset, shape, strides)
     elif shape and offset == 0 and strides == contiguous_strides(shape):
         rows, columns = math.prod(shape[:-1]), shape[-1]
-        data = strided_tensor(walk, storage, integers, 0, (rows * -(-columns // packed),), (1,))
+        data = _strided_tensor(walk, storage, integers, 0, (rows * -(-columns // packed),), (1,))
     else:
         return OpaqueTensor("a quantized tensor of less than a byte per element, in an odd layout", shape)
     return quantized(walk, storage.dtype, shape, data, quantizer)
@@ -260,7 +278,7 @@ def _oldest(call: Call, walk: Walk) -> Any:
     if call.args or type(call.state) is not tuple or len(call.state) != 4:
         return AS_RECORD
     storage, offset, shape, strides = call.state
-    return strided_tensor(walk, storage, None, offset, walk.value(shape), walk.value(strides))
+    return _strided_tensor(walk, storage, None, offset, walk.value(shape), walk.value(strides))
 
 
 def _from_array(call: Call, walk: Walk) -> Any:
