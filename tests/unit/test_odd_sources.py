@@ -307,12 +307,12 @@ def test_more_shards_than_may_be_open(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     script = """
 import resource, sys
-from torchload import read_state_dict
+from torchload import errors, read_state_dict
 hard = int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
 try:
     print(len(read_state_dict(sys.argv[1])))
-except OSError as error:
+except errors.TorchLoadError as error:
     print(error)
 """
     pytest.importorskip("resource")

@@ -229,6 +229,9 @@ def test_several_are_a_question(tmp_path, content, keys):
 def test_keys_lead_anywhere(tmp_path):
     path = saved(tmp_path, {"model": PLAIN, "optimizer": OPTIMIZER})
     assert list(read_state_dict(path, key="optimizer.state")) == ["0.exp_avg"]
+    [(name, value)] = read_state_dict(path, key="optimizer.state.0.exp_avg").items()
+    assert name == "exp_avg"
+    assert torch.equal(value, OPTIMIZER["state"][0]["exp_avg"])
     with pytest.raises(errors.IncompatibleCheckpointError, match="no container 'ema'"):
         read_state_dict(path, key="ema")
 
