@@ -43,16 +43,14 @@ def agree_on(plan: LoadPlan, replicas: Replicas, path: str) -> None:
 
 def _files(plan: LoadPlan) -> list[tuple[str, Any]]:
     """What tells the files that data comes from apart from others, on any machine, and where in them it lies."""
-    extents: dict[Source, list[Extent]] = {}
+    files: dict[Source, tuple[int, list[Extent]]] = {}
     places: list[object] = []
     for entry in (*(item.entry for item in plan.assignments), *plan.given):
         for box in entry.boxes:
-            known = extents.setdefault(box.extent.source, [])
-            known.append(box.extent)
-            places.append(
-                (len(extents), box.extent.offset + box.start, box.shape, box.strides, box.origin, entry.dtype)
-            )
-    return [*(_identity(source, some) for source, some in extents.items()), ("places", _sum(places))]
+            number, extents = files.setdefault(box.extent.source, (len(files), []))
+            extents.append(box.extent)
+            places.append((number, box.extent.offset + box.start, box.shape, box.strides, box.origin, entry.dtype))
+    return [*(_identity(source, extents) for source, (_, extents) in files.items()), ("places", _sum(places))]
 
 
 def _identity(source: Source, extents: Sequence[Extent]) -> tuple[str, Any]:
