@@ -190,7 +190,7 @@ def test_a_renamed_submodule(tmp_path: Path, how: str, strict: bool) -> None:
             self.backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
             self.fc = nn.Linear(4, 2)
             if how == "pre-hook":
-                self.register_load_state_dict_pre_hook(self.rename)
+                self._register_load_state_dict_pre_hook(self.rename, with_module=True)  # public since torch 2.5
 
         @staticmethod
         def rename(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
