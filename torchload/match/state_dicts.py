@@ -75,7 +75,7 @@ def find_state_dict(root: Any, key: str | None = None, size_bytes: int = 0, read
 
     Args:
         root: The checkpoint's tree.
-        key: Dotted path of the container to take; ``""`` takes the whole file; ``None`` looks for it.
+        key: Dotted path of the container to take, or of one tensor; ``""`` takes the whole file; ``None`` looks for it.
         size_bytes: Length of the checkpoint's files, which bounds what its names may cost.
         read: What reads values where two containers may hold the same.
 
@@ -98,11 +98,15 @@ def find_state_dict(root: Any, key: str | None = None, size_bytes: int = 0, read
     if isinstance(root, TensorEntry) and not key:
         return StateDict("", {"": root}, {"": root})
     allowance = Allowance(size_bytes)
-    places = find_places(root, key, allowance)
+    places = find_places(root, None, allowance)
     if not places:
         raise IncompatibleCheckpointError("The checkpoint holds no tensors.")
     here = places[0]
     if key is not None:
+        if key in here.leaves and all(place.path != key for place in places):
+            alone = {key.rpartition(".")[2]: here.leaves[key]}
+            return StateDict(key, alone, alone)
+        [here] = find_places(root, key, allowance)
         return StateDict(here.path, here.container, here.leaves)
     descent = _Descent(root, places, allowance, read)
     here = descent.by_segments.get((), here)
