@@ -206,7 +206,7 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if len(module) + len(name) > MAX_GLOBAL_LENGTH:
-            raise TypeError(f"it names a global of {len(module) + len(name)} characters")
+            raise TypeError(f"it names a class or function with {len(module) + len(name):,} characters")
         qualified = f"{module}.{name}"
         found = self.classes.get(qualified)
         if found is None:
@@ -215,7 +215,7 @@ class _Reader(pickle.Unpickler):
 
     def new_class(self, qualified: str) -> StandInType:
         if len(self.classes) >= MAX_GLOBALS:
-            raise TypeError(f"it names more than {MAX_GLOBALS} different globals")
+            raise TypeError(f"it names more than {MAX_GLOBALS:,} classes and functions")
         if qualified in _SPECIAL:
             return _SPECIAL[qualified](self)
         return new_stand_in(RecordStandIn, qualified)
@@ -244,7 +244,7 @@ class _Reader(pickle.Unpickler):
             return BlobReference(pid)
         elif type(pid) is str and self.outside is not None:
             return Outside(self.outside(pid))
-        raise TypeError("it refers to something outside it that is not a storage")
+        raise TypeError("it refers to data outside it that is not a tensor's")
 
     def storage(self, marker: Any, kind: Any, key: Any, location: Any, numel: Any, view: Any = None) -> Storage:
         """What such a tuple declares; the same object each time."""
@@ -252,7 +252,7 @@ class _Reader(pickle.Unpickler):
             key = str(key)
         is_sound = marker == "storage" and type(key) is str and type(numel) is int and 0 <= numel < 1 << 63
         if not is_sound or type(kind) is not StandInType or kind not in _STORAGE_KINDS:
-            raise TypeError("a storage is not declared as torch declares one")
+            raise TypeError("a storage is not described as torch describes one")
         if view is not None:
             view = _view(view, key, numel)
         first = self.storages.get(key)
@@ -278,7 +278,7 @@ def _view(view: Any, key: str, numel: int) -> tuple[int, int] | None:
     if view is None:
         return None
     if type(view) is not tuple or len(view) != 3 or not all(type(number) is int for number in view[1:]):
-        raise TypeError(f"a view of storage {key[:80]!r} is not declared as torch declares one")
+        raise TypeError(f"a view of storage {key[:80]!r} is not described as torch describes one")
     if min(view[1:]) < 0 or view[1] + view[2] > numel:
         raise TypeError(f"a view of storage {key[:80]!r} lies outside it")
     return view[1], view[2]
@@ -287,7 +287,7 @@ def _view(view: Any, key: str, numel: int) -> tuple[int, int] | None:
 def _collection(items: Any, is_mapping: Any) -> Any:
     """What the rewritten DICT and FROZENSET ask for."""
     if type(items) is not tuple:
-        raise TypeError("it refers to something outside it that is not a storage")
+        raise TypeError("it refers to data outside it that is not a tensor's")
     if is_mapping is True:
         mapping = MappingStandIn()
         if len(items) % 2:

@@ -14,7 +14,7 @@ import torch
 
 from torchload.core.checkpoint import Container, Extent, OpaqueTensor, Record, Shape, TensorEntry
 from torchload.core.source import MemorySource
-from torchload.errors import CorruptCheckpointError, TorchLoadError
+from torchload.errors import TorchLoadError, damaged
 from torchload.formats.pickles.modules import flatten_module, module_fields
 from torchload.formats.pickles.standins import (
     AS_RECORD,
@@ -130,7 +130,7 @@ class Walk:
         """Where a storage's bytes are."""
         if storage.extent is None:
             if self._extent_of is None:
-                self.fail("has its data outside the pickle, where nothing is known to be")
+                self.fail("has its data outside the pickle, and nothing says where")
             storage.extent = self._extent_of(storage)
         return storage.extent
 
@@ -166,7 +166,7 @@ class Walk:
     def allow(self, items: Any) -> Any:
         """A collection that is about to be copied; refuses when a stream makes too many copies."""
         if not isinstance(items, (list, tuple, dict)):
-            raise TypeError("a call has no collection where one belongs")
+            raise TypeError("a call has no list or dict where one belongs")
         if isinstance(items, Container):
             self._complete(items)
         self.charge(len(items))
@@ -180,7 +180,7 @@ class Walk:
         """Refuse the file because of the value that is being looked at."""
         key = self.key if type(self.key) in (str, int) else None
         subject = "a value" if key is None else f"{key!r}" if len(str(key)) <= 200 else f"{str(key)[:200]!r}…"
-        raise CorruptCheckpointError(f"{self.name}: {subject} {what}. The file is damaged.", path=self.name) from cause
+        raise damaged(self.name, f"{subject} {what}") from cause
 
     def _call(self, call: Call) -> Any:
         if call.value is _PENDING or self._nesting >= MAX_NESTING:
