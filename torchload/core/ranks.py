@@ -80,9 +80,9 @@ class Ranks:
                     error = _left_alone(failure)
         if error is not None:
             raise error
-        for rank, (theirs, _) in enumerate(answers):
-            if theirs is not None:
-                raise _told_by(self.global_rank(rank), theirs)
+        for rank, (raised, _) in enumerate(answers):
+            if raised is not None:
+                raise _told_by(self.global_rank(rank), raised)
         return [said for _, said in answers]
 
     def exchange(self, everyones: list[torch.Tensor], mine: torch.Tensor) -> None:

@@ -12,7 +12,6 @@ from torchload.core.checkpoint import Checkpoint
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Place, Selection, Wanted, find_places, select
 from torchload.match.globs import Globs
-from torchload.match.names import Alignment
 from torchload.match.partial import held_back
 from torchload.match.paths import last
 from torchload.match.tables import Standing, container_standing
@@ -139,17 +138,10 @@ def _unmatched(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selec
 def _unpaired(place: Place, wanted: Wanted) -> Selection:
     return Selection(
         key=place.path,
-        prefix="",
         segments=place.segments,
         container=place.container,
         leaves=place.leaves,
-        pairs={},
-        missing=[],
-        mismatched={},
         unexpected=[name for name in place.leaves if not wanted.skips(name)],
-        outside=[],
-        ignored=[],
-        alignment=Alignment(),
         skipped=[name for name in place.leaves if wanted.skips(name)],
     )
 
