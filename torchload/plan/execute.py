@@ -207,8 +207,8 @@ def _move(
             done += _noting(partial(carried, notes=plan.notes), [] if items is new else items, changes)
         report(total, total)
     unread = [item for item in plan.assignments if item.way is not fresh_way and item.way is not in_place]
-    nbytes = total + sum(map(_held_bytes, unread)) + sum(entry.nbytes for entry in plan.given)
-    return Moved(nbytes, read_bytes=done)
+    given = sum(entry.nbytes for entry in plan.given)
+    return Moved(total + sum(map(_held_bytes, unread)) + given, read_bytes=done + (0 if plan.mmap else given))
 
 
 def _held_bytes(item: Assignment) -> int:
