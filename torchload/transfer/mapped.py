@@ -16,12 +16,11 @@ from torchload.core.copies import Copy
 from torchload.core.source import Source
 from torchload.transfer.arena import allocate
 from torchload.transfer.engine import check_unchanged, run
-from torchload.transfer.memory import address_of, advise
+from torchload.transfer.memory import POPULATE_READ, address_of, advise
 from torchload.transfer.pieces import needs_swap
 
 __all__ = ["can_map", "map_entries", "map_entry", "read_entries"]
 
-_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 _CPU = torch.device("cpu")
 
 
@@ -130,7 +129,7 @@ def _map(
         offset = source.base + _first_byte(entry) - start
         nbytes = _last_byte(entry) - _first_byte(entry)
         if populate:
-            advise(address + offset, nbytes, _POPULATE_READ)
+            advise(address + offset, nbytes, POPULATE_READ)
         flat = torch.frombuffer(view, dtype=entry.dtype, count=nbytes // entry.dtype.itemsize, offset=offset)
         yield index, flat.as_strided_(entry.shape, entry.boxes[0].strides)
 
