@@ -23,7 +23,7 @@ from tests.versions import can_pickle
 from torchload.core.checkpoint import Container, Extent, OpaqueTensor, Record, TensorEntry, record_fields
 from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError, TorchLoadError
-from torchload.formats.files import torch_zip
+from torchload.formats.files import archives
 from torchload.formats.pickles.unpickle import read_pickle, unpickle
 
 
@@ -31,7 +31,7 @@ def reopened(value: Any, **options: Any) -> Any:
     """The tree that a zip checkpoint of `value` becomes."""
     file = io.BytesIO()
     torch.save(value, file, **options)
-    return torch_zip.open(MemorySource(file.getvalue()), "test.pt").root
+    return archives.open(MemorySource(file.getvalue()), "test.pt").root
 
 
 # ------------------------------------------------------------------------------------------------------- plain values
@@ -298,7 +298,7 @@ def test_tensors_that_are_not_dense_say_what_they_are() -> None:
         "csr": values.to_sparse_csr(),
         "quantized": torch.quantize_per_tensor(values, 0.1, 0, torch.qint8),
         "meta": torch.empty(2, 5, device="meta"),
-        "conjugated": torch.ones(2, dtype=torch.complex64).conj(),
+        "negated": torch._neg_view(torch.zeros(2, dtype=torch.bool)),
         "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
         "lazy": nn.UninitializedParameter(),
     }
@@ -587,12 +587,13 @@ def test_the_pickler_in_python_reads_the_same(monkeypatch: pytest.MonkeyPatch) -
 
     reader = type("Reader", (pickle._Unpickler,), {  # type: ignore[misc]
         name: vars(module._Reader)[name]
-        for name in ("find_class", "new_class", "attribute", "persistent_load", "new_storage")
+        for name in ("find_class", "new_class", "attribute", "persistent_load", "storage")
     })  # fmt: skip
 
     def construct(self: Any, stream: Any, name: str, outside: Any = None) -> None:
         pickle._Unpickler.__init__(self, module._File(stream.code), encoding="utf-8", errors="surrogateescape")  # type: ignore[attr-defined]
-        self.name, self.blobs, self.classes, self.storages, self.outside = name, stream.blobs, {}, {}, outside
+        self.name, self.blobs, self.classes, self.outside = name, stream.blobs, {}, outside
+        self.storages, self.variants = {}, {}
 
     reader.__init__ = construct  # type: ignore[method-assign]
     value = {"a": [1, (2, {3})], "b": argparse.Namespace(x=1), "c": np.arange(3.0), "d": b"y" * 9000}

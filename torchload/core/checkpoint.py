@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ __all__ = [
     "OpaqueTensor",
     "Quantized",
     "Record",
+    "Region",
     "Shape",
     "TensorEntry",
     "box_end_bytes",
@@ -40,6 +41,13 @@ __all__ = [
 ]
 
 Shape = tuple[int, ...]
+
+
+class Region(NamedTuple):
+    """An axis-aligned part of a tensor: where it begins and how large it is, in elements."""
+
+    origin: Shape
+    shape: Shape
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +113,16 @@ class TensorEntry:
     shape: Shape
     boxes: tuple[Box, ...]
     is_parameter: bool = False
+
+    @classmethod
+    def over(
+        cls, extent: Extent, dtype: torch.dtype, shape: Shape, strides: Shape | None = None, start: int = 0
+    ) -> TensorEntry:
+        """A tensor in one extent that was found to hold it all, from byte `start` on; row-major without `strides`."""
+        if 0 in shape:
+            return cls(dtype, shape, ())
+        strides = contiguous_strides(shape) if strides is None else strides
+        return cls(dtype, shape, (Box(extent, start, shape, strides, (0,) * len(shape)),))
 
     @property
     def numel(self) -> int:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from torchload.core.budget import Budget
 from torchload.core.collector import collector_running
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.core.text import printable
+from torchload.errors import CheckpointFormatError, CorruptCheckpointError, TorchLoadError, incomplete
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -71,11 +72,8 @@ class Source(ABC):
 
     def _check(self, offset: int, size: int) -> None:
         if offset < 0 or size < 0 or offset + size > self.size:
-            raise CorruptCheckpointError(
-                f"{self.name} is incomplete: {size} bytes are needed at offset {offset}, "
-                f"but the file has {self.size}. Download or copy it again.",
-                path=self.name,
-            )
+            needed = f"{size} bytes are needed at offset {offset}, but the file has {self.size}"
+            raise incomplete(self.name, needed)
 
 
 class FileSource(Source):
@@ -95,8 +93,10 @@ class FileSource(Source):
         try:
             self._descriptor.take(os.open, name, flags)
         except OSError as error:
-            if error.errno != errno.EMFILE or not _raise_open_file_limit():
+            if error.errno != errno.EMFILE:
                 raise
+            if not _raise_open_file_limit():
+                raise TorchLoadError(_TOO_MANY_FILES.format(printable(name, None)), path=name) from None
             self._descriptor.take(os.open, name, flags)
         self._describe(name, budget)
 
@@ -312,12 +312,15 @@ class StreamSource(Source):
         return part
 
 
-def _raise_open_file_limit() -> bool:
-    """Have this process allowed as many open files as it may allow itself; whether that is more than before.
+_TOO_MANY_FILES = (
+    "{} can't be opened: this process has as many files open as it may, the checkpoint's other files among them. Raise "
+    "that limit (ulimit -n as root, LimitNOFILE= of a service, --ulimit nofile= of a container), or let go of weights "
+    "that were mapped before."
+)
 
-    Raises:
-        OSError: It isn't; the message says what helps.
-    """
+
+def _raise_open_file_limit() -> bool:
+    """Have this process allowed as many open files as it may allow itself; whether that is more than before."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -325,8 +328,7 @@ def _raise_open_file_limit() -> bool:
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             return True
-    message = "the checkpoint consists of more files than may be open at once; 'ulimit -n' (by root) raises that"
-    raise OSError(errno.EMFILE, message)
+    return False
 
 
 def _grown(budget: Budget | None, size_bytes: int) -> Budget:

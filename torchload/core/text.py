@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -10,9 +10,11 @@ __all__ = [
     "format_bytes",
     "format_seconds",
     "group_names",
+    "listed",
     "plural",
     "printable",
     "printable_lines",
+    "quoted",
     "short_dtype",
 ]
 
@@ -45,6 +47,20 @@ def printable_lines(text: str) -> str:
     return text if text.isprintable() else "\n".join(printable(line, None) for line in text.split("\n"))
 
 
+def quoted(error: Exception) -> str:
+    r"""What code that isn't ours said, in one line: it may hold names from a file.
+
+    An error whose cause this one stays is printed as well, so its own text is spelled out too.
+
+    Example:
+        >>> quoted(RuntimeError("Unexpected key(s):\n\t'fc.weight'"))
+        "Unexpected key(s): 'fc.weight'"
+    """
+    text = printable(" ".join(str(error).split()), None)
+    error.args = tuple(printable_lines(part) if isinstance(part, str) else part for part in error.args)
+    return text
+
+
 def short_dtype(dtype: torch.dtype) -> str:
     """The dtype without torch's name before it.
 
@@ -63,6 +79,17 @@ def plural(count: int, noun: str) -> str:
         ('1 tensor', '1,200 tensors')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names in one line, cut off where there are many.
+
+    Example:
+        >>> listed(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(printable(name, 200) for name in names[:most]) + more
 
 
 def group_names(names: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ import sys
 import torch
 
 from torchload.core.source import Descriptor
-from torchload.transfer.memory import POPULATE_READ, address_of, advise, file_system_of, is_resident
+from torchload.transfer.memory import NO_RESERVE, POPULATE_READ, address_of, advise, file_system_of, is_resident
 
 if sys.platform == "linux":
     import fcntl
@@ -65,7 +65,7 @@ class LeasedFile:
             own.take(os.open, f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
             _lease(own.number)  # refused unless the file is the user's own
             _end_lease(own.number)
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+            flags = mmap.MAP_PRIVATE | NO_RESERVE
             return cls(own, mmap.mmap(own.number, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE))
         return None
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import sys
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 __all__ = [
+    "NO_RESERVE",
     "POPULATE_READ",
     "address_of",
     "advise",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named since Python 3.13
 
 move = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0

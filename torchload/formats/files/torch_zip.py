@@ -9,32 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torchload.core.checkpoint import Checkpoint, Extent
-from torchload.core.source import Source
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError
-from torchload.formats.files.zip_directory import STORED, ZipDirectory, read_directory
+from torchload.core.text import printable
+from torchload.errors import CheckpointFormatError, damaged
+from torchload.formats.files.zip_directory import STORED, ZipDirectory
 from torchload.formats.pickles.unpickle import Storage, read_pickle
 
-__all__ = ["open", "open_directory", "storage_extents"]
+__all__ = ["open_directory"]
 
 SMALL_BYTES = 1 << 16  # records this short, beside the tensors', are checked when the file is opened
 
 
-def open(source: Source, path: str) -> Checkpoint:
+def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
     """Index a zip checkpoint without reading tensor data.
 
     Args:
-        source: The whole file.
+        directory: The archive.
         path: The checkpoint as the caller named it.
 
     Raises:
         CheckpointFormatError: A zip archive of something else.
         CorruptCheckpointError: It is truncated, damaged or hostile.
     """
-    return open_directory(read_directory(source), path)
-
-
-def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
-    """`open`, for an archive whose directory has been read."""
     source = directory.source
     top = _top_folder(directory, path)
     data_folder = f"{top}data/"
@@ -46,7 +41,7 @@ def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
     stored = pickle_record.method == STORED
     root = read_pickle(
         directory.read(pickle_record.name),
-        storage_extents(directory, data_folder, big_endian),
+        _storage_extents(directory, data_folder, big_endian),
         name=path,
         source=source.slice(pickle_record.offset, pickle_record.size) if stored else None,
         budget=source.budget,
@@ -55,24 +50,23 @@ def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
     return Checkpoint(path, "zip checkpoint", root, (source,), checksums=has_checksums)
 
 
-def storage_extents(directory: ZipDirectory, folder: str, big_endian: bool) -> Callable[[Storage], Extent]:
+def _storage_extents(directory: ZipDirectory, folder: str, big_endian: bool) -> Callable[[Storage], Extent]:
     """Where the storages of a pickle are, given the folder (with its slash) that holds their records."""
     source, records = directory.source, directory.records
 
     def extent_of(storage: Storage) -> Extent:
         record = records.get(folder + storage.key)
         if record is None:
-            raise CorruptCheckpointError(
-                f"{source.name} is damaged: its pickle refers to a storage {storage.key!r} that it doesn't have.",
-                path=source.name,
+            raise damaged(source.name, f"its pickle refers to a storage {storage.key!r} that it doesn't have")
+        _, offset, size, _, crc32, method = record
+        if size != storage.nbytes:
+            raise damaged(
+                source.name,
+                f"storage {storage.key!r} should have {storage.nbytes} bytes, and its record has {size}",
             )
-        if record.size != storage.nbytes:
-            raise CorruptCheckpointError(
-                f"{source.name} is damaged: storage {storage.key!r} should have {storage.nbytes} bytes, and its record "
-                f"has {record.size}.",
-                path=source.name,
-            )
-        return directory.extent_of(record.name, big_endian)
+        if method != STORED:
+            return directory.extent_of(record.name, big_endian)
+        return Extent(source, offset, size, crc32 or None, big_endian)
 
     return extent_of
 
@@ -84,7 +78,7 @@ def _top_folder(directory: ZipDirectory, path: str) -> str:
     if len(tops) == 1:
         return tops[0]
     names = sorted(directory.records)
-    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    shown = ", ".join(map(printable, names[:5])) + (", …" if len(names) > 5 else "")
     raise CheckpointFormatError(
         f"{path} is a zip archive, but not one that torch.save wrote: "
         + ("it has no data.pkl" if not tops else f"it has {len(tops)} records named data.pkl")
@@ -99,7 +93,5 @@ def _is_big_endian(directory: ZipDirectory, top: str) -> bool:
         return False  # written before torch 2.1, on what is little-endian nearly always
     order = directory.read(f"{top}byteorder")
     if order not in (b"little", b"big"):
-        raise CorruptCheckpointError(
-            f"{directory.source.name} is damaged: its byte order is {order[:20]!r}.", path=directory.source.name
-        )
+        raise damaged(directory.source.name, f"its byte order is {order[:20]!r}")
     return order == b"big"

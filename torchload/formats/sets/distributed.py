@@ -24,16 +24,18 @@ from torchload.core.checkpoint import (
     Container,
     OpaqueTensor,
     Record,
+    Region,
     Shape,
     TensorEntry,
     record_fields,
 )
 from torchload.core.source import Source
+from torchload.core.text import listed, plural
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats.locate import path_inside, source_of_file
 from torchload.formats.pickles.unpickle import read_pickle
 from torchload.formats.sets.items import Item, ItemBox, ItemReader
-from torchload.formats.sets.tiling import Region, TooManyCornersError, tiles
+from torchload.formats.sets.tiling import MAX_ELEMENTS, MisfitError, of_boxes
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -44,7 +46,6 @@ METADATA_NAME = re.compile(r"(?:__\d+)?\.metadata")  # with a rank's number wher
 MAX_METADATA_BYTES = 1 << 30
 MAX_PATH_PARTS = 64
 MAX_DIMENSIONS = 64
-MAX_ELEMENTS = (1 << 63) - 1
 
 
 def open_folder(path: str, budget: Budget | None = None) -> Checkpoint:
@@ -63,19 +64,19 @@ def open_folder(path: str, budget: Budget | None = None) -> Checkpoint:
         CheckpointFormatError: ``.metadata`` is something else.
     """
     budget = budget or Budget()
-    index = _Index(path, budget)
+    index = _Index(budget)
     names = sorted(filter(METADATA_NAME.fullmatch, os.listdir(path)))
     if not names:
         raise CheckpointNotFoundError(
-            f"{path} has files of torch.distributed.checkpoint, but not the .metadata that says what is in them. It is "
-            "written last: the save was cut short, or the file, which a leading dot hides, was not copied along.",
-            path=path,
+            "The checkpoint has files of torch.distributed.checkpoint, but not the .metadata that says what is in "
+            "them. It is written last: the save was cut short, or the file, which a leading dot hides, was not copied "
+            "along."
         )
     for name in names[:1] if ".metadata" in names else names:
         index.add(os.path.join(path, name))
     files = _open_files(path, index.file_names(), budget)
     try:
-        return index.checkpoint(files)
+        return index.checkpoint(path, files)
     except BaseException:
         _close(files)
         raise
@@ -103,14 +104,12 @@ class _Index:
     """What all metadata files of a folder say together.
 
     Attributes:
-        path: The folder.
         tensors: Name → description.
         values: Name → where the pickled value is.
         paths: Name → keys and list indices that led to it in the saved object.
     """
 
-    def __init__(self, path: str, budget: Budget) -> None:
-        self.path = path
+    def __init__(self, budget: Budget) -> None:
         self.tensors: dict[str, _Tensor] = {}
         self.values: dict[str, _Place] = {}
         self.paths: dict[str, tuple[str | int, ...]] = {}
@@ -145,9 +144,8 @@ class _Index:
     def _fields(self, record: Any, kind: str) -> dict[str, Any]:
         if _class_name(record) != kind:
             raise CheckpointFormatError(
-                f"{self.path} holds a .metadata file that is not torch.distributed.checkpoint's: it holds "
-                f"{_class_name(record) or type(record).__name__} instead of {kind}.",
-                path=self.path,
+                "The checkpoint has a .metadata file that is not torch.distributed.checkpoint's: it holds "
+                f"{_class_name(record) or type(record).__name__} instead of {kind}."
             )
         return record_fields(record)
 
@@ -209,7 +207,7 @@ class _Index:
         names.update(place.file_name for tensor in self.tensors.values() for _, place in tensor.chunks.values())
         return sorted(names)
 
-    def checkpoint(self, files: dict[str, Source]) -> Checkpoint:
+    def checkpoint(self, path: str, files: dict[str, Source]) -> Checkpoint:
         """The tree over the opened files."""
         reader = ItemReader()
         entries: dict[str, Any] = {}
@@ -220,30 +218,15 @@ class _Index:
                 entries[name] = Record("torch.distributed.checkpoint value behind " + ", ".join(place.transforms)[:200])
             else:
                 entries[name] = reader.value(self._item(name, place, files))
-        count = f"{len(files)} file" + ("s" if len(files) != 1 else "")
-        kind = f"torch.distributed.checkpoint folder ({count})"
-        return Checkpoint(self.path, kind, self._tree(entries), tuple(files.values()), checksums=True)
+        kind = f"torch.distributed.checkpoint folder ({plural(len(files), 'file')})"
+        return Checkpoint(path, kind, self._tree(entries), tuple(files.values()), checksums=True)
 
     def _entry(
         self, name: str, tensor: _Tensor, files: dict[str, Source], reader: ItemReader
     ) -> TensorEntry | OpaqueTensor:
         shape, dtype = tensor.shape, tensor.dtype
-        if math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
-            raise self.refuse(f"{_short(name)} is larger than any tensor can be")
         if type(dtype) is not torch.dtype:
             return OpaqueTensor(f"a tensor of a dtype that torch {torch.__version__} lacks", shape)
-        regions = [region for region, _ in tensor.chunks.values()]
-        if 0 in shape:
-            return TensorEntry(dtype, shape, ())
-        try:
-            complete = tiles(shape, regions)
-        except TooManyCornersError as error:
-            raise self.refuse(f"{_short(name)} is said to consist of {error}") from None
-        if not complete:
-            covered = sum(math.prod(size) for _, size in regions)
-            whole = math.prod(shape)
-            problem = "overlap" if covered > whole else "leave a hole" if covered < whole else "leave holes and overlap"
-            raise self.refuse(f"the {len(regions)} chunks of {_short(name)} {problem} (its shape is {list(shape)})")
         boxes: list[Box] = []
         for (origin, size), place in tensor.chunks.values():
             # Only in a safetensors file, where sizes are those of the data alone, do items begin at the same byte.
@@ -251,18 +234,22 @@ class _Index:
             if begin in self.taken and place.size != math.prod(size) * dtype.itemsize:
                 raise self.refuse(f"a chunk of {_short(name)} is said to lie where another one lies")
             self.taken.add(begin)
-            if place.transforms:
-                return OpaqueTensor(f"a tensor written through {', '.join(place.transforms)[:200]}", shape)
             boxes.append(ItemBox(reader, self._item(name, place, files), dtype, size, origin))
-        return TensorEntry(dtype, shape, tuple(boxes))
+        try:
+            entry = of_boxes(dtype, shape, boxes)
+        except MisfitError as error:
+            raise self.refuse(f"the {len(boxes)} chunks of {_short(name)} make no tensor: {error}") from None
+        transforms = [part for _, place in tensor.chunks.values() for part in place.transforms]
+        if transforms:
+            return OpaqueTensor(f"a tensor written through {', '.join(dict.fromkeys(transforms))[:200]}", shape)
+        return entry
 
     def _item(self, name: str, place: _Place, files: dict[str, Source]) -> Item:
         source = files[place.file_name]
         if place.offset + place.size > source.size:
             raise CorruptCheckpointError(
-                f"{source.name} is incomplete: {source.size} bytes, but {_short(name)} ends at byte "
-                f"{place.offset + place.size}. Copy the folder again.",
-                path=self.path,
+                f"The checkpoint is incomplete: {place.file_name} has {source.size} bytes, but {_short(name)} ends at "
+                f"byte {place.offset + place.size}. Copy the folder again."
             )
         return Item(source, place.offset, place.size, name)
 
@@ -279,7 +266,7 @@ class _Index:
 
     def refuse(self, problem: str) -> CorruptCheckpointError:
         """The error for an index that can't be right."""
-        return CorruptCheckpointError(f"{self.path} is damaged: {problem}. Copy the folder again.", path=self.path)
+        return CorruptCheckpointError(f"The checkpoint is damaged: {problem}. Copy the folder again.")
 
 
 # --- files ---
@@ -300,11 +287,9 @@ def _open_files(path: str, names: list[str], budget: Budget) -> dict[str, Source
     located = {name: path_inside(name, path, path) for name in names}
     missing = [name for name, file in located.items() if not os.path.exists(file)]
     if missing:
-        listed = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
         raise CheckpointNotFoundError(
-            f"{len(missing)} of the {len(names)} files of {path} are missing: {listed}. Copy them into the folder; "
-            "every rank of the job that saved wrote its own.",
-            path=path,
+            f"{len(missing)} of the {len(names)} files of the checkpoint are missing: {listed(missing, 20)}. Copy them "
+            "into the folder; every rank of the job that saved wrote its own."
         )
     files: dict[str, Source] = {}
     try:
