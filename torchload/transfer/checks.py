@@ -156,7 +156,8 @@ def not_seen_equal(copies: Sequence[Copy]) -> list[Copy]:
     plain_copies = [copy for copy in copies if copy.target.is_cpu and is_plain(copy)]
     with torch.inference_mode():
         jobs = schedule(plain_copies)
-    plain, overlapping = [], []
+    plain: list[Job] = []
+    overlapping: list[Job] = []
     for job in jobs:
         (plain if job.is_direct or job.can_scatter else overlapping).append(job)
     equal = {id(copy): not copy.target.numel() for copy in copies} | {id(copy): True for copy in plain_copies}
