@@ -12,6 +12,7 @@ import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from torchload.core.budget import Budget
@@ -32,7 +33,7 @@ class Source(ABC):
         name: What to call it in messages (a path, as a rule).
         size: Length in bytes, fixed when the source was opened.
         fd: File descriptor that holds the bytes, or ``None`` for memory.
-        base: Position of byte 0 in that descriptor.
+        base: Position of byte 0 in that descriptor, or in what else holds the bytes.
         budget: What reading its content may cost; that of the whole load.
     """
 
@@ -56,9 +57,12 @@ class Source(ABC):
             OSError: The device failed.
         """
 
-    @abstractmethod
     def slice(self, offset: int, size: int, name: str | None = None) -> Source:
         """The `size` bytes from `offset`, as a source of its own over the same file."""
+        self._check(offset, size)
+        part = copy(self)
+        part.name, part.base, part.size = name or self.name, self.base + offset, size
+        return part
 
     def read(self, offset: int, size: int) -> bytes:
         """The `size` bytes from `offset`; raises like `readinto`."""
@@ -137,15 +141,6 @@ class FileSource(Source):
                 )
             buffer = buffer[count:]
             position += count
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        part = FileSource.__new__(FileSource)
-        part.name = name or self.name
-        part._descriptor = self._descriptor
-        part.base, part.size, part.budget = self.base + offset, size, self.budget
-        part.identity = self.identity
-        return part
 
     def close(self) -> None:
         self._descriptor.close()
@@ -229,11 +224,8 @@ class MemorySource(Source):
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
-        buffer[:] = self.view[offset : offset + len(buffer)]
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        return MemorySource(self.view[offset : offset + size], name or self.name, self.budget)
+        start = self.base + offset
+        buffer[:] = self.view[start : start + len(buffer)]
 
 
 class UnpackedSource(Source):
@@ -257,12 +249,6 @@ class UnpackedSource(Source):
                 self._unpacked.append(self._unpack())
         start = self.base + offset
         buffer[:] = memoryview(self._unpacked[0])[start : start + len(buffer)]
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        part = UnpackedSource(self._unpack, size, name or self.name, self.budget)
-        part._unpacked, part._lock, part.base = self._unpacked, self._lock, self.base + offset
-        return part
 
 
 class StreamSource(Source):
@@ -302,14 +288,6 @@ class StreamSource(Source):
                 )
             buffer[: len(chunk)] = chunk
             buffer = buffer[len(chunk) :]
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        part = StreamSource.__new__(StreamSource)
-        part._stream, part._lock = self._stream, self._lock
-        part.name = name or self.name
-        part.base, part.size, part.budget = self.base + offset, size, self.budget
-        return part
 
 
 _TOO_MANY_FILES = (

@@ -268,7 +268,7 @@ class _Judge:
             unexpected=leftovers.unexpected,
             outside=leftovers.outside,
             ignored=[*harmless, *leftovers.ignored],
-            constants=tuple(leftovers.constants),
+            constants=leftovers.constants,
             alignment=alignment,
             standing=container_standing(*segments),
             crossed=not prefix

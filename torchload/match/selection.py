@@ -144,18 +144,18 @@ class Selection:
     """
 
     key: str
-    prefix: str
     segments: tuple[str, ...]
     container: Mapping[Any, Any]
     leaves: dict[str, Leaf]
-    pairs: dict[str, str]
-    missing: list[str]
-    mismatched: dict[str, tuple[Shape, Shape]]
-    unexpected: list[str]
-    outside: list[str]
-    ignored: list[str]
-    alignment: Alignment
-    constants: tuple[str, ...] = ()
+    prefix: str = ""
+    pairs: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    alignment: Alignment = field(default_factory=Alignment)
+    constants: list[str] = field(default_factory=list)
     standing: Standing = Standing.PLAIN
     crossed: bool = False
     skipped: list[str] = field(default_factory=list)
@@ -172,6 +172,11 @@ class Selection:
     def path(self) -> str:
         """Container and prefix as one dotted path."""
         return joined(self.key, self.prefix)
+
+    @property
+    def filled(self) -> dict[str, Leaf]:
+        """Model name → what the file holds for it."""
+        return {name: self.leaves[source] for name, source in self.pairs.items()}
 
     @property
     def averaged(self) -> bool:

@@ -60,7 +60,7 @@ class LeasedFile:
             return None
         if file_system_of(descriptor) not in _LOCAL:
             return None
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             own = Descriptor()  # what is set of it is set for nobody else
             own.take(os.open, f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
             _lease(own.number)  # refused unless the file is the user's own
