@@ -156,7 +156,7 @@ class Copies:
         >>> entry = TensorEntry(torch.float32, (1 << 30,), (Box(extent, 0, (1 << 30,), (0,), (0,)),))
         >>> Copies().add(entry)
         Traceback (most recent call last):
-        torchload.errors.CorruptCheckpointError: <memory> would unfold to ... Refused.
+        torchload.errors.CorruptCheckpointError: <memory> would take more memory than ...
     """
 
     __slots__ = ("_spare_bytes", "_storages")

@@ -228,7 +228,7 @@ class Resumption:
     ) -> list[tuple[Any, Found]]:
         if not as_list(given):
             if found:
-                self.notes.append(f"the file's {what} state was left aside: pass {what}= to restore it")
+                self.notes.append(f"the file's {what} state was not restored: pass {what}= for that")
         elif not found:
             self._absent(f"{what} state", what)
         else:

@@ -139,7 +139,7 @@ def check_stream(
 
     Raises:
         CorruptCheckpointError: It is truncated, has an opcode that doesn't exist or that nothing safe can be made of,
-            or would unfold out of all proportion.
+            or would take memory out of all proportion.
 
     Example:
         >>> check_stream(b"\x80\x02K\x07.and more", name="example").end
@@ -245,7 +245,7 @@ class _Scan:
         except ValueError:
             number = -1
         if not 0 <= number < limit:
-            self.refuse(f"memoizes at {index!r}, though it has room for {limit} entries", position)
+            self.refuse(f"gives an object the number {index!r}, though it has room for {limit:,} objects", position)
 
     def replace(self, position: int, end: int, replacement: bytes) -> None:
         self.pieces.append(bytes(self.data[self.kept : position]))
@@ -260,7 +260,7 @@ class _Scan:
 
     def check_amount(self, position: int) -> None:
         if self.replacements > self.max_replacements:
-            self.refuse("would unfold to more objects than a checkpoint of this size can hold", position)
+            self.refuse("would make more objects than a checkpoint of this size can hold", position)
 
     def take_blob(self, opcode: int, position: int, payload: int, size: int) -> None:
         if payload + size > len(self.data):

@@ -219,8 +219,8 @@ def _step_folder(path: str) -> str:
         step = path_inside(pointer, path, path)
         if not os.path.isdir(step):
             raise CheckpointNotFoundError(
-                f"The checkpoint's 'latest' names {pointer!r}, which is not there. Copy that folder, or give another "
-                "step's."
+                f"The checkpoint's 'latest' names {pointer!r}, which is not there. Copy that folder, or give the "
+                "path of another step."
             )
         return step
     steps = sorted(name for name in names if re.fullmatch(r"global_step\d+", name))
@@ -246,7 +246,7 @@ def _refuse_model_parallel(names: Sequence[str]) -> None:
     else:
         return
     raise CheckpointFormatError(
-        f"The checkpoint was saved {kind}. How the parts make up the model only the training code knows: gather the "
+        f"The checkpoint was saved {kind}. Only the training code knows how the parts make up the model: gather the "
         "model there and save its state_dict(), or use the converter of the framework that trained it "
         "(Megatron-DeepSpeed: tools/convert_checkpoint/deepspeed_to_transformers.py).",
         found="DeepSpeed folder of a model-parallel run",

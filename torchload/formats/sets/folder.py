@@ -316,7 +316,7 @@ def _nothing_found(path: str, files: set[str], folders: set[str]) -> str:
     if others:
         parts.append("the files " + listed(others))
     if states:
-        parts.append(f"states of training ({listed(states)}), which are no weights")
+        parts.append(f"training states ({listed(states)}), which are not weights")
     if folders:
         parts.append("the folders " + listed(sorted(folders)))
     advice = " Give the path of the folder that holds the weights." if folders else ""
