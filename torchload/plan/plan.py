@@ -169,7 +169,10 @@ class _Planner:
             mmap=options.mmap,
             verify=options.verify,
         )
-        self._keep_fp32 = Globs(options.keep_fp32).of(bare_names(target.model, _all_names(target)))
+        self._keep_fp32: frozenset[str] = frozenset()
+        if options.keep_fp32:
+            self._keep_fp32 = Globs(options.keep_fp32).of(bare_names(target.model, _all_names(target)))
+        self._stays = options.placement.leaves_all
         self._by_themselves = {id(slot) for _, slots in self.plan.own_loaders for slot in slots}
         self._lacking = {*selection.missing, *selection.skipped}
 
@@ -201,7 +204,9 @@ class _Planner:
 
     def plan_slot(self, slot: Slot) -> None:
         """Where a slot gets its values from, or that it keeps those it has."""
-        device = self.options.placement.of(slot.name, home_of(slot.tensor))
+        tensor, is_meta = slot.tensor, slot.tensor.is_meta
+        here = home_of(tensor) if is_meta else tensor.device
+        device = here if self._stays and not is_meta else self.options.placement.of(slot.name, here)
         if id(slot) in self._by_themselves:
             is_filled = slot.persistent and self._lacking.isdisjoint(slot.names)
             self._plan_unread(slot, device, is_filled=is_filled)
@@ -220,33 +225,30 @@ class _Planner:
             self.problems.append(f"{name} is {what} in the file, which can't be loaded into a dense tensor")
             return
         dtype = self._dtype(slot, entry)
-        unfit = self._unfit(name, slot, entry, dtype)
-        if unfit is Verdict.KEEP:
-            self.plan.kept.append(name)
-            self._plan_unread(slot, device, is_filled=True)
-            return
-        if isinstance(unfit, str):
-            self.problems.append(f"{name}{unfit}")
-            return
+        if entry.dtype is not dtype or slot.shape is None or is_hollow(tensor):
+            unfit = self._unfit(name, slot, entry, dtype)
+            if unfit is Verdict.KEEP:
+                self.plan.kept.append(name)
+                self._plan_unread(slot, device, is_filled=True)
+                return
+            if isinstance(unfit, str):
+                self.problems.append(f"{name}{unfit}")
+                return
+            self.plan.casts[entry.dtype, dtype] += entry.dtype is not dtype
         if len(sources) > 1:  # of which any one will do
             self._compare_ties(name, sources)
         item = Assignment(slot, name, source, entry, dtype, device)
-        item.way = self._way(item)
-        item.check = _check(item) if self.options.verify else Check.NONE
+        item.way = self._way(item, is_meta or dtype is not tensor.dtype or (device is not here and device != here))
+        if self.options.verify:
+            item.check = _check(item)
         self.plan.assignments.append(item)
-        if entry.dtype is not dtype:
-            self.plan.casts[entry.dtype, dtype] += 1
 
     def _sources(self, slot: Slot) -> list[tuple[str, str]]:
         """(model name, checkpoint name) of what the file has for a slot, once for each of its names."""
-        selection = self.selection
-        if slot.tensor.is_meta and slot.name in selection.transient:  # nobody else could give it a value
-            return [(slot.name, selection.transient[slot.name])]
-        return [
-            (name, selection.pairs[name])
-            for name in slot.names
-            if name in selection.pairs and name not in selection.mismatched
-        ]
+        pairs, mismatched, transient = self.selection.pairs, self.selection.mismatched, self.selection.transient
+        if transient and slot.tensor.is_meta and slot.name in transient:  # nobody else could give it a value
+            return [(slot.name, transient[slot.name])]
+        return [(name, pairs[name]) for name in slot.names if name in pairs and name not in mismatched]
 
     def _plan_unread(self, slot: Slot, device: torch.device, *, is_filled: bool = False) -> None:
         """A slot that nothing is read for here: it may have to move with the rest.
@@ -288,11 +290,11 @@ class _Planner:
         return judge_numbers(name, entry, slot.tensor) if is_number else f": {reason}"
 
     def _dtype(self, slot: Slot, entry: TensorEntry) -> torch.dtype:
-        wish, keeps = self.options.dtype, self._keeps_fp32(slot)
-        return final_dtype(slot.tensor.dtype, wish, stored=entry.dtype, keeps_fp32=keeps)
+        now, wish, keeps = slot.tensor.dtype, self.options.dtype, self._keeps_fp32(slot)
+        return final_dtype(now, wish, stored=entry.dtype, keeps_fp32=keeps) if wish is not None or keeps else now
 
     def _keeps_fp32(self, slot: Slot) -> bool:
-        return not self._keep_fp32.isdisjoint(slot.names)
+        return bool(self._keep_fp32) and not self._keep_fp32.isdisjoint(slot.names)
 
     def _compare_ties(self, name: str, sources: list[tuple[str, str]]) -> None:
         """Refuse different values for names that the model ties together."""
@@ -331,9 +333,8 @@ class _Planner:
 
     # --- how it gets its bytes ---
 
-    def _way(self, item: Assignment) -> Way:
+    def _way(self, item: Assignment, is_moved: bool) -> Way:
         slot, tensor = item.slot, item.slot.tensor
-        is_moved = tensor.is_meta or tensor.dtype is not item.dtype or tensor.device != item.device
         maps = self.options.mmap and _can_map(item) and item.name not in self._in_views
         if is_moved or maps:
             self._check_sharing(slot, "another dtype or device" if is_moved else "mmap=True")
@@ -341,8 +342,9 @@ class _Planner:
             return Way.MAPPED
         if self.plan.keeps_old or slot.shape is None or is_moved or self._is_read_from_the_model(item):
             return Way.FRESH
-        overlaps = torch._debug_has_internal_overlap(tensor) == 1  # one element is several, as in an expanded buffer
-        return Way.FRESH if overlaps else Way.IN_PLACE
+        if not tensor.is_contiguous() and torch._debug_has_internal_overlap(tensor) == 1:
+            return Way.FRESH  # one element is several, as in an expanded buffer
+        return Way.IN_PLACE
 
     def _check_sharing(self, slot: Slot, what: str) -> None:
         if slot.is_shared:
@@ -356,7 +358,7 @@ class _Planner:
             if type(box) is not Box:
                 return False  # a chunk in a file, which only the rank that needs it looks up
             source = box.extent.source
-            if isinstance(source, TensorSource) and source.address in self._own_memory:
+            if type(source) is TensorSource and source.address in self._own_memory:
                 return True
         return False
 

@@ -37,7 +37,7 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
         try:
             wider = _wanted(target, Globs([*skip.patterns, *more]))
             found = _chosen(target, checkpoint, wider, True, **different)
-            return found.fits and quantized_problem(target, found, None) is None
+            return found.fits and quantized_problem(target, found) is None
         except TorchLoadError:
             return False
 
@@ -48,7 +48,7 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
         unmatched = _unmatched(checkpoint, choice.get("key"), wanted) if nothing else None
         if unmatched is None:
             raise
-        problem = quantized_problem(target, unmatched, None)
+        problem = quantized_problem(target, unmatched)
         problems = [problem] if problem else []
         raise incompatible(target, replace(unmatched, attempt=attempt), problems) from None
     if not strict:
