@@ -375,7 +375,7 @@ def declared(
     storage: str = "FloatStorage",
     sound: tuple[int, ...] | None = None,
 ) -> bytes:
-    """A pickle of one tensor, as torch writes it, whatever it says; after a vector of shape `sound`, if there is one."""
+    """A pickle of one tensor, as torch writes it, whatever it says; perhaps after a vector of shape `sound`."""
 
     class Written:
         def __init__(self, *arguments: Any) -> None:
