@@ -26,6 +26,7 @@ from torchload.core.text import quoted
 from torchload.core.undo import Undo
 from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Selection
+from torchload.match.selection import mismatched
 from torchload.model.target import HookedModule, Slot, Target
 from torchload.model.walk import modules_of, paths_of
 
@@ -148,18 +149,12 @@ def _revised(
         else:
             unexpected.append(source)
     consumed = {source for source in entries.values() if source not in used}
-    mismatched = {}
-    for name, source in pairs.items():
-        slot, entry = target.by_name.get(name), leaves[source]
-        if slot is not None and isinstance(entry, TensorEntry) and slot.shape is not None:
-            ours = slot.shape
-            if entry.shape != ours and not (ours == () and entry.shape == (1,)):
-                mismatched[name] = (entry.shape, ours)
+    shapes = {name: slot.shape for name, slot in target.by_name.items()}
     return replace(
         selection,
         leaves=leaves,
         pairs=pairs,
-        mismatched=mismatched,
+        mismatched=mismatched(shapes, pairs, leaves),
         unexpected=[name for name in selection.unexpected if name not in consumed and name not in used]
         + [name for name in unexpected if name not in selection.unexpected and name not in selection.outside],
     )
