@@ -25,14 +25,15 @@ from torchload.model.shards import is_sharded
 from torchload.model.target import Target, describe_model
 from torchload.model.unwrapping import module_within
 from torchload.model.walk import parameter_names
-from torchload.plan import hooks
 from torchload.plan.acceptance import after_post_hooks
 from torchload.plan.account import report_of
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Moved, carry_out
 from torchload.plan.explain import incompatible
 from torchload.plan.options import Options
-from torchload.plan.plan import LoadPlan, make_plan
+from torchload.plan.plain import plain
+from torchload.plan.plan import LoadPlan
+from torchload.plan.planner import make_plan
 from torchload.plan.steps import select_for
 from torchload.training.optimizer_states import Place, extents_in, read_states
 from torchload.training.optimizers import OptimizerPlan, plan_optimizer
@@ -241,7 +242,7 @@ class Resumption:
     def _plan_state(self, what: str, receiver: Any, found: Found) -> None:
         label = f"{type(receiver).__name__} from {found.path!r}"
         try:
-            state = hooks.plain(found.value, lambda entry: map_entry(entry).clone())
+            state = plain(found.value, lambda entry: map_entry(entry).clone())
         except ValueError as error:
             self.problems.append(f"{label}: {error}")
             return
