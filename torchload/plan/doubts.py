@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint
-from torchload.core.text import group_names, plural
+from torchload.core.text import listing, plural
 from torchload.match import Selection
 from torchload.match.globs import Globs
 from torchload.match.partial import transposed
@@ -19,8 +19,6 @@ from torchload.plan.promises import unkept_globs, unkept_rules
 from torchload.plan.quantized import float8_sources, quantized_problem
 
 __all__ = ["Doubts", "unkept"]
-
-_LISTED = 8
 
 
 def unkept(
@@ -60,7 +58,7 @@ class Doubts:
         self._look_at_quantized()
         if turned := [name for name in transposed(selection) if name not in selection.aliases]:
             self.problems.append(
-                f"{_listed(turned)}: the file has the matrix the other way round. Square ones beside it would be "
+                f"{listing(turned)}: the file has the matrix the other way round. Square ones beside it would be "
                 "loaded transposed; transpose them all first"
             )
         self.problems += self._unproved_aliases()
@@ -74,7 +72,7 @@ class Doubts:
         elif self._options.dtype != "auto" and (plain := float8_sources(self._target, self._selection)):
             self.warnings.append(
                 f"{plural(len(plain), 'tensor')} of the file {'is' if len(plain) == 1 else 'are'} 8-bit floats, and no "
-                f"scale for them was found: cast as they are ({_listed(plain)})"
+                f"scale for them was found: cast as they are ({listing(plain)})"
             )
 
     def _unproved_aliases(self) -> Iterator[str]:
@@ -102,11 +100,6 @@ class Doubts:
 
 def _left_as_it_is(selection: Selection) -> Iterator[str]:
     if kept := [*selection.missing, *selection.mismatched]:
-        yield f"{plural(len(kept), 'tensor')} of the model kept initial values: {_listed(kept)}"
+        yield f"{plural(len(kept), 'tensor')} of the model kept initial values: {listing(kept)}"
     if unused := selection.unexpected:
-        yield f"{plural(len(unused), 'tensor')} of the file went unused: {_listed(unused)}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    groups = group_names(names)
-    return ", ".join(groups[:_LISTED]) + (f" and {len(groups) - _LISTED} more" if len(groups) > _LISTED else "")
+        yield f"{plural(len(unused), 'tensor')} of the file went unused: {listing(unused)}"
