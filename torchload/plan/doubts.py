@@ -53,8 +53,8 @@ def doubts_about(
         problems.append(problem)
     elif options.dtype != "auto" and (plain := float8_sources(target, selection)):
         warnings.append(
-            f"{plural(len(plain), 'tensor')} of the file {'is' if len(plain) == 1 else 'are'} 8-bit floats, and it has no "
-            f"scale for them: the numbers are cast as they are ({listing(plain)})"
+            f"{plural(len(plain), 'tensor')} of the file {'is' if len(plain) == 1 else 'are'} 8-bit floats, with no "
+            f"scale beside them: the numbers are cast as they are ({listing(plain)})"
         )
     if turned := [name for name in transposed(selection) if name not in selection.aliases]:
         problems.append(
