@@ -333,16 +333,14 @@ class Resumption:
             report_of(load.target, self.checkpoint, load.selection, load.plan, load.moved, load.seconds)
             for load in self.loads
         ]
-        parts = [*state.optimizers, *state.schedulers, *([state.scaler] if state.scaler else [])]
-        known = {
-            path.split(".")[0] for path in [*(load.selection.key for load in self.loads), *(p.path for p in parts)]
-        } | {state.path.split(".")[0] for state in self.random_states}
+        parts: list[Any] = [*state.optimizers, *state.schedulers, *filter(None, [state.scaler]), *self.random_states]
+        paths = [*(load.selection.key for load in self.loads), *(part.path for part in parts)]
         return ResumeReport(
             load=reports[0],
             ema=reports[1] if len(reports) > 1 else None,
             epoch=state.epoch,
             step=state.step,
-            values=plain_values(self.tree, known),
+            values=plain_values(self.tree, {path.split(".")[0] for path in paths}),
             restored=tuple(self.restored),
             notes=tuple(self.notes),
         )
