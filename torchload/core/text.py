@@ -11,6 +11,7 @@ __all__ = [
     "format_seconds",
     "group_names",
     "listed",
+    "listing",
     "plural",
     "printable",
     "printable_lines",
@@ -108,6 +109,17 @@ def group_names(names: Iterable[str]) -> list[str]:
         dot = f"{module}." if module else ""
         lines.append(f"{dot}{leaves[0]}" if len(leaves) == 1 else f"{dot}{{{', '.join(leaves)}}}")
     return lines
+
+
+def listing(names: Iterable[str], most: int = 8) -> str:
+    """Names on one line: grouped, and cut where there are many.
+
+    Example:
+        >>> listing(["fc.weight", "fc.bias", "conv.weight", "out"], 2)
+        'fc.{weight, bias}, conv.weight and 1 more'
+    """
+    groups = group_names(names)
+    return ", ".join(groups[:most]) + (f" and {len(groups) - most:,} more" if len(groups) > most else "")
 
 
 def format_bytes(count: int) -> str:
