@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from torchload.formats.sets.tiling import Region
+from torchload.core.checkpoint import Region
 
 File = dict[str, bytes]
 

@@ -15,11 +15,16 @@ What a careful person would want to know and is no error is a `CheckpointWarning
 
 Errors carry their data as attributes and survive pickling. Each message says what was found, what was
 expected, and what to do.
+
+What is raised inside says just the problem. A `Boundary` stands around each public function: there the checkpoint's
+name is added, in place of the words "The checkpoint" where the message begins with them, and what became of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torchload.core.text import printable, printable_lines
@@ -67,6 +72,7 @@ class TorchLoadError(Exception):
         self.message = message
         self.path = path
         self.written: tuple[str, ...] = tuple(written)
+        self._has_left = False
 
     def __str__(self) -> str:
         return self.message
@@ -75,6 +81,20 @@ class TorchLoadError(Exception):
         # Keyword-only data lives in __dict__; the default reduction would call __init__ with the message alone,
         # which is all the constructors require.
         return (type(self), (self.message,), self.__dict__)
+
+    def _leave(self, path: str | None, state: str) -> None:
+        """Add what the inside doesn't know; once, though an error may leave several calls within one another."""
+        if self._has_left:
+            return
+        self._has_left = True
+        if self.path is None and path is not None:
+            self.path = path
+            colon = "" if self.message.startswith(_SUBJECT) else ": "
+            self.message = printable(path, None) + colon + self.message.removeprefix(_SUBJECT)
+        if state:
+            head, line_break, rest = self.message.partition("\n")
+            self.message = f"{head} {state}{line_break}{rest}"
+        self.args = (self.message,)
 
 
 class CheckpointNotFoundError(TorchLoadError, FileNotFoundError):
@@ -97,6 +117,19 @@ class CheckpointFormatError(TorchLoadError, ValueError):
 
 class CorruptCheckpointError(CheckpointFormatError):
     """The file contradicts itself: truncated, failed checksum, impossible offsets, or made to do harm."""
+
+
+GET_IT_AGAIN = "Download or copy it again."
+
+
+def damaged(path: str, what: str) -> CorruptCheckpointError:
+    """The error of a file that contradicts itself; `what` it does is a clause."""
+    return CorruptCheckpointError(f"{path} is damaged: {what}. {GET_IT_AGAIN}", path=path)
+
+
+def incomplete(path: str, what: str) -> CorruptCheckpointError:
+    """The error of a file that ends too early; `what` is missing is a clause."""
+    return CorruptCheckpointError(f"{path} is incomplete: {what}. {GET_IT_AGAIN}", path=path)
 
 
 class AmbiguousCheckpointError(TorchLoadError, ValueError):
@@ -188,3 +221,65 @@ class DeviceError(TorchLoadError, RuntimeError):
         super().__init__(message, path=path)
         self.device = device
         self.available: tuple[str, ...] = tuple(available)
+
+
+_SUBJECT = "The checkpoint"
+_SHOWN = 3
+
+
+class Boundary:
+    """Where errors leave the library: a context manager around the work of a public function.
+
+    Attributes:
+        path: The checkpoint as the caller named it, to be set as soon as it is known.
+
+    Example:
+        >>> with Boundary(written=list) as boundary:
+        ...     boundary.path = "model.pth"
+        ...     raise TorchLoadError("The checkpoint holds no tensors.")
+        Traceback (most recent call last):
+        torchload.errors.TorchLoadError: model.pth holds no tensors. Nothing was loaded; the model is unchanged.
+    """
+
+    def __init__(
+        self,
+        written: Callable[[], Sequence[str]] | None = None,
+        unchanged: str = "Nothing was loaded; the model is unchanged.",
+    ) -> None:
+        """Ready to be entered.
+
+        Args:
+            written: Gives the names of what has changed by now; ``None`` where the function changes nothing.
+            unchanged: What to say where that is nothing.
+        """
+        self.path: str | None = None
+        self._written, self._unchanged = written, unchanged
+
+    def __enter__(self) -> Boundary:
+        return self
+
+    def warn(self, texts: Iterable[str]) -> None:
+        """Warn who called the public function in whose body this is called, through one wrapper."""
+        for text in texts:
+            warnings.warn(printable(f"{self.path}: {text}", None), CheckpointWarning, stacklevel=4)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        state = ""
+        if self._written is not None:
+            names = tuple(self._written())
+            with contextlib.suppress(Exception):  # an object of somebody's own, without room for it
+                error.written = names  # type: ignore[attr-defined]
+            state = _changed(names) if names else self._unchanged
+            if names and not isinstance(error, TorchLoadError) and hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(state)
+        if isinstance(error, TorchLoadError):
+            error._leave(self.path, state)
+
+
+def _changed(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:_SHOWN])
+    more = ", …; error.written has all" if len(names) > _SHOWN else ""
+    what = f"{len(names):,} of its tensors were" if len(names) > 1 else "a tensor of it was"
+    return f"The model has changed: {what} written to ({shown}{more})."

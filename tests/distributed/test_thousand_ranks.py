@@ -97,8 +97,8 @@ def planned(model: nn.Module, path: Path) -> list[Copy]:
     with open_checkpoint(path) as checkpoint:
         target = describe_model(model)
         selection = select_for(target, checkpoint, Globs(), True, key=None, prefix=None, rename=None)
-        options = Options(Placement("cpu"), None, (), True, False, checkpoint.path)
-        plan = make_plan(target, selection, options)
+        options = Options(Placement("cpu"), None, (), True, False)
+        plan = make_plan(target, checkpoint, selection, options)
         return [copy for item in plan.assignments for copy in copies_of(item.name, item.entry, item.slot.tensor)]
 
 

@@ -355,13 +355,25 @@ def test_shared_memory_is_all_or_nothing_under_atomic(tmp_path: Path) -> None:
     assert [p.data_ptr() for p in model.parameters()] == addresses
 
 
-def test_mapping_a_model_in_shared_memory_is_refused(tmp_path: Path) -> None:
-    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "x.pth")
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"mmap": True}, "mmap=True"),
+        ({"dtype": torch.float16}, "another dtype or device"),
+        ({"dtype": torch.float16, "skip": ["bias"]}, "another dtype or device"),
+        ({"dtype": "auto", "atomic": True}, "another dtype or device"),
+    ],
+    ids=str,
+)
+def test_what_would_end_sharing_is_refused(tmp_path: Path, options: dict[str, Any], what: str) -> None:
+    stored = {name: tensor.to(torch.float64) for name, tensor in nn.Linear(3, 3).state_dict().items()}
+    torch.save(nn.Linear(3, 3).state_dict() if what == "mmap=True" else stored, tmp_path / "x.pth")
     model = nn.Linear(3, 3).share_memory()
-    before = snapshot(model)
-    with pytest.raises(errors.IncompatibleCheckpointError, match="weight is in memory that processes share"):
-        smart_load(model, tmp_path / "x.pth", mmap=True)
+    before, addresses = snapshot(model), [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(errors.IncompatibleCheckpointError, match=f"bias is in memory .*which {what} would replace"):
+        smart_load(model, tmp_path / "x.pth", **options)
     assert_equal_bits(snapshot(model), before)
+    assert [p.data_ptr() for p in model.parameters()] == addresses
 
 
 # --- weights that live elsewhere ---

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchload.formats.sets.tiling import Region, TooManyCornersError, regions_of_run, tiles
+from torchload.core.checkpoint import Region
+from torchload.formats.sets.tiling import MisfitError, regions_of_run, tiles
 
 shapes = st.lists(st.integers(1, 4), max_size=4).map(tuple)
 
@@ -87,7 +88,7 @@ def test_a_tiling_that_no_cut_divides() -> None:
 
 def test_too_many_parts_are_refused_at_once() -> None:
     many = [Region((0,) * 40, (1,) * 40)]
-    with pytest.raises(TooManyCornersError, match="cut 40 dimensions"):
+    with pytest.raises(MisfitError, match="cut 40 dimensions"):
         tiles((2,) * 40, many)
 
 

@@ -253,7 +253,7 @@ def _interrupted_loads(path: str, functions: set[str], **options: Any) -> Iterat
             sys.settrace(interrupt)
             smart_load(model, path, **options)
         except KeyboardInterrupt as error:
-            if count > 2:  # before the first lines nobody has taken the load in hand
+            if count > 3:  # before the first lines nobody has taken the load in hand
                 yield model, error
         else:
             assert not interrupt.where, "an interrupt was lost"
@@ -262,7 +262,7 @@ def _interrupted_loads(path: str, functions: set[str], **options: Any) -> Iterat
             sys.settrace(found)
 
 
-AROUND_THE_SWAP = {"carry_out", "smart_load", "make", "_guarded", "_uninterrupted", "ask", "report_of", "notes_of"}
+AROUND_THE_SWAP = {"carry_out", "smart_load", "make", "_guarded", "_uninterrupted", "ask", "report_of", "_notes"}
 
 
 @pytest.mark.parametrize("options", [{}, {"verify": True}, {"dtype": torch.float64}], ids=str)

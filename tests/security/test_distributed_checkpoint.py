@@ -15,10 +15,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from tests.dcp_folders import Folder, stream, whole
 from tests.security._hostile import contained
-from torchload.core.checkpoint import TensorEntry
+from torchload.core.checkpoint import Region, TensorEntry
 from torchload.errors import CorruptCheckpointError, TorchLoadError
 from torchload.formats import open_checkpoint
-from torchload.formats.sets.tiling import Region
 from torchload.transfer.mapped import read_entries
 
 HALVES = [Region((0, 0), (2, 3)), Region((2, 0), (2, 3))]

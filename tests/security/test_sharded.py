@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from tests.security._handmade import write
+from torchload.core.checkpoint import Region
 from torchload.errors import (
     AmbiguousCheckpointError,
     CheckpointFormatError,
@@ -23,6 +24,7 @@ from torchload.errors import (
     TorchLoadError,
 )
 from torchload.formats import open_checkpoint
+from torchload.formats.sets.tiling import tiles
 
 SECRET = save({"secret": torch.ones(1)})
 
@@ -161,11 +163,9 @@ def test_a_numbered_set_of_a_billion_files_is_only_counted(tmp_path: Path) -> No
 
 
 def test_a_grid_of_thousands_of_slices_is_checked_for_overlaps() -> None:
-    from torchload.formats.sets.slices import _any_overlap
-
-    grid = [((row, column), (row + 1, column + 1)) for row in range(60) for column in range(60)]
-    assert not _any_overlap(grid)
-    assert _any_overlap([*grid, ((7, 7), (8, 8))])
+    grid = [Region((row, column), (1, 1)) for row in range(60) for column in range(60)]
+    assert tiles((60, 60), grid)
+    assert not tiles((60, 60), [*grid, Region((7, 7), (1, 1))])
 
 
 @given(

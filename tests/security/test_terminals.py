@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tarfile
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -56,6 +57,17 @@ def _members(folder: Path) -> str:
         archive.writestr("a.pth", whole)
         archive.writestr(zipfile.ZipInfo(EVIL.replace("\x00", "") + "/b.pth"), whole[:-40])
     return str(folder / "m.zip")
+
+
+def _no_checkpoint(folder: Path) -> str:
+    with zipfile.ZipFile(folder / "m.zip", "w") as archive:
+        archive.writestr(zipfile.ZipInfo(EVIL.replace("\x00", "") + "/x.txt"), b"")
+    return str(folder / "m.zip")
+
+
+def _extra_state(folder: Path) -> str:
+    torch.save({**nn.Linear(3, 2).state_dict(), "_extra_state": EVIL}, folder / "m.pth")
+    return str(folder / "m.pth")
 
 
 def _tar(folder: Path) -> str:
@@ -119,6 +131,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     for make in (
         *(_state, _containers, _beside, _safetensors, _members, _tar, _folder, _nothing_in_a_folder, _index, _page),
         *(_foreign_names, _own_name, _near_name, _missing_shards, _sparse, _too_large),
+        *(_no_checkpoint, _extra_state),
     )
 }
 
@@ -126,6 +139,19 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
 def _resume(path: str) -> object:
     model = nn.Linear(3, 2)
     return smart_resume(model, path, torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+class _Quoting(nn.Linear):
+    """Takes nothing, and says what it was given."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        args[-1].append(f"not {', '.join(map(str, state_dict))}")
+
+    def get_extra_state(self) -> Any:
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        raise ValueError(f"not {state}")
 
 
 class _Named(nn.Module):
@@ -141,6 +167,8 @@ ENTRANCES: dict[str, Callable[[str], object]] = {
     "read_state_dict": read_state_dict,
     "read_state_dict, float16": lambda path: read_state_dict(path, dtype=torch.float16),
     "smart_load, as named": lambda path: smart_load(_Named(), path, dtype=torch.float16),
+    "a module that loads itself": lambda path: smart_load(_Quoting(3, 2), path, strict=False),
+    "verify_weights, such a module": lambda path: verify_weights(_Quoting(3, 2), path),
     "verify_weights": lambda path: verify_weights(nn.Linear(3, 2), path),
     "smart_resume": _resume,
     "smart_load, prefix": lambda path: smart_load(nn.Linear(3, 2), path, prefix="no.such."),
@@ -161,6 +189,8 @@ def test_text_from_a_file_is_spelled_out(
             said += [str(result) if not isinstance(result, dict) else "", repr(result)]
         except Exception as error:  # noqa: BLE001 - whatever it is, it is printed
             said += [str(error), repr(error)]
+            causes = traceback.format_exception_only(error.__cause__) if error.__cause__ else []
+            assert all(line.isprintable() for cause in causes for line in cause.split("\n"))
     said += [record.getMessage() for record in caplog.records]
     said += [str(warning.message) for warning in warned]
     assert "".join(said)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from tests.dcp_folders import Folder, whole
 from tests.versions import save_folder
 from torchload import smart_load
-from torchload.core.checkpoint import Container, OpaqueTensor, Record, TensorEntry
+from torchload.core.checkpoint import Container, OpaqueTensor, Record, Region, TensorEntry
 from torchload.errors import (
     CheckpointFormatError,
     CheckpointNotFoundError,
@@ -25,7 +25,6 @@ from torchload.errors import (
 )
 from torchload.formats import open_checkpoint
 from torchload.formats.sets.items import ItemBox, ItemReader
-from torchload.formats.sets.tiling import Region
 from torchload.transfer.mapped import read_entries
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")

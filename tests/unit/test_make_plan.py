@@ -31,10 +31,10 @@ def plan_of(tmp_path: Path) -> Any:
         with open_checkpoint(tmp_path / "x.pth") as checkpoint:
             strict = options.pop("strict", True)
             given = {"dtype": None, "keep_fp32": (), "atomic": False, **options}
-            settings = Options(Placement(device), strict=strict, path=checkpoint.path, skip=Globs(skip), **given)
+            settings = Options(Placement(device), strict=strict, skip=Globs(skip), **given)
             target = describe_model(model)
             selection = select_for(target, checkpoint, settings.skip, strict, key=None, prefix=None, rename=None)
-            return make_plan(target, selection, settings)
+            return make_plan(target, checkpoint, selection, settings)
 
     return planned
 

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from torchload.core.checkpoint import Box, Extent, TensorEntry, contiguous_strides
+from torchload.core.checkpoint import Box, Extent, Region, TensorEntry, contiguous_strides
 from torchload.core.source import MemorySource
 from torchload.match.globs import Globs
-from torchload.model.shards import Region
 from torchload.plan.pairing import copies_of
 from torchload.transfer import run
 

@@ -541,6 +541,37 @@ def test_a_failure_at_the_very_end_takes_everything_back(tmp_path, stopped, ema)
     assert run.train(2, 4) == Run(seed=1).train(0, 4)[2:]
 
 
+@pytest.mark.parametrize("says", ["forgive", "nothing", "accuse"])
+def test_post_hooks_of_the_model_have_the_last_word(tmp_path, says):
+    saved, model = nn.Linear(3, 2, bias=says == "accuse"), nn.Linear(3, 2)
+    torch.save({"model": saved.state_dict(), "epoch": 3}, tmp_path / "x.pth")
+
+    def hook(module: nn.Module, keys: Any) -> None:
+        heard.append(list(keys.missing_keys))
+        if says == "forgive":
+            keys.missing_keys.clear()
+        elif says == "accuse":
+            keys.missing_keys.append("bias")
+
+    heard: list[list[str]] = []
+    model.register_load_state_dict_post_hook(hook)
+    before = snapshot(model)
+    if says == "forgive":
+        report = smart_resume(model, tmp_path / "x.pth")
+        assert report.load.missing_keys == []
+        assert same_bits(model.weight, saved.weight)
+    else:
+        with pytest.raises(errors.IncompatibleCheckpointError, match="bias") as caught:
+            smart_resume(model, tmp_path / "x.pth")
+        assert caught.value.missing_keys == ["bias"]
+        assert_equal_bits(snapshot(model), before)
+    assert heard == [[] if says == "accuse" else ["bias"]]
+    if says == "nothing":
+        with pytest.warns(errors.CheckpointWarning, match="kept initial values: bias"):
+            report = smart_resume(model, tmp_path / "x.pth", strict=False)
+        assert report.load.missing_keys == ["bias"]
+
+
 def test_not_strict_restores_what_is_there(tmp_path, stopped):
     torch.save({"model": stopped.model.state_dict(), "epoch": 3}, tmp_path / "x.pth")
     run = Run(seed=1)

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 from tests.law import same_bits, snapshot
 from tests.versions import save_folder
-from torchload import errors, smart_resume, smart_save
+from torchload import errors, smart_load, smart_resume, smart_save
 
 
 def step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
@@ -181,6 +181,38 @@ def test_without_a_state_of_its_own_any_order_will_do(tmp_path):
     assert new.param_groups[0]["lr"] == 0.01
 
 
+@pytest.mark.parametrize("source", ["mapping", "folder"])
+def test_the_order_is_that_of_a_mapping_and_of_weights_beside_the_optimizer(tmp_path, source):
+    saved, old = saved_in_order(tmp_path / "x.pth", "b", "a")
+    if source == "mapping":
+        path: Any = {"model": saved.state_dict(), "optimizer": old.state_dict()}
+    else:
+        path = tmp_path / "run"
+        path.mkdir()
+        torch.save(saved.state_dict(), path / "pytorch_model.bin")
+        torch.save(old.state_dict(), path / "optimizer.pt")
+    model = Ordered("a", "b")
+    with pytest.raises(errors.IncompatibleCheckpointError, match="another order than this one"):
+        smart_resume(model, path, torch.optim.Adam(model.parameters()))
+    smart_resume(saved, path, torch.optim.Adam(saved.parameters()))
+
+
+@pytest.mark.parametrize("sorted_by", ["safetensors", "somebody"])
+def test_sorted_names_say_nothing_of_a_models_order(tmp_path, sorted_by):
+    saved, old = saved_in_order(tmp_path / "x.pth", "b", "a")
+    weights = dict(sorted(saved.state_dict().items()))
+    if sorted_by == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file(weights, tmp_path / "model.safetensors")
+        torch.save(old.state_dict(), tmp_path / "optimizer.pt")
+        path = tmp_path
+    else:
+        path = tmp_path / "y.pth"
+        torch.save({"model": weights, "optimizer": old.state_dict()}, path)
+    new = torch.optim.Adam(saved.parameters())
+    smart_resume(saved, path, new)
+    assert_same_moments(new, old)
+
+
 def test_ties_have_the_place_of_their_first_name(tmp_path):
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -261,24 +293,77 @@ def test_sharded_folders_of_accelerate_and_trainer(tmp_path, count):
     assert all(same_bits(*pair) for pair in zip(other.parameters(), model.parameters()))
 
 
-def test_a_state_that_lies_beside_is_not_advised_away(tmp_path):
-    accelerate_folder(tmp_path)
-    model = nn.Sequential(nn.Linear(3, 3))
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(errors.IncompatibleCheckpointError) as caught:
-        smart_resume(model, tmp_path / "pytorch_model_fsdp_0", optimizer)
-    assert f"optimizer_0 lies beside it, so give the folder: {tmp_path}" in str(caught.value)
-    assert "leave optimizer= out" not in str(caught.value)
-    smart_resume(model, tmp_path, optimizer)  # what it advises
+@pytest.mark.parametrize("save", ["safetensors", "torch"])
+def test_each_of_several_models_in_a_folder_has_what_is_its_own(tmp_path, save):
+    """As accelerate's `save_state` names them without FSDP."""
+    names = (
+        ["model.safetensors", "model_1.safetensors"]
+        if save == "safetensors"
+        else [
+            "pytorch_model.bin",
+            "pytorch_model_1.bin",
+        ]
+    )
+    torch.manual_seed(0)
+    models = [nn.Linear(3, 3), nn.Linear(3, 3)]
+    optimizers = [torch.optim.Adam(model.parameters(), 0.01) for model in models]
+    for number, (model, optimizer, name) in enumerate(zip(models, optimizers, names)):
+        step(model, optimizer)
+        smart_save(model, tmp_path / name)
+        torch.save(optimizer.state_dict(), tmp_path / f"optimizer{f'_{number}' if number else ''}.bin")
+    torch.save({"step": 1, "torch_manual_seed": torch.get_rng_state()}, tmp_path / "random_states_0.pkl")
+    for path, model, optimizer in zip((tmp_path / name for name in names), models, optimizers):
+        other = nn.Linear(3, 3)
+        new = torch.optim.Adam(other.parameters())
+        report = smart_resume(other, path, new)
+        assert same_bits(other.weight, model.weight)
+        assert_same_moments(new, optimizer)
+        assert any("random numbers of torch" in phrase for phrase in report.restored)
+    with pytest.raises(errors.AmbiguousCheckpointError, match=f"{names[0]}, {names[1]}"):
+        smart_load(nn.Linear(3, 3), tmp_path)
+    (tmp_path / "random_states_0.pkl").unlink()  # nothing says any more that these are two models of one run
+    smart_load(nn.Linear(3, 3), tmp_path)
 
-    file = tmp_path / "run" / "model.pth"
+
+def test_a_file_that_holds_all_is_taken_by_itself(tmp_path):
+    model = nn.Linear(3, 3)
+    old = torch.optim.Adam(model.parameters(), 0.01)
+    step(model, old)
+    torch.save({"model": model.state_dict(), "optimizer": old.state_dict()}, tmp_path / "pytorch_model.bin")
+    torch.save({}, tmp_path / "optimizer.bin")
+    new = torch.optim.Adam(model.parameters())
+    smart_resume(model, tmp_path / "pytorch_model.bin", new)
+    assert_same_moments(new, old)
+
+
+def test_a_state_that_lies_beside_is_not_advised_away(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3))
+    old, optimizer = torch.optim.AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
+    step(model, old)
+    file = tmp_path / "run" / "weights.pth"
     file.parent.mkdir()
     torch.save(model.state_dict(), file)
     with pytest.raises(errors.IncompatibleCheckpointError, match="leave optimizer= out"):
         smart_resume(model, file, optimizer)
+
     (file.parent / "optim_shards").mkdir()
     with pytest.raises(errors.IncompatibleCheckpointError, match="optim_shards in the folder may hold it"):
         smart_resume(model, file.parent, optimizer)
+
+    torch.save(old.state_dict(), file.parent / "optimizer.pth")
+    with pytest.raises(errors.IncompatibleCheckpointError) as caught:
+        smart_resume(model, file, optimizer)
+    assert f"optimizer.pth lies beside it, so give the folder: {file.parent}" in str(caught.value)
+    assert "leave optimizer= out" not in str(caught.value)
+    smart_resume(model, file.parent, optimizer)  # what it advises
+    assert_same_moments(optimizer, old)
+
+    torch.save(nn.Sequential(nn.Linear(3, 3)).state_dict(), file.parent / "weights_2.pth")
+    with pytest.raises(errors.IncompatibleCheckpointError) as caught:
+        smart_resume(model, file, torch.optim.AdamW(model.parameters()))
+    assert "optimizer.pth lies beside it, and no name says whether it belongs to these weights" in str(caught.value)
+    weights, state = torch.load(file), torch.load(file.parent / "optimizer.pth")
+    smart_resume(model, {"model": weights, "optimizer": state}, optimizer)  # what it advises
 
 
 def test_universal_folders_of_deepspeed_are_named(tmp_path):

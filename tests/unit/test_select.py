@@ -30,7 +30,7 @@ def prefixed(state, prefix):
 
 
 def choose(value, model=None, **options):
-    return select(tree(value), wanted(model or Net()), path="x.pth", **options)
+    return select(tree(value), wanted(model or Net()), **options)
 
 
 CONTAINERS = [
@@ -55,15 +55,15 @@ def test_nested_and_in_sequences():
 
 def test_inside_objects_whose_classes_are_gone():
     learner = Record("fastai.learner.Learner", state={"model": tree(fresh()), "opt": Record("fastai.Adam"), "lr": 0.1})
-    assert select(learner, wanted(Net()), path="x").key == "model"
-    assert select(Container({"trainer": learner}), wanted(Net()), path="x").key == "trainer.model"
+    assert select(learner, wanted(Net())).key == "model"
+    assert select(Container({"trainer": learner}), wanted(Net())).key == "trainer.model"
 
 
 def test_a_maze_of_containers_without_tensors_costs_nothing():
     maze = Container({"lr": 0.1})
     for _ in range(60):
         maze = Container({"a": maze, "b": maze})
-    assert select(Container({"config": maze, "model": tree(fresh())}), wanted(Net()), path="x").key == "model"
+    assert select(Container({"config": maze, "model": tree(fresh())}), wanted(Net())).key == "model"
 
 
 def test_nested_dictionaries_of_tensors_are_one_state_dict():
@@ -311,7 +311,7 @@ class WithHead(nn.Module):
 
 def test_a_base_model_fills_one_whose_head_is_tied_to_it():
     model = WithHead(tied=True)
-    found = select(tree(Base().state_dict()), wanted(model, ties=model.ties), path="x")
+    found = select(tree(Base().state_dict()), wanted(model, ties=model.ties))
     assert found.fits
     assert found.added == "transformer"
 
@@ -319,7 +319,7 @@ def test_a_base_model_fills_one_whose_head_is_tied_to_it():
 def test_a_base_model_does_not_fill_one_with_a_head_of_its_own_unless_it_is_skipped():
     model = WithHead(tied=False)
     assert choose(Base().state_dict(), model).missing == ["lm_head.weight"]
-    found = select(tree(Base().state_dict()), wanted(model, skipped=frozenset({"lm_head.weight"})), path="x")
+    found = select(tree(Base().state_dict()), wanted(model, skipped=frozenset({"lm_head.weight"})))
     assert found.fits
     assert choose(Base().state_dict(), model, strict=False).pairs["transformer.h.1.bias"] == "h.1.bias"
 
@@ -377,7 +377,7 @@ def test_nothing_in_common_and_no_tensors_at_all():
 def test_a_tree_that_refers_to_itself_ends():
     value = Container({"model": tree(fresh())})
     value["self"] = value
-    assert select(value, wanted(Net()), path="x").key == "model"
+    assert select(value, wanted(Net())).key == "model"
 
 
 def test_repeated_references_are_not_expanded():
@@ -385,7 +385,7 @@ def test_repeated_references_are_not_expanded():
     for _ in range(40):
         value = Container({"a": value, "b": value})
     with pytest.raises(CorruptCheckpointError, match="Refused"):
-        select(value, wanted(Net()), path="x")
+        select(value, wanted(Net()))
 
 
 def test_metadata_stays_with_its_container():

@@ -98,8 +98,8 @@ def plan_for(model: nn.Module, path: Path, **options: object) -> tuple[LoadPlan,
         target = describe_model(model)
         selection = select_for(target, checkpoint, Globs(), True, key=None, prefix=None, rename=None)
         atomic, mmap = bool(options.get("atomic")), bool(options.get("mmap"))
-        settings = Options(Placement(None), options.get("dtype"), (), True, atomic, str(path), mmap, verify=True)
-        plan = make_plan(target, selection, settings)
+        settings = Options(Placement(None), options.get("dtype"), (), True, atomic, mmap, verify=True)
+        plan = make_plan(target, checkpoint, selection, settings)
         return plan, sorted(extent.nbytes for extent in plan.extents_to_check_first)
 
 

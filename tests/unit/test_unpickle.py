@@ -587,12 +587,13 @@ def test_the_pickler_in_python_reads_the_same(monkeypatch: pytest.MonkeyPatch) -
 
     reader = type("Reader", (pickle._Unpickler,), {  # type: ignore[misc]
         name: vars(module._Reader)[name]
-        for name in ("find_class", "new_class", "attribute", "persistent_load", "new_storage")
+        for name in ("find_class", "new_class", "attribute", "persistent_load", "storage")
     })  # fmt: skip
 
     def construct(self: Any, stream: Any, name: str, outside: Any = None) -> None:
         pickle._Unpickler.__init__(self, module._File(stream.code), encoding="utf-8", errors="surrogateescape")  # type: ignore[attr-defined]
-        self.name, self.blobs, self.classes, self.storages, self.outside = name, stream.blobs, {}, {}, outside
+        self.name, self.blobs, self.classes, self.outside = name, stream.blobs, {}, outside
+        self.storages, self.variants = {}, {}
 
     reader.__init__ = construct  # type: ignore[method-assign]
     value = {"a": [1, (2, {3})], "b": argparse.Namespace(x=1), "c": np.arange(3.0), "d": b"y" * 9000}

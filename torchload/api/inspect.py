@@ -16,6 +16,7 @@ from torchload.core.collector import with_collector_paused
 from torchload.core.public import CheckpointLike, public
 from torchload.core.text import format_bytes, plural, printable, short_dtype
 from torchload.core.wrappers import WRAPPERS
+from torchload.errors import Boundary
 from torchload.formats import open_checkpoint
 from torchload.match import Place, as_mapping, find_places
 
@@ -197,14 +198,15 @@ def inspect_checkpoint(path: CheckpointLike) -> CheckpointInfo:
         >>> info.values["epoch"], info.values["args"].state, info.wrappers
         (37, {'lr': 0.001}, ('module',))
     """
-    with open_checkpoint(path) as checkpoint:
+    with Boundary() as boundary, open_checkpoint(path) as checkpoint:
+        boundary.path = checkpoint.path
         return _describe_checkpoint(checkpoint)
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> CheckpointInfo:
     is_container = isinstance(checkpoint.root, (Mapping, list, tuple, Record))
     root = checkpoint.root if is_container else {"": checkpoint.root}
-    places = {place.path: place for place in find_places(root, None, Allowance(checkpoint.path, checkpoint.size_bytes))}
+    places = {place.path: place for place in find_places(root, None, Allowance(checkpoint.size_bytes))}
     listed, values = _outline(root, places)
     containers: list[ContainerInfo] = []
     tensors: list[TensorInfo] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -16,8 +15,7 @@ from torch import nn
 from torchload.core.collector import collector_paused
 from torchload.core.progress import progress_reporter
 from torchload.core.public import CheckpointLike, public
-from torchload.core.text import printable
-from torchload.errors import CheckpointWarning
+from torchload.errors import Boundary
 from torchload.formats import open_checkpoint  # the commonest one: imported before its first use
 from torchload.formats.files import archives, torch_zip  # the commonest one: imported before its first use
 from torchload.match.globs import Globs
@@ -25,14 +23,13 @@ from torchload.match.rename import Rename
 from torchload.model.placement import DeviceSpec, Placement
 from torchload.model.target import describe_model
 from torchload.plan.acceptance import Acceptance
-from torchload.plan.account import notes_of, report_of
+from torchload.plan.account import report_of
 from torchload.plan.agreement import agree_on
 from torchload.plan.arguments import check_arguments, check_choice, with_hints
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Changes, carry_out
 from torchload.plan.options import Options
 from torchload.plan.plan import make_plan
-from torchload.plan.quantized import elsewhere_says
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
 from torchload.transfer import Replicas, read_together, verify_extents
@@ -125,59 +122,42 @@ def smart_load(
         >>> torch.equal(plain.weight, model.module.weight)
         True
     """
+    started = time.perf_counter()
     changes = Changes()
-    try:
-        started = time.perf_counter()
-        with ExitStack() as stack:
-            replicas = stack.enter_context(Replicas(process_group))
-            check_arguments(model, dtype, skip, keep_fp32, atomic)
-            check_choice(key, prefix, rename, strict)
-            if mmap and process_group is not None:
-                raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
-            placement = Placement(device)
-            checkpoint = stack.enter_context(open_checkpoint(path))
-            checkpoint.confirm()
-            with collector_paused():
-                options = Options(
-                    placement,
-                    dtype,
-                    tuple(keep_fp32),
-                    strict,
-                    atomic is not False,
-                    checkpoint.path,
-                    mmap,
-                    verify,
-                    skip=Globs(skip),
-                    rename=rename,
-                    size_bytes=checkpoint.size_bytes,
-                    elsewhere=partial(elsewhere_says, checkpoint),
-                )
-                target = describe_model(model)
-                choice = {"key": key, "prefix": prefix, "rename": rename}
-                selection = select_for(target, checkpoint, options.skip, strict, **choice)
-                plan = make_plan(target, selection, options)
-            for text in plan.warnings:
-                warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
-            if verify:
-                verify_extents(plan.extents_to_check_first)
-            agree_on(plan, replicas, checkpoint.path)
-            acceptance = Acceptance(target, selection, plan, options, replicas)
-            moved = carry_out(
-                plan,
-                target,
-                selection,
-                progress=progress_reporter(progress, checkpoint.path),
-                guard=None if isinstance(atomic, bool) else atomic,
-                finish=acceptance.ask,
-                move=partial(read_together, replicas),
-                changes=changes,
-            )
-            notes = tuple(notes_of(checkpoint, acceptance.selection, plan, verify))
-            seconds = time.perf_counter() - started
-            report = report_of(target, checkpoint, acceptance.selection, plan, moved, notes, seconds)
+    with Boundary(changes.names) as boundary, ExitStack() as stack:
+        replicas = stack.enter_context(Replicas(process_group))
+        check_arguments(model, dtype, skip, keep_fp32, atomic)
+        check_choice(key, prefix, rename, strict)
+        if mmap and process_group is not None:
+            raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
+        wishes = Options(
+            Placement(device), dtype, tuple(keep_fp32), strict, atomic is not False, mmap, verify, Globs(skip), rename
+        )
+        checkpoint = stack.enter_context(open_checkpoint(path))
+        boundary.path = checkpoint.path
+        checkpoint.confirm()
+        with collector_paused():
+            target = describe_model(model)
+            choice = {"key": key, "prefix": prefix, "rename": rename}
+            selection = select_for(target, checkpoint, wishes.skip, strict, **choice)
+            plan = make_plan(target, checkpoint, selection, wishes)
+        boundary.warn(plan.warnings)
+        if verify:
+            verify_extents(plan.extents_to_check_first)
+        agree_on(plan, replicas, checkpoint.path)
+        acceptance = Acceptance(target, selection, plan, wishes, replicas)
+        moved = carry_out(
+            plan,
+            target,
+            selection,
+            progress=progress_reporter(progress, checkpoint.path),
+            guard=None if isinstance(atomic, bool) else atomic,
+            finish=acceptance.ask,
+            move=partial(read_together, replicas),
+            changes=changes,
+        )
+        selection, seconds = acceptance.selection, time.perf_counter() - started
+        report = report_of(target, checkpoint, selection, plan, moved, seconds, verify=verify)
         with contextlib.suppress(Exception):  # a filter or handler of the caller's
             _log.info("%s", report)
         return report
-    except BaseException as error:
-        changes.tell(error)
-        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from torchload.core.public import CheckpointLike, public
 from torchload.core.quantized import quantized_tensor
 from torchload.core.sharing import Layout, Run, shared_runs
 from torchload.core.text import group_names, printable
-from torchload.errors import CastOverflowError, CheckpointWarning, IncompatibleCheckpointError
+from torchload.errors import Boundary, CastOverflowError, IncompatibleCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.match import Leaf, as_mapping
 from torchload.match.containers import cut
@@ -88,15 +87,16 @@ def read_state_dict(
     if spec is None or isinstance(spec, Mapping):
         raise TypeError("device must be one device: 'auto', a torch.device, a string or an index")
     place = resolve_device(device)
-    with open_checkpoint(path) as checkpoint:
+    with Boundary() as boundary, open_checkpoint(path) as checkpoint:
+        boundary.path = checkpoint.path
         checkpoint.confirm()
         with collector_paused():
-            chosen = find_state_dict(checkpoint.root, checkpoint.path, key, checkpoint.size_bytes, map_entry)
-            entries = _tensors(chosen, checkpoint.path)
+            chosen = find_state_dict(checkpoint.root, key, checkpoint.size_bytes, map_entry)
+            entries = _tensors(chosen)
         if chosen.is_guess:
             rivals = cut([repr(rival) for rival in chosen.rivals])
             text = f"read {chosen.key!r}, called as weights usually are, but {rivals} may be meant; key= chooses"
-            warnings.warn(printable(f"{checkpoint.path}: {text}", None), CheckpointWarning, stacklevel=3)
+            boundary.warn([text])
         elif chosen.rivals:
             _log.info(
                 "%s: read %r; beside it are %s",
@@ -104,7 +104,7 @@ def read_state_dict(
                 chosen.key,
                 ", ".join(map(repr, chosen.rivals)),
             )
-        tensors = _read(entries, place, dtype, checkpoint.path, mmap=mmap)
+        tensors = _read(entries, place, dtype, mmap=mmap)
         tensors.update((name, tensor.to(place)) for name, tensor in _quantized(chosen.leaves))
     result: Any = OrderedDict((name, tensors[name]) for name in chosen.leaves if name in tensors)
     if (versions := getattr(chosen.container, "metadata", None)) is not None:
@@ -112,7 +112,7 @@ def read_state_dict(
     return result  # type: ignore[no-any-return]
 
 
-def _tensors(chosen: StateDict, path: str) -> dict[str, TensorEntry]:
+def _tensors(chosen: StateDict) -> dict[str, TensorEntry]:
     """The tensors of the container; what isn't one (extra state, counters) is left out."""
     opaque = {
         name: leaf.reason
@@ -123,17 +123,15 @@ def _tensors(chosen: StateDict, path: str) -> dict[str, TensorEntry]:
         names = group_names(opaque)
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         raise IncompatibleCheckpointError(
-            f"{path} holds tensors that can't be read as dense ones ({', '.join(sorted(set(opaque.values())))}): "
-            f"{', '.join(names[:6])}{more}. Nothing was read.",
-            path=path,
+            f"The checkpoint holds tensors that can't be read as dense ones ({', '.join(sorted(set(opaque.values())))}"
+            f"): {', '.join(names[:6])}{more}.",
             problems=[f"{name} is {reason}" for name, reason in opaque.items()],
         )
     if lost := _lost(chosen.container):
         names = [repr(printable(name)) for name in lost]
         raise IncompatibleCheckpointError(
-            f"{path} holds tensors inside objects, where torchload can't tell what they are: {', '.join(names[:6])}"
-            f"{f' and {len(names) - 6} more' if len(names) > 6 else ''}. Nothing was read.",
-            path=path,
+            "The checkpoint holds tensors inside objects, where torchload can't tell what they are: "
+            f"{', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}.",
             problems=[f"{name} is an object of {kind} that holds tensors" for name, kind in lost.items()],
         )
     return {name: leaf for name, leaf in chosen.leaves.items() if isinstance(leaf, TensorEntry)}
@@ -176,7 +174,7 @@ def _quantized(leaves: Mapping[str, Leaf]) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _read(
-    entries: dict[str, TensorEntry], device: torch.device, dtype: torch.dtype | None, path: str, *, mmap: bool
+    entries: dict[str, TensorEntry], device: torch.device, dtype: torch.dtype | None, *, mmap: bool
 ) -> dict[str, torch.Tensor]:
     """Read every stretch of data once, and show each tensor as a view of it."""
     names = list(entries)
@@ -193,7 +191,7 @@ def _read(
     for index in read:
         filled.add(sources[index])
     requests = [(sources[index].shape, dtypes[index]) for index in read]
-    check_room({device: sum(sources[index].numel * dtypes[index].itemsize for index in read)}, path)
+    check_room({device: sum(sources[index].numel * dtypes[index].itemsize for index in read)})
     memory = {**mapped, **dict(zip(read, allocate(requests, device)))}
     copies = [
         Copy(names[runs[index].members[0]], box, sources[index].dtype, _region(memory[index], box))
@@ -203,7 +201,7 @@ def _read(
     try:
         run(copies)
     except CastOverflowError as error:
-        raise _overflow(error, path) from error
+        raise _overflow(error) from error
     tensors: dict[str, torch.Tensor] = {}
     for index, item in enumerate(runs):
         whole = memory[index]
@@ -242,12 +240,11 @@ def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor
 
 
-def _overflow(error: CastOverflowError, path: str) -> CastOverflowError:
+def _overflow(error: CastOverflowError) -> CastOverflowError:
     """The same error, with advice for this function."""
     return CastOverflowError(
-        f"{error.tensor} of {path} does not fit {error.target_dtype}: its largest value, {error.largest:.6g} in "
+        f"{error.tensor} does not fit {error.target_dtype}: its largest value, {error.largest:.6g} in "
         f"{error.source_dtype}, would become infinite. Read it in a wider dtype (bfloat16), or without dtype=.",
-        path=path,
         tensor=error.tensor,
         largest=error.largest,
         source_dtype=error.source_dtype,

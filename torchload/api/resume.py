@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,8 +13,7 @@ from torch import nn
 
 from torchload.core.collector import collector_paused
 from torchload.core.public import CheckpointLike, public
-from torchload.core.text import printable
-from torchload.errors import CheckpointWarning
+from torchload.errors import Boundary
 from torchload.formats import open_checkpoint
 from torchload.match.globs import Globs
 from torchload.match.rename import Rename
@@ -101,12 +99,15 @@ def smart_resume(
     """
     check_arguments(model, dtype, skip, (), False)
     check_choice(key, prefix, rename, strict)
-    with ExitStack() as stack:
+    left_changed: list[str] = []
+    unchanged = "Nothing was restored; everything is as it was."
+    with Boundary(lambda: left_changed, unchanged) as boundary, ExitStack() as stack:
         with collector_paused():
             checkpoint = stack.enter_context(open_checkpoint(path))
+            boundary.path = checkpoint.path
             checkpoint.confirm()
             resumption = Resumption(
-                checkpoint, path, training_tree(checkpoint, path, stack), strict, Placement(device), dtype
+                checkpoint, path, training_tree(checkpoint, path, stack), strict, Placement(device), dtype, left_changed
             )
             matcher = Globs(skip)
             resumption.plan_model(model, matcher, key, prefix, rename)
@@ -115,8 +116,7 @@ def smart_resume(
             if rng:
                 resumption.plan_random_states()
             resumption.check()
-        for text in dict.fromkeys(resumption.warnings()):
-            warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
+        boundary.warn(dict.fromkeys(resumption.warnings()))
         if verify:
             resumption.verify()
         resumption.carry_out()

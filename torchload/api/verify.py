@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,8 +14,8 @@ from torchload.core.checkpoint import OpaqueTensor, TensorEntry, entries_in
 from torchload.core.collector import collector_paused
 from torchload.core.public import CheckpointLike, public
 from torchload.core.shown import Shown
-from torchload.core.text import format_bytes, format_seconds, group_names, plural, printable, short_dtype
-from torchload.errors import CheckpointWarning
+from torchload.core.text import format_bytes, format_seconds, group_names, plural, short_dtype
+from torchload.errors import Boundary
 from torchload.formats import open_checkpoint
 from torchload.match import Selection
 from torchload.match.globs import Globs
@@ -151,7 +150,8 @@ def verify_weights(
     started = time.perf_counter()
     check_arguments(model, None, skip, (), False)
     check_choice(key, prefix, rename)
-    with open_checkpoint(path) as checkpoint, torch.no_grad():
+    with Boundary() as boundary, open_checkpoint(path) as checkpoint, torch.no_grad():
+        boundary.path = checkpoint.path
         checkpoint.confirm()
         with collector_paused():
             target = describe_model(model)
@@ -160,9 +160,8 @@ def verify_weights(
             selection = select_for(target, checkpoint, globs, strict=True, **choice)
             problems, told = unkept(target, selection, globs, rename=rename)
             if problems:
-                raise incompatible(target, selection, problems, checkpoint.path)
-        for text in told:
-            warnings.warn(printable(text, None), CheckpointWarning, stacklevel=3)
+                raise incompatible(target, selection, problems)
+        boundary.warn(told)
         twins = load_twins(target, selection)
         pairs, differing = _pairs(target, selection, twins)
         differing += [*compare(pairs), *twins.differing, *compare_extra_states(target, selection)]

@@ -90,21 +90,14 @@ class Allowance:
     """The memory and the time that names may take in one search, which ends with an error when it is used up.
 
     Attributes:
-        path: The checkpoint, for messages.
         left_bytes: What may still be spent.
         most_names: How many names one container may have, those of containers inside it included.
     """
 
-    __slots__ = ("left_bytes", "most_names", "path")
+    __slots__ = ("left_bytes", "most_names")
 
-    def __init__(self, path: str, size_bytes: int) -> None:
-        """Ready to be spent.
-
-        Args:
-            path: The checkpoint, for messages.
-            size_bytes: Length of its files.
-        """
-        self.path = path
+    def __init__(self, size_bytes: int) -> None:
+        """Ready to be spent, for files of this length in all."""
         self.left_bytes = _BASE_BYTES + 4 * size_bytes
         self.most_names = _BASE_NAMES + size_bytes // _BYTES_PER_NAME
 
@@ -117,9 +110,8 @@ class Allowance:
         self.left_bytes -= names * _NAME_BYTES + characters
         if self.left_bytes < 0:
             raise CorruptCheckpointError(
-                f"{self.path} has so many names, so long or so often within one another, that looking through them "
-                "would take memory out of all proportion to the file. Refused.",
-                path=self.path,
+                "The checkpoint has so many names, so long or so often within one another, that looking through them "
+                "would take memory out of all proportion to the file. Refused."
             )
 
     def check(self, names: int, longest: int) -> None:
@@ -130,12 +122,10 @@ class Allowance:
         """
         if longest > LONGEST_NAME:
             raise CorruptCheckpointError(
-                f"{self.path} has a name of {longest:,} characters; at most {LONGEST_NAME:,} are read. Refused.",
-                path=self.path,
+                f"The checkpoint has a name of {longest:,} characters; at most {LONGEST_NAME:,} are read. Refused."
             )
         if names > self.most_names:
             raise CorruptCheckpointError(
-                f"{self.path} has a container of more than {self.most_names:,} names, tensors among them, which a file "
-                "of its size has no use for. Refused.",
-                path=self.path,
+                f"The checkpoint has a container of more than {self.most_names:,} names, tensors among them, which a "
+                "file of its size has no use for. Refused."
             )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ __all__ = [
     "OpaqueTensor",
     "Quantized",
     "Record",
+    "Region",
     "Shape",
     "TensorEntry",
     "box_end_bytes",
@@ -40,6 +41,13 @@ __all__ = [
 ]
 
 Shape = tuple[int, ...]
+
+
+class Region(NamedTuple):
+    """An axis-aligned part of a tensor: where it begins and how large it is, in elements."""
+
+    origin: Shape
+    shape: Shape
 
 
 @dataclass(slots=True, eq=False)

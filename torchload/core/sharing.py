@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from torchload.core.checkpoint import Shape, box_end_bytes
+from torchload.core.checkpoint import Box, Shape, TensorEntry, box_end_bytes
 
-__all__ = ["Layout", "Run", "shared_runs"]
+__all__ = ["Layout", "Run", "View", "part_of", "shared_runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,16 @@ class Layout:
         """Position just past its last element."""
         return box_end_bytes(self.start_bytes, self.shape, self.strides, self.dtype.itemsize)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether its elements, in some order of its dimensions, lie one after the other."""
+        step = 1
+        for stride, size in sorted(zip(self.strides, self.shape)):
+            if size != 1 and stride != step:
+                return False
+            step *= size
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -58,6 +68,21 @@ class Run:
     start_bytes: int
     numel: int
     is_flat: bool
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A named tensor in whose memory another one lies.
+
+    Attributes:
+        name: The tensor that is filled for both.
+        whole: How that lies in memory: without gaps.
+        part: How the other one does.
+    """
+
+    name: str
+    whole: Layout
+    part: Layout
 
 
 def shared_runs(layouts: Sequence[Layout]) -> list[Run]:
@@ -119,6 +144,67 @@ def _run(layouts: Sequence[Layout], members: list[int], *, is_alone: bool = Fals
         numel=numel,
         is_flat=len(members) > 1 or numel <= _numel(first.shape),
     )
+
+
+def part_of(entry: TensorEntry, whole: Layout, part: Layout) -> TensorEntry | None:
+    """What a view of a tensor holds once the tensor holds what an entry of a file does.
+
+    Args:
+        entry: What the tensor is given; of its shape.
+        whole: How the tensor lies in memory.
+        part: How a view of it does.
+
+    Returns:
+        An entry over the same bytes; ``None`` where no strides lead from one element to the next as they do in memory.
+
+    Example:
+        >>> from torchload.core.checkpoint import Extent
+        >>> from torchload.core.source import MemorySource
+        >>> box = Box(Extent(MemorySource(bytes(24)), 0, 24), 0, (2, 3), (3, 1), (0, 0))
+        >>> memory = Layout("storage", 0, torch.float32, (2, 3), (3, 1))
+        >>> row = Layout("storage", 12, torch.float32, (3,), (1,))
+        >>> part_of(TensorEntry(torch.float32, (2, 3), (box,)), memory, row).boxes[0].start
+        12
+    """
+    if len(entry.boxes) != 1 or type(entry.boxes[0]) is not Box or entry.shape != whole.shape:
+        return None
+    (box,) = entry.boxes
+    axes = sorted(zip(whole.strides, whole.shape, box.strides), reverse=True)
+    axes = [axis for axis in axes if axis[1] != 1]
+    first = (part.start_bytes - whole.start_bytes) // whole.dtype.itemsize
+    is_alike = all(stride == stored for stride, _, stored in axes)
+    found = (first, part.strides) if is_alike else _retraced(first, part, axes)
+    if found is None:
+        return None
+    start = box.start + found[0] * entry.dtype.itemsize
+    view = Box(box.extent, start, part.shape, found[1], (0,) * len(part.shape))
+    return TensorEntry(entry.dtype, part.shape, (view,))
+
+
+def _retraced(first: int, part: Layout, axes: Sequence[tuple[int, int, int]]) -> tuple[int, Shape] | None:
+    """Where a view begins in a file, and its strides there, in elements, if each of its dimensions keeps to one axis.
+
+    Args:
+        first: Where it begins in memory, in elements from the tensor's first.
+        part: How it lies there.
+        axes: The tensor's (stride in memory, size, stride in the file), the longest stride first.
+    """
+    start, reached = 0, []
+    for stride, _, stored in axes:
+        position, first = divmod(first, stride)
+        start += position * stored
+        reached.append(position)
+    strides = []
+    for size, step in zip(part.shape, part.strides):
+        if size == 1 or step == 0:
+            strides.append(0)
+            continue
+        index = next(index for index, (stride, _, _) in enumerate(axes) if step % stride == 0)
+        stride, _, stored = axes[index]
+        reached[index] += (size - 1) * (step // stride)
+        strides.append(step // stride * stored)
+    is_inside = all(position < size for position, (_, size, _) in zip(reached, axes))
+    return (start, tuple(strides)) if is_inside else None
 
 
 def _numel(shape: Shape) -> int:

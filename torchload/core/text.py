@@ -13,6 +13,7 @@ __all__ = [
     "plural",
     "printable",
     "printable_lines",
+    "quoted",
     "short_dtype",
 ]
 
@@ -43,6 +44,20 @@ def printable(text: str, limit: int | None = 120) -> str:
 def printable_lines(text: str) -> str:
     """`printable`, but lines stay lines."""
     return text if text.isprintable() else "\n".join(printable(line, None) for line in text.split("\n"))
+
+
+def quoted(error: Exception) -> str:
+    r"""What code that isn't ours said, in one line: it may hold names from a file.
+
+    An error whose cause this one stays is printed as well, so its own text is spelled out too.
+
+    Example:
+        >>> quoted(RuntimeError("Unexpected key(s):\n\t'fc.weight'"))
+        "Unexpected key(s): 'fc.weight'"
+    """
+    text = printable(" ".join(str(error).split()), None)
+    error.args = tuple(printable_lines(part) if isinstance(part, str) else part for part in error.args)
+    return text
 
 
 def short_dtype(dtype: torch.dtype) -> str:

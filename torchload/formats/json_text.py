@@ -7,9 +7,10 @@ grow into a hundred times its size in objects. `parse_object` refuses both.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
-from torchload.errors import CorruptCheckpointError
+from torchload.errors import GET_IT_AGAIN, CorruptCheckpointError
 
 __all__ = ["parse_object"]
 
@@ -20,6 +21,10 @@ _MAX_VALUES = 3_000_000
 _MAX_NAMES = 850_000
 # One character beyond the basic plane makes Python store every character of a string in four bytes.
 _MAX_NON_ASCII_BYTES = 16 * 1024 * 1024
+_MAX_DIGITS = 40
+_LONG_NUMBER = b"0" * (_MAX_DIGITS + 1)
+_DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_MINUS_ZERO = re.compile(rb"-0(?![.\d])")
 
 
 def parse_object(data: bytes | bytearray, what: str, path: str) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def parse_object(data: bytes | bytearray, what: str, path: str) -> dict[str, Any
     """
 
     def refuse(problem: str) -> CorruptCheckpointError:
-        return CorruptCheckpointError(f"The {what} of {path} {problem}. Download or copy the file again.", path=path)
+        return CorruptCheckpointError(f"The {what} of {path} {problem}. {GET_IT_AGAIN}", path=path)
 
     values = data.count(b",") + data.count(b"[") + data.count(b"{")
     if values > _MAX_VALUES:
@@ -54,15 +59,20 @@ def parse_object(data: bytes | bytearray, what: str, path: str) -> dict[str, Any
     escapes = b"\\u" in data
     if len(data) > _MAX_NON_ASCII_BYTES and (escapes or not data.isascii()):
         raise refuse(f"is {len(data):,} bytes of text beyond ASCII, which is not read")
+    odd = escapes or _LONG_NUMBER in data.translate(_DIGITS_AS_ZEROS) or _MINUS_ZERO.search(data) is not None
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise refuse(f"is not UTF-8 text (byte {error.start})") from None
     if isinstance(data, bytearray):
         data.clear()  # text and objects are enough at a time
-    hook = _unique_and_encodable if escapes else _unique
     try:
-        parsed = json.loads(text, object_pairs_hook=hook, parse_int=_integer, parse_constant=_no_number)
+        # Without Python functions for names and integers, the header of 20,000 tensors takes 17 ms instead of 50.
+        parsed = None if odd else json.loads(text, parse_constant=_no_number)
+        # Of two equal names Python keeps one. There is a colon for each: if as many names are left, all differ.
+        if odd or not isinstance(parsed, dict) or _count_names(parsed) != names:
+            hook = _unique_and_encodable if escapes else _unique
+            parsed = json.loads(text, object_pairs_hook=hook, parse_int=_integer, parse_constant=_no_number)
     except _RefusedKeyError as error:
         raise refuse(str(error)) from None
     except RecursionError:
@@ -76,6 +86,11 @@ def parse_object(data: bytes | bytearray, what: str, path: str) -> dict[str, Any
 
 class _RefusedKeyError(Exception):
     """Ends the parse from inside a hook; the message completes a sentence about the text."""
+
+
+def _count_names(parsed: dict[str, Any]) -> int:
+    """How many names an object and the objects in it have; those further inside are not counted."""
+    return len(parsed) + sum([len(value) for value in parsed.values() if type(value) is dict])
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,7 +117,7 @@ def _unique_and_encodable(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _integer(digits: str) -> int:
     # Python < 3.10.7 converts a number of any length, in quadratic time; later versions may be told to.
-    if len(digits) > 40:
+    if len(digits) > _MAX_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
     if digits == "-0":
         raise ValueError("the number -0")

@@ -229,7 +229,10 @@ class _Judge:
 
     def __call__(self, prefix: str, node: Node, alignment: Alignment, added: str) -> Selection:
         wanted = self.search.wanted
-        missing, harmless = wanted.lacks(alignment.pairs, alignment.spare)
+        pairs, leaves = alignment.pairs, self.leaves
+        if wanted.views:
+            pairs, leaves = wanted.seen(pairs, leaves)
+        missing, harmless = wanted.lacks(pairs, alignment.spare)
         leftovers = Leftovers(self.leaves, node, prefix, alignment, wanted, self._is_mask, self.original).sorted()
         segments = (*self.place.segments, *(prefix.split(".") if prefix else ()))
         return Selection(
@@ -237,10 +240,10 @@ class _Judge:
             prefix=prefix,
             segments=segments,
             container=self.place.container,
-            leaves=self.leaves,
-            pairs=alignment.pairs,
+            leaves=leaves,
+            pairs=pairs,
             missing=missing,
-            mismatched=_mismatched(wanted, alignment.pairs, self.leaves),
+            mismatched=_mismatched(wanted, pairs, leaves),
             unexpected=leftovers.unexpected,
             outside=leftovers.outside,
             ignored=[*harmless, *leftovers.ignored],
@@ -279,6 +282,7 @@ def needed_tensors(wanted: Wanted) -> int:
         wanted.ties.get(name, name)
         for name in wanted.shapes
         if name not in wanted.skipped
+        and name not in wanted.views
         and name not in wanted.optional
         and not wanted.may_lack(name)
         and last(name) not in WRAPPER_STATE

@@ -33,7 +33,6 @@ def select(
     root: Any,
     wanted: Wanted,
     *,
-    path: str,
     key: str | None = None,
     prefix: str | None = None,
     rename: Rename | None = None,
@@ -47,7 +46,6 @@ def select(
     Args:
         root: The checkpoint's tree.
         wanted: The model.
-        path: The checkpoint, for messages.
         key: Dotted path of the container to use, or of a prefix in one; ``None`` searches all of them.
         prefix: Prefix of the names to use; ``None`` searches all of them.
         rename: Applied to the names of each container before anything else (see `renamer`).
@@ -66,10 +64,10 @@ def select(
         IncompatibleCheckpointError: `key` or `prefix` names nothing, or the file holds no tensors.
         CorruptCheckpointError: Its names are out of all proportion to the file.
     """
-    allowance = Allowance(path, size_bytes)
+    allowance = Allowance(size_bytes)
     places, prefix = _places_for(root, key, prefix, allowance, wanted)
     search = Search(places, wanted, allowance, read, prefix, rename)
-    choice = _Choice(root, search, path, key, size_bytes, is_trial=is_trial)
+    choice = _Choice(root, search, key, size_bytes, is_trial=is_trial)
     whole = (candidate for candidate in search.candidates(needed_tensors(wanted)) if candidate.fits)
     if fitting := choice.likely(whole):
         return choice.best(fitting)
@@ -82,7 +80,7 @@ def select(
             return choice.best(likely)
     elif nearest := _nearest(choice.meant(partial)):
         return nearest
-    raise _nothing(places, wanted, prefix, path, is_renamed=rename is not None)
+    raise _nothing(places, wanted, prefix, is_renamed=rename is not None)
 
 
 def _places_for(
@@ -140,16 +138,13 @@ def _fullest(candidates: Iterable[Selection]) -> Iterator[Selection]:
 class _Choice:
     """One choice among candidates: first by what they are, then by what they hold."""
 
-    def __init__(
-        self, root: Any, search: Search, path: str, key: str | None, size_bytes: int, *, is_trial: bool
-    ) -> None:
+    def __init__(self, root: Any, search: Search, key: str | None, size_bytes: int, *, is_trial: bool) -> None:
         self._root = root
         self._search = search
-        self._path = path
         self._key = key
         self._size_bytes = size_bytes
         self._is_trial = is_trial
-        self._reading = Allowance(path, size_bytes)  # of its own: names have to be looked at all the same
+        self._reading = Allowance(size_bytes)  # of its own: names have to be looked at all the same
         self._notes: list[str] = []
 
     def meant(self, candidates: Iterable[Selection]) -> Iterator[Selection]:
@@ -291,15 +286,13 @@ class _Choice:
             what = "a part with the shapes of this model, but under another name: nothing says that it is the one meant"
         else:
             what = f"{len(found):,} parts with the shapes of this model, and nothing says which of them is meant"
-        return self._asked(found, f"{what}. Nothing was loaded. If it is")
+        return self._asked(found, what, "If it is")
 
     def _ambiguous(self, equals: list[Selection]) -> AmbiguousCheckpointError:
-        return self._asked(
-            equals,
-            f"{len(equals):,} sets of weights that fit this model equally well. Nothing was loaded. Say which is meant",
-        )
+        what = f"{len(equals):,} sets of weights that fit this model equally well"
+        return self._asked(equals, what, "Say which is meant")
 
-    def _asked(self, equals: list[Selection], what: str) -> AmbiguousCheckpointError:
+    def _asked(self, equals: list[Selection], what: str, request: str) -> AmbiguousCheckpointError:
         containers = len({candidate.key for candidate in equals}) > 1 or not all(one.prefix for one in equals)
         argument = "key" if containers else "prefix"
         names = [candidate.path if containers else f"{candidate.prefix}." for candidate in equals]
@@ -308,8 +301,7 @@ class _Choice:
         listing = "\n".join(f"    {argument}={name!r}" for name in tried)
         listing += f"\n    and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
         return AmbiguousCheckpointError(
-            f"{self._path} holds {what}:\n{listing}",
-            path=self._path,
+            f"The checkpoint holds {what}.\n  {request}:\n{listing}",
             candidates=names,
             argument=argument,
         )
@@ -323,7 +315,6 @@ class _Choice:
             found = select(
                 self._root,
                 search.wanted,
-                path=self._path,
                 rename=search.rename,
                 size_bytes=self._size_bytes,
                 read=search.read,
@@ -366,14 +357,10 @@ def _plainness(candidate: Selection) -> tuple[Any, ...]:
 
 
 def _nothing(
-    places: Sequence[Place], wanted: Wanted, prefix: str | None, path: str, *, is_renamed: bool
+    places: Sequence[Place], wanted: Wanted, prefix: str | None, *, is_renamed: bool
 ) -> IncompatibleCheckpointError:
     if not places:
-        return IncompatibleCheckpointError(
-            f"{path} holds no tensors. Nothing was loaded; the model is unchanged.",
-            path=path,
-            missing_keys=wanted.shapes,
-        )
+        return IncompatibleCheckpointError("The checkpoint holds no tensors.", missing_keys=wanted.shapes)
     largest = max(places, key=lambda place: len(place.leaves))
     if prefix is not None:
         tops = sorted({name.partition(".")[0][:_SHOWN] for place in places for name in place.leaves})
@@ -386,8 +373,7 @@ def _nothing(
         )
         hint = f"The file has {', '.join(theirs)}, …; the model has {', '.join(ours) + ', …' if ours else 'no tensors'}"
     return IncompatibleCheckpointError(
-        f"{path} has {what}. Nothing was loaded; the model is unchanged.\n  {hint}",
-        path=path,
+        f"The checkpoint has {what}.\n  {hint}",
         missing_keys=wanted.shapes,
         unexpected_keys=[name for name in largest.leaves if is_path(name)],
     )

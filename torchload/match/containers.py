@@ -75,7 +75,6 @@ def find_places(root: Any, key: str | None, allowance: Allowance, whole: frozens
         IncompatibleCheckpointError: There is no container `key`.
         CorruptCheckpointError: The containers expand to far too many names.
     """
-    path = allowance.path
     containers = _Search(whole, allowance).containers(root)
     found: list[Place] = []
     for segments, inside in containers.values():
@@ -89,7 +88,7 @@ def find_places(root: Any, key: str | None, allowance: Allowance, whole: frozens
         here = "none; its tensors stand at the top (key='')" if found else "no containers with tensors"
         known = cut([repr(place.path) for place in found if place.path]) or here
         raise IncompatibleCheckpointError(
-            f"{path} has no container {key[:_SHOWN]!r} that holds tensors. It has: {known}.", path=path
+            f"The checkpoint has no container {key[:_SHOWN]!r} that holds tensors. It has: {known}."
         )
     return chosen
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchload.core.checkpoint import Shape
-from torchload.match.containers import Leaf
+from torchload.core.checkpoint import Shape, TensorEntry
+from torchload.core.sharing import View, part_of
+from torchload.match.containers import Leaf, shape_of
 from torchload.match.globs import Globs
 from torchload.match.names import Alignment
 from torchload.match.paths import joined, last
@@ -47,6 +48,7 @@ class Wanted:
         whole: Last segments of the names under which modules of the model save values of any kind, not only tensors.
         transient: Non-persistent buffers → shape. No checkpoint need have them; older ones, and TorchScript, do.
         skip: What `skipped` was derived from, for the checkpoint's names.
+        views: Names of tensors that lie in the memory of others → those others: what fills one of these fills them.
     """
 
     shapes: Mapping[str, Shape | None]
@@ -57,6 +59,7 @@ class Wanted:
     whole: frozenset[str] = frozenset()
     transient: Mapping[str, Shape | None] = field(default_factory=dict)
     skip: Globs = _NO_GLOBS
+    views: Mapping[str, Sequence[View]] = field(default_factory=dict)
 
     def may_lack(self, name: str) -> bool:
         """Whether it is known to be harmless if nothing fills a name."""
@@ -72,6 +75,26 @@ class Wanted:
             if name not in pairs and name not in passed and self.ties.get(name, name) not in filled
         ]
         return [name for name in lacking if not self.may_lack(name)], [name for name in lacking if self.may_lack(name)]
+
+    def seen(self, pairs: dict[str, str], leaves: dict[str, Leaf]) -> tuple[dict[str, str], dict[str, Leaf]]:
+        """Pairs and leaves with those of views, which follow from what the tensors hold that they are views of.
+
+        A name for which the file has a tensor of its own keeps that. One that it has as another name of the same
+        tensor, as safetensors does for what shares memory, says nothing of how the one lies in the other; the model
+        does.
+        """
+        shown = dict(pairs), dict(leaves)
+        for name, view in ((name, view) for name, views in self.views.items() for view in views):
+            source, entry = pairs.get(name), leaves.get(pairs.get(view.name, ""))
+            is_open = source is None or (leaves[source] is entry and shape_of(entry) != view.part.shape)
+            if (
+                is_open
+                and isinstance(entry, TensorEntry)
+                and (part := part_of(entry, view.whole, view.part)) is not None
+            ):
+                shown[0][name] = source or f"{pairs[view.name]} (as {name})"
+                shown[1][shown[0][name]] = part
+        return shown
 
     def skips(self, name: str) -> bool:
         """Whether the caller wants a name, of either side, left alone."""
@@ -114,6 +137,7 @@ class Selection:
         added: Prefix that all of the model's names have and the file's lack.
         original: Name in `leaves` → name in the file, where `rename` changed it.
         attempt: Tells whether a `skip` and a `rename` beside what the caller gave would make the file fit.
+        aliases: Of `mismatched`, names that the file has only as other names of a tensor → what that is called there.
         alignment: The matcher's account.
         standing: What the path says of these weights.
     """
@@ -140,6 +164,7 @@ class Selection:
     original: Mapping[str, str] = field(default_factory=dict)
     rivals: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
     attempt: Callable[[Sequence[str], Mapping[str, str] | None], bool] | None = None
 
     @property

@@ -70,14 +70,11 @@ class _Candidate:
         return self.standing is Standing.AVERAGE or self.segments[-1].lower() in USUAL_CONTAINERS
 
 
-def find_state_dict(
-    root: Any, path: str, key: str | None = None, size_bytes: int = 0, read: Read | None = None
-) -> StateDict:
+def find_state_dict(root: Any, key: str | None = None, size_bytes: int = 0, read: Read | None = None) -> StateDict:
     """Find the weights of a checkpoint.
 
     Args:
         root: The checkpoint's tree.
-        path: The checkpoint, for messages.
         key: Dotted path of the container to take; ``""`` takes the whole file; ``None`` looks for it.
         size_bytes: Length of the checkpoint's files, which bounds what its names may cost.
         read: What reads values where two containers may hold the same.
@@ -95,15 +92,15 @@ def find_state_dict(
         >>> import torch
         >>> weight = TensorEntry(torch.float32, (1,), ())
         >>> root = {"epoch": 3, "model": {"fc.weight": weight}, "optimizer": {"state": {0: {"exp_avg": weight}}}}
-        >>> find_state_dict(root, "checkpoint.pth").key
+        >>> find_state_dict(root).key
         'model'
     """
     if isinstance(root, TensorEntry) and not key:
         return StateDict("", {"": root}, {"": root})
-    allowance = Allowance(path, size_bytes)
+    allowance = Allowance(size_bytes)
     places = find_places(root, key, allowance)
     if not places:
-        raise IncompatibleCheckpointError(f"{path} holds no tensors.", path=path)
+        raise IncompatibleCheckpointError("The checkpoint holds no tensors.")
     here = places[0]
     if key is not None:
         return StateDict(here.path, here.container, here.leaves)
@@ -139,7 +136,7 @@ class _Descent:
         if here.path and not usual and (len(left) > 1 or here.segments[-1].lower() in USUAL_CONTAINERS):
             return None  # 'model' with 'encoder' and 'decoder' inside: the modules of one model
         if len(left) > 1 and (len(usual) != 1 or any(_alike(first, other) for other in left if other is not first)):
-            raise _ambiguous(left, self._allowance.path)
+            raise _ambiguous(left)
         self.is_guess |= len(left) > 1
         self.rivals += [candidate.key for candidate in likely if candidate is not first]
         return first.place
@@ -220,15 +217,14 @@ def _signature(leaves: Mapping[str, Leaf]) -> set[tuple[str, object]]:
     return {(name, shape) for name, shape in bare if name not in UNTOUCHED}
 
 
-def _ambiguous(equals: list[_Candidate], path: str) -> AmbiguousCheckpointError:
+def _ambiguous(equals: list[_Candidate]) -> AmbiguousCheckpointError:
     names = [candidate.key for candidate in equals]
     listing = "\n".join(
         f"    key={name!r}    {len(candidate.leaves):,} tensors" for name, candidate in zip(names[:_LISTED], equals)
     )
     listing += f"\n    and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
     return AmbiguousCheckpointError(
-        f"{path} holds {len(equals)} sets of tensors, and nothing says which are the weights. Nothing was read. Say "
-        f"which one is meant, or take all of them with key='':\n{listing}",
-        path=path,
+        f"The checkpoint holds {len(equals)} sets of tensors, and nothing says which are the weights.\n  Say which one "
+        f"is meant, or take all of them with key='':\n{listing}",
         candidates=names,
     )

@@ -84,7 +84,5 @@ def refusal(model: nn.Module, found: Mapping[str, list[str]]) -> IncompatibleChe
         more = f" and {plural(len(paths) - 1, 'other module')}" if len(paths) > 1 else ""
         problems.append(f"{first}{more} {'are' if more else 'is'} {what}")
     return IncompatibleCheckpointError(
-        f"This {type(model).__name__} can't be loaded into as it is: {'; '.join(problems)}. Nothing was loaded; the "
-        "model is unchanged.",
-        problems=problems,
+        f"This {type(model).__name__} can't be loaded into as it is: {'; '.join(problems)}.", problems=problems
     )

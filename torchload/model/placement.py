@@ -110,8 +110,7 @@ def resolve_device(device: torch.device | str | int) -> torch.device:
     if index >= count:
         here = available_devices()
         raise DeviceError(
-            f"device {str(wanted)!r} isn't there: {_missing_reason(wanted.type, count)}. Here are: {', '.join(here)}. "
-            "Nothing was loaded.",
+            f"device {str(wanted)!r} isn't there: {_missing_reason(wanted.type, count)}. Here are: {', '.join(here)}.",
             device=str(wanted),
             available=here,
         )
@@ -158,12 +157,11 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def check_room(need_bytes: Mapping[torch.device, int], path: str) -> None:
+def check_room(need_bytes: Mapping[torch.device, int]) -> None:
     """Refuse up front what can't fit.
 
     Args:
         need_bytes: Fresh memory that the load will allocate, per device, in bytes.
-        path: The checkpoint, for the message.
 
     Raises:
         DeviceError: A device has less free memory than that.
@@ -172,9 +170,8 @@ def check_room(need_bytes: Mapping[torch.device, int], path: str) -> None:
         free = free_bytes(device) if need else None
         if free is not None and need > free:
             raise DeviceError(
-                f"{path} needs {need / 2**30:.2f} GiB on {device}, where {free / 2**30:.2f} GiB are free. Nothing was "
-                "loaded. Free memory there, take a smaller dtype=, or spread the model with device={prefix: device}.",
-                path=path,
+                f"The checkpoint needs {need / 2**30:.2f} GiB on {device}, where {free / 2**30:.2f} GiB are free. Free "
+                "memory there, take a smaller dtype=, or spread the model with device={prefix: device}.",
                 device=str(device),
                 available=available_devices(),
             )

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from torchload.core.checkpoint import Shape
+from torchload.core.checkpoint import Region, Shape
 from torchload.model.walk import modules_of
 
 __all__ = [
-    "Region",
     "empty_part",
     "held_numel",
     "home_of",
@@ -30,14 +28,6 @@ __all__ = [
 
 
 _KEPT_REGIONS = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """An axis-aligned part of a tensor: where it begins and how large it is, in elements."""
-
-    origin: Shape
-    shape: Shape
 
 
 _regions: dict[Any, Region] = {}

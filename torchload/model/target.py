@@ -6,8 +6,10 @@ model happens here (`Slot.install`), after the plan was accepted.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchload.core.checkpoint import Shape
+from torchload.core.sharing import Layout, View, shared_runs
 from torchload.model.elsewhere import elsewhere, refusal
 from torchload.model.shards import is_sharded, local_region, show_shards
 from torchload.model.walk import paths_of
@@ -154,6 +157,7 @@ class Target:
         pre_hooks: Modules with load-state-dict pre-hooks, parents first.
         overrides: Modules with a `_load_from_state_dict` of their own.
         post_hooks: Modules with load-state-dict post-hooks.
+        views: Names of tensors that lie in the memory of others, in another shape or as a part → those others.
     """
 
     model: nn.Module
@@ -164,6 +168,7 @@ class Target:
     pre_hooks: list[HookedModule] = field(default_factory=list)
     overrides: list[HookedModule] = field(default_factory=list)
     post_hooks: list[HookedModule] = field(default_factory=list)
+    views: Mapping[str, list[View]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -185,53 +190,83 @@ def describe_model(model: nn.Module) -> Target:
     """
     show_shards(model)
     target = Target(model)
-    by_object: dict[int, Slot] = {}
-    by_address: dict[int, Slot] = {}
+    memory = _Memory(target.slots)
+    by_name, slot_for = target.by_name, memory.slot_for
     lives_elsewhere: dict[str, list[str]] = {}
     for prefix, module in paths_of(model):
         if (what := elsewhere(module)) is not None:
             lives_elsewhere.setdefault(what, []).append(prefix.rstrip("."))
-        if not (module._parameters or module._buffers):
-            _note_hooks(target, prefix, module)
-            continue
         transient = module._non_persistent_buffers_set
         for table in (module._parameters, module._buffers):
             for attribute, tensor in table.items():
                 if tensor is None:
                     continue
-                slot = by_object.get(id(tensor))
-                if slot is None:
-                    slot = _slot_for(tensor, by_address, target.slots, is_parameter=table is module._parameters)
-                    by_object[id(tensor)] = slot
+                slot = slot_for(tensor, table is module._parameters)
                 slot.places.append((module, attribute))
-                persistent = attribute not in transient
-                if persistent is not slot.persistent:
-                    if not persistent:
-                        continue  # its real names count, not that of a transient alias
+                if attribute in transient:
+                    if not slot.persistent:
+                        slot.names.append(prefix + attribute)
+                    continue  # its real names count, not that of a transient alias
+                if not slot.persistent:
                     slot.names.clear()
                     slot.persistent = True
-                slot.names.append(prefix + attribute)
-                if persistent:
-                    target.by_name[prefix + attribute] = slot
+                name = prefix + attribute
+                slot.names.append(name)
+                by_name[name] = slot
         _note_hooks(target, prefix, module)
     if lives_elsewhere:
         raise refusal(model, lives_elsewhere)
+    target.views = memory.views()
     return target
 
 
-def _slot_for(tensor: torch.Tensor, by_address: dict[int, Slot], slots: list[Slot], *, is_parameter: bool) -> Slot:
-    """The slot of a tensor object not seen before: that of its twin in memory, if there is one, or a new one."""
-    address = _address(tensor)
-    known = by_address.get(address) if address else None
-    if known is not None and _same_view(known.tensor, tensor):
-        known.twins.append(tensor)
-        return known
-    plain = address or not is_lazy(tensor)
-    slot = Slot([], tensor, tuple(tensor.shape) if plain else None, [], is_parameter)
-    slots.append(slot)
-    if address:
-        by_address[address] = slot
-    return slot
+class _Memory:
+    """What memory a model has, and which of its tensors lie in it."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self._slots = slots
+        self._by_address: dict[int, Slot] = {}
+        self._beside: list[Slot] = []  # where another one begins
+        self._by_object: dict[int, Slot] = {}  # of what has no memory of its own
+
+    def slot_for(self, tensor: torch.Tensor, is_parameter: bool) -> Slot:
+        """The slot of a tensor: the one that it has already, that of its twin in memory, or a new one."""
+        address = _address(tensor)
+        if address and (found := self._by_address.get(address)) is not None:
+            for known in (found, *(slot for slot in self._beside if _address(slot.tensor) == address)):
+                if known.tensor is tensor or any(twin is tensor for twin in known.twins):
+                    return known
+                if _same_view(known.tensor, tensor):
+                    known.twins.append(tensor)
+                    return known
+        elif not address and (found := self._by_object.get(id(tensor))) is not None:
+            return found
+        shape = tuple(tensor.shape) if address or not is_lazy(tensor) else None
+        slot = Slot([], tensor, shape, [], is_parameter)
+        self._slots.append(slot)
+        if not address:
+            self._by_object[id(tensor)] = slot
+        elif self._by_address.setdefault(address, slot) is not slot:
+            self._beside.append(slot)
+        return slot
+
+    def views(self) -> dict[str, list[View]]:
+        """Which tensors of the state dict lie in the memory of others, in another shape or as a part of it."""
+        starts = sorted(self._by_address)
+        ends = [start + self._by_address[start].tensor.nbytes for start in starts]
+        if not (self._beside or any(map(operator.gt, ends, starts[1:]))):
+            return {}  # nearly always, and quickly seen
+        slots = [slot for slot in self._slots if slot.persistent and _address(slot.tensor)]
+        layouts = [_layout(slot.tensor) for slot in slots]
+        found: dict[str, list[View]] = {}
+        for run in shared_runs(layouts):
+            dense = [index for index in run.members if layouts[index].is_dense]
+            for whole in [index for index in dense if math.prod(layouts[index].shape) == run.numel]:
+                for part in run.members:
+                    views = [View(name, layouts[whole], layouts[part]) for name in slots[whole].names]
+                    for name in slots[part].names if part != whole else ():
+                        found.setdefault(name, []).extend(views)
+        return found
 
 
 def _note_hooks(target: Target, prefix: str, module: nn.Module) -> None:
@@ -278,6 +313,12 @@ def _address(tensor: torch.Tensor) -> int:
     if type(tensor) not in _ORDINARY or tensor.layout is not torch.strided:
         return 0
     return tensor.data_ptr()
+
+
+def _layout(tensor: torch.Tensor) -> Layout:
+    start = tensor.untyped_storage().data_ptr()
+    memory = (tensor.device, start)
+    return Layout(memory, tensor.data_ptr() - start, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
 
 
 def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:

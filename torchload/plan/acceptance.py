@@ -15,7 +15,7 @@ from torchload.plan.options import Options
 from torchload.plan.plan import LoadPlan
 from torchload.transfer import Replicas
 
-__all__ = ["Acceptance"]
+__all__ = ["Acceptance", "after_post_hooks"]
 
 
 class Acceptance:
@@ -39,26 +39,30 @@ class Acceptance:
             IncompatibleCheckpointError: Under `strict` the hooks leave names that are missing or unexpected.
         """
         if self._options.verify:
-            compare_landed(self._plan, self._options.path)
+            compare_landed(self._plan)
         if self._target.post_hooks:
             self._ask_hooks()
         self._replicas.meet(last=True)
 
     def _ask_hooks(self) -> None:
-        selection = self.selection
-        spelled = {selection.alignment.leftover.get(name, name): name for name in selection.unexpected}
-        keys = hooks.run_post_hooks(self._target, selection.missing, list(spelled))
-        unexpected = [spelled.get(name, name) for name in keys.unexpected_keys]
-        self.selection = replace(selection, missing=list(keys.missing_keys), unexpected=unexpected)
-        if not (self._options.strict and (keys.missing_keys or unexpected)):
+        self.selection = after_post_hooks(self._target, self.selection)
+        missing, unexpected = self.selection.missing, self.selection.unexpected
+        if not (self._options.strict and (missing or unexpected)):
             return
         if self._plan.keeps_old:
-            raise incompatible(self._target, self.selection, [], self._options.path)
-        names = ", ".join(group_names([*keys.missing_keys, *unexpected])[:8])
+            raise incompatible(self._target, self.selection, [])
+        names = ", ".join(group_names([*missing, *unexpected])[:8])
         raise IncompatibleCheckpointError(
-            f"{self._options.path} was loaded, but a load-state-dict post-hook of the model calls names missing or "
+            f"The checkpoint was loaded, but a load-state-dict post-hook of the model calls names missing or "
             f"unexpected: {names}. With atomic=True the model would be as it was.",
-            path=self._options.path,
-            missing_keys=keys.missing_keys,
+            missing_keys=missing,
             unexpected_keys=unexpected,
         )
+
+
+def after_post_hooks(target: Target, selection: Selection) -> Selection:
+    """What is missing and unexpected once the model's load-state-dict post-hooks have had their say."""
+    spelled = {selection.alignment.leftover.get(name, name): name for name in selection.unexpected}
+    keys = hooks.run_post_hooks(target, selection.missing, list(spelled))
+    unexpected = [spelled.get(name, name) for name in keys.unexpected_keys]
+    return replace(selection, missing=list(keys.missing_keys), unexpected=unexpected)

@@ -14,7 +14,7 @@ from torchload.plan.execute import Moved
 from torchload.plan.plan import LoadPlan
 from torchload.plan.report import LoadReport
 
-__all__ = ["notes_of", "report_of"]
+__all__ = ["report_of"]
 
 
 def report_of(
@@ -23,8 +23,9 @@ def report_of(
     selection: Selection,
     plan: LoadPlan,
     moved: Moved,
-    notes: tuple[str, ...],
     seconds: float,
+    *,
+    verify: bool = False,
 ) -> LoadReport:
     """The account of a load that was carried out."""
     filled = [slot for slot in target.slots if slot.persistent]
@@ -58,7 +59,7 @@ def report_of(
         ignored=(*selection.ignored, *plan.kept),
         seconds=seconds,
         training=target.model.training,
-        notes=notes,
+        notes=tuple(_notes(checkpoint, selection, plan, verify)),
     )
 
 
@@ -101,7 +102,7 @@ def _rewrites(selection: Selection) -> Iterator[str]:
         yield f"renamed {plural(count, 'tensor')} ({rule})"
 
 
-def notes_of(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verify: bool) -> Iterator[str]:
+def _notes(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verify: bool) -> Iterator[str]:
     """The sentences that are worth reading, whatever was done."""
     yield from checkpoint.notes
     if verify:

@@ -24,7 +24,7 @@ def agree_on(plan: LoadPlan, replicas: Replicas, path: str) -> None:
     Args:
         plan: What this rank is about to do.
         replicas: The ranks.
-        path: The checkpoint, for messages.
+        path: What this rank calls the checkpoint.
 
     Raises:
         IncompatibleCheckpointError: They read different files, or nothing tells whether they do; or they hold different
@@ -43,8 +43,8 @@ def agree_on(plan: LoadPlan, replicas: Replicas, path: str) -> None:
     kinds = {item.device.type for item in plan.assignments}
     answers = replicas.meet((path, files, _digest(plan, sources), kinds))
     names = [replicas.global_rank(rank) for rank in range(replicas.count)]
-    _compare_files(answers, names, path)
-    _compare_plans(answers, names, path)
+    _compare_files(answers, names)
+    _compare_plans(answers, names)
     replicas.send_from(set().union(*(kinds for *_, kinds in answers)))
 
 
@@ -69,22 +69,19 @@ def _digest(plan: LoadPlan, sources: dict[Source, int]) -> bytes:
     return digest.digest()
 
 
-def _compare_files(answers: Sequence[Any], names: Sequence[int], path: str) -> None:
+def _compare_files(answers: Sequence[Any], names: Sequence[int]) -> None:
     known = [files for _, files, _, _ in answers]
     if any(kind == "nothing" for files in known for kind, _ in files):
         raise IncompatibleCheckpointError(
-            f"{path} is no file on a disk, and records no checksums: nothing tells whether all ranks of process_group= "
-            "read the same. Nothing was loaded. Give the file's path, or load without process_group=.",
-            path=path,
+            "The checkpoint is no file on a disk, and records no checksums: nothing tells whether all ranks of "
+            "process_group= read the same. Give the file's path, or load without process_group=."
         )
     other = next((rank for rank, files in enumerate(known) if files != known[0]), None)
     if other is not None:
         raise IncompatibleCheckpointError(
             f"The ranks of process_group= don't read the same file: {_described(answers[0], names[0])}, "
-            f"{_described(answers[other], names[other])}. Nothing was loaded; the models are unchanged. Give all of "
-            "them the same file (a copy that keeps its time, as cp -p makes it, counts as the same), or load without "
-            "process_group=.",
-            path=path,
+            f"{_described(answers[other], names[other])}. Give all of them the same file (a copy that keeps its time, "
+            "as cp -p makes it, counts as the same), or load without process_group=."
         )
 
 
@@ -98,15 +95,13 @@ def _described(answer: Any, rank: int) -> str:
     return f"rank {rank} has {path}" + (f" ({details[0]}{more})" if details else " (by its checksums)")
 
 
-def _compare_plans(answers: Sequence[Any], names: Sequence[int], path: str) -> None:
+def _compare_plans(answers: Sequence[Any], names: Sequence[int]) -> None:
     digests = [digest for _, _, digest, _ in answers]
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is not None:
         raise IncompatibleCheckpointError(
-            f"Ranks {names[0]} and {names[other]} of process_group= load other tensors of {path}, other parts of them, "
-            "or into another dtype: only replicas can read together. Nothing was loaded; the models are unchanged. Of "
-            "a sharded model, "
-            'those are the ranks of the mesh dimension that replicates: process_group=mesh.get_group("replicate"); '
-            "without process_group= each rank reads just its own part.",
-            path=path,
+            f"Ranks {names[0]} and {names[other]} of process_group= load different tensors, different parts of them, "
+            "or into different dtypes: only replicas can read together. Of a sharded model, those are the ranks of the "
+            'mesh dimension that replicates: process_group=mesh.get_group("replicate"); without process_group= each '
+            "rank reads just its own part."
         )

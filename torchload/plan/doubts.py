@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torchload.core.budget import Allowance
-from torchload.core.checkpoint import TensorEntry
+from torchload.core.checkpoint import Checkpoint, TensorEntry
 from torchload.core.text import group_names, plural
 from torchload.match import Selection
 from torchload.match.globs import Globs
@@ -16,7 +16,7 @@ from torchload.model.unwrapping import bare_names
 from torchload.plan.constants import differing_constants
 from torchload.plan.options import Options
 from torchload.plan.promises import unkept_globs, unkept_rules
-from torchload.plan.quantized import is_float8, quantized_problem
+from torchload.plan.quantized import elsewhere_says, is_float8, quantized_problem
 
 __all__ = ["Doubts", "unkept"]
 
@@ -54,19 +54,19 @@ class Doubts:
         warnings: What a careful person would want to know of it.
     """
 
-    def __init__(self, target: Target, selection: Selection, options: Options) -> None:
-        self._target, self._selection, self._options = target, selection, options
+    def __init__(self, target: Target, checkpoint: Checkpoint, selection: Selection, options: Options) -> None:
+        self._target, self._checkpoint, self._selection, self._options = target, checkpoint, selection, options
         self.problems, self.warnings = unkept(target, selection, options.skip, options.keep_fp32, options.rename)
         self._look_at_quantized()
-        if turned := transposed(selection):
+        if turned := [name for name in transposed(selection) if name not in selection.aliases]:
             self.problems.append(
                 f"{_listed(turned)}: the file has the matrix the other way round. Square ones beside it would be "
                 "loaded transposed; transpose them all first"
             )
+        self.problems += self._unproved_aliases()
         if not options.strict:
             self._look_at_parts()
-        allowance = Allowance(options.path, options.size_bytes)
-        self.warnings += differing_constants(target, selection, allowance)
+        self.warnings += differing_constants(target, selection, Allowance(checkpoint.size_bytes))
 
     def _look_at_quantized(self) -> None:
         selection = self._selection
@@ -78,8 +78,7 @@ class Doubts:
             and (slot := self._target.by_name.get(name)) is not None
             and not is_float8(slot.tensor.dtype)
         ]
-        look = self._options.elsewhere
-        elsewhere = look(selection) if plain and look is not None else None
+        elsewhere = elsewhere_says(self._checkpoint, selection) if plain else None
         if (problem := quantized_problem(self._target, selection, elsewhere)) is not None:
             self.problems.append(problem)
         elif plain and self._options.dtype != "auto":
@@ -88,11 +87,25 @@ class Doubts:
                 f"scale for them was found: cast as they are ({_listed(plain)})"
             )
 
+    def _unproved_aliases(self) -> Iterator[str]:
+        """What shared memory in another shape when it was saved: only a model that shares it so tells how."""
+        for name, kept in self._selection.aliases.items():
+            if (slot := self._target.by_name.get(name)) is not None and slot.tensor.is_meta:
+                what = "build the model on a real device, where its own tensors share memory so"
+            elif self._options.strict:
+                what = "make it a view of that in the model, as it was when saved, or save with torch.save"
+            else:
+                continue
+            yield (
+                f"{name} is in the file only as another name of {kept!r}, with which it shared memory in another "
+                f"shape; the file doesn't say which part of it. To load it, {what}"
+            )
+
     def _look_at_parts(self) -> None:
         """What `strict=False` leaves as it is."""
         selection = self._selection
         if parts := list(_left_as_it_is(selection)):
-            self.warnings.append(f"{self._options.path} was loaded in part (strict=False). {'; '.join(parts)}")
+            self.warnings.append(f"loaded in part (strict=False): {'; '.join(parts)}")
         if selection.averaged:
             self.warnings.append(f"took averaged weights, {selection.path!r}; key= chooses others")
 

@@ -13,6 +13,7 @@ import torch
 
 from torchload.core.checkpoint import TensorEntry
 from torchload.core.collector import collector_paused
+from torchload.core.sharing import View
 from torchload.core.undo import Undo
 from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Selection
@@ -153,8 +154,7 @@ def _hand_over(plan: LoadPlan, target: Target, selection: Selection, undo: Undo,
                 hooks.run_own_loader(hooked, slots, selection, read, undo)
     if refusals:
         problems = [str(refusal) for refusal in refusals]
-        text = "\n  ".join([*problems, "Nothing was loaded; the model is unchanged."])
-        raise IncompatibleCheckpointError(text, problems=problems) from refusals[0].__cause__
+        raise IncompatibleCheckpointError("\n  ".join(problems), problems=problems) from refusals[0].__cause__
 
 
 @contextlib.contextmanager
@@ -186,7 +186,7 @@ def _move(
     changes: Changes,
 ) -> int:
     """Into fresh memory first, then in place with a cast, which may overflow, then as it is; returns bytes read."""
-    moved = [item for item in plan.assignments if item.way is not Way.MAPPED]
+    moved = [item for item in plan.assignments if item.way in (Way.IN_PLACE, Way.FRESH)]
     phases: tuple[list[Assignment], list[Assignment], list[Assignment]] = ([], [], [])
     for item in moved:
         casts = item.entry.dtype is not item.dtype
@@ -239,7 +239,16 @@ def _fresh_memory(assignments: list[Assignment]) -> dict[int, torch.Tensor]:
         tensors = allocate([(_shape(item), item.dtype) for item in items], device)
         for item, tensor in zip(items, tensors):
             memory[id(item)] = _laid_out_like(item, tensor)
+    for item in assignments:
+        if item.whole is not None and id(item.whole[0]) in memory:
+            memory[id(item)] = _part(memory[id(item.whole[0])], item.whole[1])
     return memory
+
+
+def _part(memory: torch.Tensor, view: View) -> torch.Tensor:
+    """A view of new memory that lies in it as it did in the old one."""
+    first = (view.part.start_bytes - view.whole.start_bytes) // view.whole.dtype.itemsize
+    return memory.as_strided(view.part.shape, view.part.strides, memory.storage_offset() + first)
 
 
 def _shape(item: Assignment) -> tuple[int, ...]:
@@ -254,7 +263,7 @@ def _laid_out_like(item: Assignment, memory: torch.Tensor) -> torch.Tensor:
     return memory.as_strided(model.shape, torch.empty_like(model, device="meta").stride())
 
 
-def compare_landed(plan: LoadPlan, path: str) -> None:
+def compare_landed(plan: LoadPlan) -> None:
     """Read back what was loaded and compare it with the file, where its checksum doesn't tell already."""
     from torchload.plan.compare import Pair, compare  # for `verify=True` only
 
@@ -264,5 +273,5 @@ def compare_landed(plan: LoadPlan, path: str) -> None:
     if differing := compare(pairs):
         more = f" (and {len(differing) - 1:,} more)" if len(differing) > 1 else ""
         raise TorchLoadError(
-            f"{path} did not arrive as it was read: {differing[0]}{more}. The memory or a bus is at fault.", path=path
+            f"The checkpoint did not arrive as it was read: {differing[0]}{more}. The memory or a bus is at fault."
         )

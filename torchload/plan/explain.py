@@ -24,9 +24,7 @@ _MOST_CHARACTERS = 240  # of a line
 _MOST_IN_ALL = 2_900
 
 
-def incompatible(
-    target: Target, selection: Selection, problems: Sequence[str], path: str
-) -> IncompatibleCheckpointError:
+def incompatible(target: Target, selection: Selection, problems: Sequence[str]) -> IncompatibleCheckpointError:
     """The error that says everything that keeps a checkpoint from fitting a model."""
     model = type(target.model).__name__
     where = f" (looked at {selection.path!r})" if selection.path else ""
@@ -36,7 +34,7 @@ def incompatible(
     advice = Advice(target, selection)
     near = _near(target, selection, advice.renamed) if selection.missing else {}
     what = "does not fit" if selection.pairs or not target.names else "has not one name in common with"
-    lines = [f"{path} {what} this {model}{where}. Nothing was loaded; the model is unchanged."]
+    lines = [f"The checkpoint {what} this {model}{where}."]
     if selection.mismatched:
         lines.append(f"  {plural(len(selection.mismatched), 'tensor')} {_have(selection.mismatched)} another shape")
         lines += _shapes(selection.mismatched)
@@ -55,7 +53,6 @@ def incompatible(
         lines += advice.lines()
     return IncompatibleCheckpointError(
         _bounded(lines),
-        path=path,
         missing_keys=selection.missing,
         unexpected_keys=unexpected,
         mismatched=selection.mismatched,

@@ -22,6 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torchload.core.checkpoint import Copies, OpaqueTensor, Record, TensorEntry
 from torchload.core.in_memory import entry_of
 from torchload.core.quantized import quantized_tensor
+from torchload.core.text import quoted
 from torchload.core.undo import Undo
 from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Selection
@@ -79,8 +80,7 @@ def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Sel
     before = dict(state)
     if complaints := call_pre_hooks(target, state, partial(_local_metadata, selection)):
         raise IncompatibleCheckpointError(
-            "A load-state-dict pre-hook of the model refused the checkpoint. Nothing was loaded; the model is "
-            "unchanged.\n  " + "\n  ".join(complaints),
+            "\n  ".join(("A load-state-dict pre-hook of the model refused the checkpoint.", *complaints)),
             problems=complaints,
         )
     if state.keys() == before.keys() and all(state[name] is before[name] for name in state):
@@ -197,7 +197,7 @@ def run_own_loader(
         raise
     except Exception as error:
         where = f" at {hooked.prefix.rstrip('.')!r}" if hooked.prefix else ""
-        what = f"{type(hooked.module).__name__}{where} loads itself, and refused this checkpoint: {error}"
+        what = f"{type(hooked.module).__name__}{where} loads itself, and refused this checkpoint: {quoted(error)}"
         raise RefusedError(what) from error
 
 
@@ -321,10 +321,8 @@ def set_extra_state(name: str, module: nn.Module, value: Any, read: ReadTensor, 
     except _NO_REFUSAL:
         raise
     except Exception as error:
-        what = (
-            f'The extra state {name!r} can\'t be restored: {error}. To load the rest: smart_load(..., skip=["{name}"])'
-        )
-        raise RefusedError(what) from error
+        advice = f'To load the rest: smart_load(..., skip=["{name}"])'
+        raise RefusedError(f"The extra state {name!r} can't be restored: {quoted(error)}. {advice}") from error
 
 
 def run_post_hooks(target: Target, missing: Sequence[str], unexpected: Sequence[str]) -> _IncompatibleKeys:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torchload.match import Selection
 from torchload.match.globs import Globs
 from torchload.match.rename import Rename
 from torchload.model.placement import Placement
@@ -27,13 +25,10 @@ class Options:
         keep_fp32: Globs of names that stay float32.
         strict: Whether anything missing, mismatched or unexpected is an error.
         atomic: Whether everything is staged in fresh memory first.
-        path: The checkpoint, for messages.
         mmap: Whether tensors on the CPU may become private views of the file.
         verify: Whether data is compared with what the file records, and with what landed.
         skip: Globs of names that are left alone.
         rename: What was done to the file's names.
-        size_bytes: Length of the checkpoint's files, which bounds what of their data is looked at.
-        elsewhere: Where beside some weights something says that they are quantized.
     """
 
     placement: Placement
@@ -41,10 +36,7 @@ class Options:
     keep_fp32: tuple[str, ...]
     strict: bool
     atomic: bool
-    path: str
     mmap: bool = False
     verify: bool = False
     skip: Globs = _NO_GLOBS
     rename: Rename | None = None
-    size_bytes: int = 0
-    elsewhere: Callable[[Selection], str | None] | None = None

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from torchload.core.checkpoint import Box, Shape, TensorEntry
+from torchload.core.checkpoint import Box, Region, Shape, TensorEntry
 from torchload.core.copies import Copy
-from torchload.model.shards import Region, is_ordinary, local_region
+from torchload.model.shards import is_ordinary, local_region
 
 __all__ = ["copies_of"]
 

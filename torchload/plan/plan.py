@@ -14,9 +14,10 @@ from functools import cached_property
 
 import torch
 
-from torchload.core.checkpoint import Box, Extent, OpaqueTensor, Record, TensorEntry, entries_in
+from torchload.core.checkpoint import Box, Checkpoint, Extent, OpaqueTensor, Record, TensorEntry, entries_in
 from torchload.core.copies import Copy
 from torchload.core.in_memory import TensorSource
+from torchload.core.sharing import View, part_of
 from torchload.match import Selection
 from torchload.match.globs import Globs
 from torchload.model.placement import check_room
@@ -41,6 +42,7 @@ class Way(Enum):
     IN_PLACE = "straight into the memory that it has"
     FRESH = "into new memory, which it shows once everything has arrived"
     MAPPED = "it shows a private view of the file"
+    SEEN = "it lies in the memory of another tensor, and goes on to do so"
 
 
 class Check(Flag):
@@ -68,6 +70,7 @@ class Assignment:
         device: Device that the slot will be on.
         way: How it gets its bytes.
         check: When its data is checked.
+        whole: What it lies in the memory of, and how.
     """
 
     slot: Slot
@@ -78,6 +81,7 @@ class Assignment:
     device: torch.device
     way: Way = Way.IN_PLACE
     check: Check = Check.NONE
+    whole: tuple[Assignment, View] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,7 +136,7 @@ class LoadPlan:
         return _extents([*(item.entry for item in self.assignments if Check.BEFORE in item.check), *self.given])
 
 
-def make_plan(target: Target, selection: Selection, options: Options) -> LoadPlan:
+def make_plan(target: Target, checkpoint: Checkpoint, selection: Selection, options: Options) -> LoadPlan:
     """Decide what goes where, and how.
 
     Raises:
@@ -140,20 +144,21 @@ def make_plan(target: Target, selection: Selection, options: Options) -> LoadPla
         DeviceError: Too little memory on a device.
         CorruptCheckpointError: Names that the model ties had to be compared, and their data is damaged.
     """
-    planner = _Planner(target, selection, options)
+    planner = _Planner(target, checkpoint, selection, options)
     planner.plan_modules()
     for slot in target.slots:
         planner.plan_slot(slot)
+    planner.plan_views()
     planner.check()
-    check_room(_fresh_bytes(planner.plan), options.path)
+    check_room(_fresh_bytes(planner.plan))
     return planner.plan
 
 
 class _Planner:
     """A plan in the making, and what stands against it."""
 
-    def __init__(self, target: Target, selection: Selection, options: Options) -> None:
-        self.target, self.selection, self.options = target, selection, options
+    def __init__(self, target: Target, checkpoint: Checkpoint, selection: Selection, options: Options) -> None:
+        self.target, self.checkpoint, self.selection, self.options = target, checkpoint, selection, options
         self.problems: list[str] = []
         lacks_names = bool(selection.missing or selection.unexpected)
         tentative = options.strict and lacks_names and bool(target.post_hooks)
@@ -254,6 +259,8 @@ class _Planner:
         tensor = slot.tensor
         if slot.shape is None:
             return
+        if slot.name in self.selection.aliases and tensor.is_meta:
+            return  # said with what it is an alias of
         if tensor.is_meta and not is_filled and slot.name.rpartition(".")[2] not in _ZERO_AT_FIRST:
             what = "isn't in the file" if slot.persistent else "is a non-persistent buffer, which no checkpoint holds"
             self.problems.append(
@@ -263,6 +270,7 @@ class _Planner:
             return
         dtype = final_dtype(tensor.dtype, self.options.dtype, keeps_fp32=self._keeps_fp32(slot))
         if dtype is not tensor.dtype or device != tensor.device:
+            self._check_sharing(slot, "another dtype or device")
             self.plan.conversions.append(Conversion(slot, dtype, device))
 
     def _unfit(self, name: str, slot: Slot, entry: TensorEntry, dtype: torch.dtype) -> Verdict | str:
@@ -290,31 +298,57 @@ class _Planner:
         """Refuse different values for names that the model ties together."""
         leaves = self.selection.leaves
         held = {leaf.location: (s, leaf) for _, s in sources if isinstance(leaf := leaves[s], TensorEntry)}
-        (first, entry), *others = held.values()
+        self._compare(name, *held.values())
+
+    def _compare(self, name: str, first: tuple[str, TensorEntry], *others: tuple[str, TensorEntry]) -> None:
         if others and self.options.verify:
-            verify_extents(_extents([leaf for _, leaf in held.values()]))
-        if not all(same_data(entry, other) for _, other in others):
-            names = " and ".join((first, *(source for source, _ in others)))
+            verify_extents(_extents([entry for _, entry in (first, *others)]))
+        if not all(same_data(first[1], other) for _, other in others):
+            names = " and ".join(source for source, _ in (first, *others))
             self.problems.append(
                 f"{names} differ in the file, but the model ties them ({name}). Untie the parameters first, or drop "
                 "one copy: smart_load(..., rename=function that gives None)"
             )
+
+    def plan_views(self) -> None:
+        """What lies in the memory of another tensor of the model: one value for both, and new memory for both."""
+        items = {item.name: item for item in self.plan.assignments} if self.target.views else {}
+        wholes: set[str] = set()
+        for part in items.values():
+            for view in self.target.views.get(part.name, ()):
+                whole = items.get(view.name)
+                if whole is None or (whole.dtype, whole.device) != (part.dtype, part.device):
+                    continue
+                seen = part_of(whole.entry, view.whole, view.part)
+                if seen is None:
+                    continue
+                if seen.location != part.entry.location:
+                    self._compare(part.name, (whole.source, seen), (part.source, part.entry))
+                if whole.way is not Way.SEEN and part.name not in wholes:
+                    wholes.add(whole.name)
+                    part.way, part.check, part.whole = Way.SEEN, Check.NONE, (whole, view)
+                    break
 
     # --- how it gets its bytes ---
 
     def _way(self, item: Assignment) -> Way:
         slot, tensor = item.slot, item.slot.tensor
         is_moved = tensor.is_meta or tensor.dtype is not item.dtype or tensor.device != item.device
-        if self.options.mmap and _can_map(item):
-            if not is_moved and slot.is_shared:
-                self.problems.append(
-                    f"{item.name} is in memory that processes share, which mmap=True would replace; load without it"
-                )
+        maps = self.options.mmap and _can_map(item) and item.name not in self._in_views
+        if is_moved or maps:
+            self._check_sharing(slot, "another dtype or device" if is_moved else "mmap=True")
+        if maps:
             return Way.MAPPED
         if self.plan.keeps_old or slot.shape is None or is_moved or self._is_read_from_the_model(item):
             return Way.FRESH
         overlaps = torch._debug_has_internal_overlap(tensor) == 1  # one element is several, as in an expanded buffer
         return Way.FRESH if overlaps else Way.IN_PLACE
+
+    def _check_sharing(self, slot: Slot, what: str) -> None:
+        if slot.is_shared:
+            self.problems.append(
+                f"{slot.name} is in memory that processes share, which {what} would replace; load without it"
+            )
 
     def _is_read_from_the_model(self, item: Assignment) -> bool:
         """Whether a tensor's source is memory of the model, which may be written to before it is read."""
@@ -325,6 +359,12 @@ class _Planner:
             if isinstance(source, TensorSource) and source.address in self._own_memory:
                 return True
         return False
+
+    @cached_property
+    def _in_views(self) -> frozenset[str]:
+        """Names of tensors that lie in one piece of memory with others; a view of the file would part them."""
+        views = self.target.views
+        return frozenset([*views, *(view.name for found in views.values() for view in found)])
 
     @cached_property
     def _own_memory(self) -> frozenset[int]:
@@ -341,7 +381,7 @@ class _Planner:
             problems.append(_misplaced(unused))
         for name, claims in list(selection.alignment.ambiguous.items())[:5]:
             problems.append(f"{name} could be any of {', '.join(claims[:4])}; use rename= or prefix= to decide")
-        doubts = Doubts(target, selection, self.options)
+        doubts = Doubts(target, self.checkpoint, selection, self.options)
         problems += doubts.problems
         self.plan.warnings += doubts.warnings
         lacking = selection.missing or selection.mismatched or selection.unexpected
@@ -352,7 +392,7 @@ class _Planner:
             )
         forgivable = self.plan.is_tentative and not selection.mismatched
         if problems or (self.options.strict and lacking and not forgivable):
-            raise incompatible(target, selection, problems, self.options.path)
+            raise incompatible(target, selection, problems)
 
     def _almost_nothing(self) -> bool:
         """Whether so little fits that calling it a load would mislead: a tenth of the tensors and of the elements."""

@@ -50,10 +50,19 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
             raise
         problem = quantized_problem(target, unmatched, None)
         problems = [problem] if problem else []
-        raise incompatible(target, replace(unmatched, attempt=attempt), problems, checkpoint.path) from None
+        raise incompatible(target, replace(unmatched, attempt=attempt), problems) from None
     if not strict:
         selection = held_back(selection, wanted)
-    return selection if selection.fits else replace(selection, attempt=attempt)
+    if selection.fits:
+        return selection
+    return replace(selection, attempt=attempt, aliases=_aliases(selection, checkpoint.metadata))
+
+
+def _aliases(selection: Selection, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Names of another shape that safetensors lists as others of a tensor which it kept: dropped → kept."""
+    sources = {name: selection.pairs[name] for name in selection.mismatched if name in selection.pairs}
+    originals = {name: selection.original.get(source, source) for name, source in sources.items()}
+    return {name: metadata[source] for name, source in originals.items() if source in metadata}
 
 
 def _wanted(target: Target, skip: Globs) -> Wanted:
@@ -68,6 +77,7 @@ def _wanted(target: Target, skip: Globs) -> Wanted:
         whole=frozenset(map(last, target.own_state)),
         transient={slot.name: slot.shape for slot in target.slots if not slot.persistent},
         skip=skip,
+        views=target.views,
     )
 
 
@@ -75,7 +85,7 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
     """What is chosen, after every hook had its say."""
     if not wanted.shapes:
         return _nothing_wanted(checkpoint, choice["key"], wanted)
-    choice.update(path=checkpoint.path, size_bytes=checkpoint.size_bytes, read=map_entry)
+    choice.update(size_bytes=checkpoint.size_bytes, read=map_entry)
     hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
     if not hooked:
         return select(checkpoint.root, wanted, strict=strict, **choice)
@@ -105,13 +115,13 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
 
 def _nothing_wanted(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selection:
     """For a model without any state, what the file has is unexpected, and nothing is what it should have."""
-    places = find_places(checkpoint.root, key, Allowance(checkpoint.path, checkpoint.size_bytes))
+    places = find_places(checkpoint.root, key, Allowance(checkpoint.size_bytes))
     return _unpaired(places[0] if places else Place("", (), {}, {}, frozenset()), wanted)
 
 
 def _unmatched(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selection | None:
     """The largest container of weights as what has no name in common with a model, to say what would mend it."""
-    places = find_places(checkpoint.root, None, Allowance(checkpoint.path, checkpoint.size_bytes))
+    places = find_places(checkpoint.root, None, Allowance(checkpoint.size_bytes))
     likely = [
         place
         for place in places

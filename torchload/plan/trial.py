@@ -81,9 +81,8 @@ def select_through_hooks(
     if len(found) > 1:
         keys = list(dict.fromkeys(selection.path for _, selection in found.values()))
         raise AmbiguousCheckpointError(
-            f"{checkpoint.path} holds {len(keys)} sets of weights that the model's own hooks accept. Nothing was "
-            "loaded. Say which is meant:\n" + "\n".join(f"    key={key!r}" for key in keys[:10]),
-            path=checkpoint.path,
+            f"The checkpoint holds {len(keys)} sets of weights that the model's own hooks accept.\n  Say which is "
+            "meant:\n" + "\n".join(f"    key={key!r}" for key in keys[:10]),
             candidates=keys,
         )
     for reading, selection in found.values():
@@ -99,7 +98,7 @@ def _readings(
     target: Target, checkpoint: Checkpoint, wanted: Wanted, key: str | None, rename: Rename | None
 ) -> Iterator[_Reading]:
     """Containers with their names as they are, and with the wrappers that the model has in place of the file's."""
-    allowance = Allowance(checkpoint.path, checkpoint.size_bytes)
+    allowance = Allowance(checkpoint.size_bytes)
     try:
         places = find_places(checkpoint.root, key, allowance, wanted.whole)
     except TorchLoadError:
@@ -192,7 +191,6 @@ def _through_pre_hooks(
         selection = select(
             Container(rewritten, _metadata(reading)),
             wanted,
-            path=checkpoint.path,
             key="",
             size_bytes=checkpoint.size_bytes,
             read=None if is_trial else read,

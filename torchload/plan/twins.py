@@ -12,6 +12,7 @@ from torch import nn
 
 from torchload.core.checkpoint import TensorEntry
 from torchload.core.in_memory import entry_of
+from torchload.core.text import quoted
 from torchload.match import Selection
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
 from torchload.plan import hooks
@@ -53,7 +54,7 @@ def load_twins(target: Target, selection: Selection) -> Twins:
         except (MemoryError, OSError):
             raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - whatever the module's own code raises
-            reason = f"{type(hooked.module).__name__} loads itself, and a copy of it did not: {error}"
+            reason = f"{type(hooked.module).__name__} loads itself, and a copy of it did not: {quoted(error)}"
             found.differing += [Difference(name, source, 0, 0, reason=reason) for name, source in given.items()]
             continue
         for name, theirs, ours in _values(hooked, twin):
@@ -92,7 +93,7 @@ def compare_extra_states(target: Target, selection: Selection) -> list[Differenc
         except (MemoryError, OSError):
             raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - the module's own code, or a value that only code could build
-            found.append(Difference(name, source, 0, 0, reason=str(error)))
+            found.append(Difference(name, source, 0, 0, reason=quoted(error)))
             continue
         if compare_values(name, source, theirs, ours) is None:
             continue
@@ -103,7 +104,9 @@ def compare_extra_states(target: Target, selection: Selection) -> list[Differenc
         except (MemoryError, OSError):
             raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - the module's own code
-            found.append(Difference(name, source, 0, 0, reason=f"a copy of the module did not take it: {error}"))
+            found.append(
+                Difference(name, source, 0, 0, reason=f"a copy of the module did not take it: {quoted(error)}")
+            )
             continue
         if (difference := compare_values(name, source, theirs, ours)) is not None:
             found.append(difference)

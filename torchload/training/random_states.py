@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from torchload.core.checkpoint import TensorEntry
+from torchload.core.text import quoted
 from torchload.plan.hooks import plain
 from torchload.transfer import map_entry
 
@@ -83,7 +84,7 @@ def plan_random_states(tree: Any, rank: int, ranks: int) -> tuple[list[RandomSta
         except (MemoryError, OSError):
             raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - each kind of generator has its own way to refuse
-            notes.append(f"the random state {path!r} was left aside: {error}")
+            notes.append(f"the random state {path!r} was left aside: {quoted(error)}")
             continue
         found.append(RandomState(kind, path, state, get, put))
     return found, notes

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from torchload.core.text import quoted
 from torchload.model.shards import is_sharded, local_region
 from torchload.model.target import Slot, Target
 from torchload.plan import hooks
@@ -35,8 +36,10 @@ def receive(receiver: Any, state: Any) -> None:
         for group, names in zip(getattr(receiver, "param_groups", ()), before):
             if lacking := names - group.keys():
                 raise ValueError(f"its groups would lack {', '.join(sorted(lacking))}")
+    except (MemoryError, OSError):
+        raise  # which says nothing about what is in the file
     except Exception as error:
-        raise RefusedError(f"{type(receiver).__name__} did not accept its state: {error}") from error
+        raise RefusedError(f"{type(receiver).__name__} did not accept its state: {quoted(error)}") from error
 
 
 def like(value: Any, live: Any) -> Any:
@@ -49,7 +52,7 @@ def like(value: Any, live: Any) -> Any:
         {'milestones': Counter({30: 1}), 'gamma': 0.1}
     """
     if isinstance(value, Mapping) and isinstance(live, Mapping):
-        if live and all(type(key) is int for key in live):
+        if type(live) is Counter or (live and all(type(key) is int for key in live)):  # a Counter's keys are milestones
             value = {_number(key): inner for key, inner in value.items()}
         inner = {key: like(inner, live.get(key)) for key, inner in value.items()}
         return Counter(inner) if type(live) is Counter else OrderedDict(inner) if type(live) is OrderedDict else inner

@@ -26,12 +26,13 @@ from torchload.model.target import Target, describe_model
 from torchload.model.unwrapping import module_within
 from torchload.model.walk import parameter_names
 from torchload.plan import hooks
-from torchload.plan.account import notes_of, report_of
+from torchload.plan.acceptance import after_post_hooks
+from torchload.plan.account import report_of
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Moved, carry_out
+from torchload.plan.explain import incompatible
 from torchload.plan.options import Options
 from torchload.plan.plan import LoadPlan, make_plan
-from torchload.plan.quantized import elsewhere_says
 from torchload.plan.steps import select_for
 from torchload.training.optimizer_states import Place, extents_in, read_states
 from torchload.training.optimizers import OptimizerPlan, plan_optimizer
@@ -70,6 +71,7 @@ class Resumption:
     strict: bool
     placement: Placement
     dtype: DtypeSpec
+    left_changed: list[str]  # gets the names of what may not be as it was, where taking back failed
     loads: list[_Load] = field(default_factory=list)
     optimizers: list[OptimizerPlan] = field(default_factory=list)
     steps: list[tuple[str, Any, Any]] = field(default_factory=list)  # what it is, the object, what it is to load
@@ -154,14 +156,11 @@ class Resumption:
             (),
             self.strict,
             atomic,
-            self.checkpoint.path,
             skip=skip if keeps_promises else Globs(),
             rename=choice["rename"] if keeps_promises else None,
-            size_bytes=self.checkpoint.size_bytes,
-            elsewhere=partial(elsewhere_says, self.checkpoint),
         )
         selection = select_for(target, replace(self.checkpoint, root=root), skip, self.strict, **choice)
-        plan = make_plan(target, selection, options)
+        plan = make_plan(target, self.checkpoint, selection, options)
         return _Load(target, selection, plan, options)
 
     def plan_rest(self, optimizers: Any, schedulers: Any, scaler: Any) -> None:
@@ -213,9 +212,12 @@ class Resumption:
     def _file_order(self) -> dict[int, int]:
         """Identity of each parameter → its place in the file, where its weights are in the order of a model."""
         load, checkpoint = self.loads[0], self.checkpoint
-        if self.tree is not checkpoint.root or len(checkpoint.sources) != 1 or "folder" in checkpoint.format:
-            return {}  # sharded and distributed files, and those beside an optimizer's, have an order of their own
-        places = {name: place for place, name in enumerate(load.selection.leaves)}
+        if len({source.name for source in checkpoint.sources}) > 1 or "folder" in checkpoint.format:
+            return {}  # sharded and distributed files have an order of their own
+        leaves = load.selection.leaves
+        if _are_sorted(leaves):
+            return {}
+        places = {name: place for place, name in enumerate(leaves)}
         order: dict[int, int] = {}
         for slot in load.target.slots:
             stored = [places[load.selection.pairs[name]] for name in slot.names if name in load.selection.pairs]
@@ -271,10 +273,7 @@ class Resumption:
         """Raise everything that stands against the plan."""
         if self.problems:
             raise IncompatibleCheckpointError(
-                f"{self.checkpoint.path} can't be resumed from. Nothing was restored; everything is as it was.\n  "
-                + "\n  ".join(self.problems),
-                path=self.checkpoint.path,
-                problems=self.problems,
+                "\n  ".join(("The checkpoint can't be resumed from.", *self.problems)), problems=self.problems
             )
 
     def warnings(self) -> Iterator[str]:
@@ -308,20 +307,20 @@ class Resumption:
                     receiver.updates = state
                 else:
                     receive(receiver, state)
-            for load in self.loads:
-                hooks.run_post_hooks(load.target, load.selection.missing, load.selection.unexpected)
+            for load in filter(lambda load: load.target.post_hooks, self.loads):
+                load.selection = after_post_hooks(load.target, load.selection)
+                if self.strict and (load.selection.missing or load.selection.unexpected):
+                    raise incompatible(load.target, load.selection, [])
             for random_state in self.random_states:  # last: nothing after it draws numbers
                 undo.steps.append(partial(random_state.set, random_state.get()))
                 random_state.set(random_state.state)
         except BaseException as error:
             if failures := undo.roll_back():
+                self.left_changed += [name for load in self.loads for name in load.target.names]
                 raise failures[0] from error
             if isinstance(error, RefusedError):
                 raise IncompatibleCheckpointError(
-                    f"{self.checkpoint.path} can't be resumed from: {error}. Nothing was restored; everything is as it "
-                    "was.",
-                    path=self.checkpoint.path,
-                    problems=[str(error)],
+                    f"The checkpoint can't be resumed from: {error}.", problems=[str(error)]
                 ) from error.__cause__
             raise
 
@@ -336,12 +335,10 @@ class Resumption:
     def report(self) -> ResumeReport:
         """The account."""
         state = find_training_state(self.tree)
-        reports = []
-        for load in self.loads:
-            notes = tuple(notes_of(self.checkpoint, load.selection, load.plan, False))
-            reports.append(
-                report_of(load.target, self.checkpoint, load.selection, load.plan, load.moved, notes, load.seconds)
-            )
+        reports = [
+            report_of(load.target, self.checkpoint, load.selection, load.plan, load.moved, load.seconds)
+            for load in self.loads
+        ]
         parts = [*state.optimizers, *state.schedulers, *([state.scaler] if state.scaler else [])]
         known = {
             path.split(".")[0] for path in [*(load.selection.key for load in self.loads), *(p.path for p in parts)]
@@ -361,6 +358,14 @@ class Resumption:
 _ADDED_LATER = frozenset(
     {"_is_initial", "_get_lr_called_within_step", "_step_count", "_last_lr", "verbose", "mode_worse"}
 )
+
+
+def _are_sorted(leaves: Mapping[str, Any]) -> bool:
+    """Whether somebody sorted the names, as safetensors does for each dtype: then it isn't the order of a model."""
+    by_dtype: dict[Any, list[str]] = {}
+    for name, leaf in leaves.items():
+        by_dtype.setdefault(getattr(leaf, "dtype", None), []).append(name)
+    return all(names == sorted(names) for names in by_dtype.values())
 
 
 def _is_all(names: Sequence[str], model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torchload.match.tables import SWAPPED, Standing, container_standing, words_
 
 __all__ = [
     "COMPANIONS",
+    "NUMBERED",
     "RANDOM_STATE",
     "RANDOM_STATES",
     "Found",
@@ -98,6 +99,8 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
     "scaler": ("scaler.pt", "scaler.pth"),
     "trainer_state": ("trainer_state.json",),
 }
+
+NUMBERED = ("optimizer", "scheduler")  # where there are several models, each has its own
 
 # Files with the states of random number generators, one for each rank (accelerate, Trainer), or for the only one.
 RANDOM_STATES = ("random_states_{rank}.pkl", "rng_state_{rank}.pth")

@@ -8,7 +8,6 @@ The format records no checksums.
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from torchload.core.checkpoint import (
     contiguous_strides,
 )
 from torchload.core.source import Source
-from torchload.errors import CorruptCheckpointError
+from torchload.errors import CorruptCheckpointError, damaged, incomplete
 from torchload.formats.json_text import parse_object
 
 __all__ = ["open", "recognizes"]
@@ -94,13 +93,7 @@ def open(source: Source, path: str) -> Checkpoint:
     """
     header, data_offset = _read_header(source, path)
     metadata = _take_metadata(header, path)
-    root = Container()
-    placed: list[tuple[int, int, str]] = []
-    describe = _Describer(Extent(source, data_offset, source.size - data_offset), path)
-    for name, fields in header.items():
-        begin, end, entry = describe(name, fields)
-        placed.append((begin, end, name))
-        root[name] = entry
+    root, placed = _Header(Extent(source, data_offset, source.size - data_offset), path).entries(header)
     _check_coverage(placed, source, data_offset, path)
     _restore_tied_names(root, metadata)
     notes = _metadata_notes(metadata)
@@ -109,32 +102,19 @@ def open(source: Source, path: str) -> Checkpoint:
 
 def _read_header(source: Source, path: str) -> tuple[dict[str, Any], int]:
     if source.size < 8:
-        raise CorruptCheckpointError(
-            f"{path} is incomplete: a safetensors file begins with 8 bytes of header length, this one has "
-            f"{source.size} bytes. Download or copy it again.",
-            path=path,
-        )
-    (length,) = struct.unpack("<Q", source.read(0, 8))
+        problem = f"a safetensors file begins with 8 bytes of header length, this one has {source.size} bytes"
+        raise incomplete(path, problem)
+    length = int.from_bytes(source.read(0, 8), "little")
     if length > MAX_HEADER_BYTES:
-        raise CorruptCheckpointError(
-            f"{path} is not a valid safetensors file: it claims a header of {length:,} bytes, but at most "
-            f"{MAX_HEADER_BYTES:,} are allowed. Download or copy it again.",
-            path=path,
-        )
+        problem = f"it claims a header of {length:,} bytes, but at most {MAX_HEADER_BYTES:,} are allowed"
+        raise damaged(path, problem)
     if 8 + length > source.size:
-        raise CorruptCheckpointError(
-            f"{path} is incomplete: its header alone needs {8 + length:,} bytes, the file has {source.size:,}. "
-            "Download or copy it again.",
-            path=path,
-        )
+        problem = f"its header alone needs {8 + length:,} bytes, the file has {source.size:,}"
+        raise incomplete(path, problem)
     data = bytearray(length)
     source.readinto(8, memoryview(data))
     if not data.startswith(b"{"):
-        raise CorruptCheckpointError(
-            f"The header of {path} does not begin with '{{' as a safetensors header must. "
-            "Download or copy the file again.",
-            path=path,
-        )
+        raise damaged(path, "its header does not begin with '{' as a safetensors header must")
     return parse_object(data, "safetensors header", path), 8 + length
 
 
@@ -166,8 +146,8 @@ class _Layout(NamedTuple):
     nbytes: int
 
 
-class _Describer:
-    """Turns one header entry after the other into (begin, end, entry)."""
+class _Header:
+    """The tensors that a header describes, all in one buffer."""
 
     __slots__ = ("buffer", "layouts", "path")
 
@@ -176,28 +156,36 @@ class _Describer:
         self.path = path
         self.layouts: dict[tuple[str, Shape], _Layout] = {}
 
-    def __call__(self, name: str, fields: Any) -> tuple[int, int, TensorEntry | OpaqueTensor]:
-        try:
-            code, sizes, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-            layout = self.layouts.get((code, tuple(sizes)))
-        except (KeyError, TypeError, ValueError):
-            raise self._bad_entry(name, fields) from None
-        # A cached layout says nothing about the types of these sizes: True and 1.0 are equal to 1.
-        if layout is None or not _INT.issuperset(map(type, sizes)):
-            layout = self._layout(name, fields)
-        if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
-            raise self._refuse(name, f"its data_offsets {_short(fields['data_offsets'])} are not two ordered positions")
-        if end - begin != layout.nbytes:
-            raise self._refuse(
-                name, f"{code} of shape {_short(sizes)} takes {layout.nbytes:,} bytes, not {end - begin:,}"
-            )
-        if layout.dtype is None:
-            reason = f"a tensor of dtype {code}, which torch {torch.__version__} can't represent"
-            return begin, end, OpaqueTensor(reason, layout.shape)
-        if begin == end:
-            return begin, end, TensorEntry(layout.dtype, layout.shape, ())
-        box = Box(self.buffer, begin, layout.shape, layout.strides, layout.origin)
-        return begin, end, TensorEntry(layout.dtype, layout.shape, (box,))
+    def entries(self, header: dict[str, Any]) -> tuple[Container, list[tuple[int, int, str]]]:
+        """Every tensor by its name, and (begin, end, name) of its data in the buffer."""
+        root = Container()
+        placed: list[tuple[int, int, str]] = []
+        buffer, layouts = self.buffer, self.layouts
+        for name, fields in header.items():
+            try:
+                code, sizes, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+                layout = layouts.get((code, tuple(sizes)))
+            except (KeyError, TypeError, ValueError):
+                raise self._bad_entry(name, fields) from None
+            # A cached layout says nothing about the types of these sizes: True and 1.0 are equal to 1.
+            if layout is None or not _INT.issuperset(map(type, sizes)):
+                layout = self._layout(name, fields)
+            if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
+                positions = _short(fields["data_offsets"])
+                raise self._refuse(name, f"its data_offsets {positions} are not two ordered positions")
+            dtype, shape, strides, origin, nbytes = layout
+            if end - begin != nbytes:
+                problem = f"{code} of shape {_short(sizes)} takes {nbytes:,} bytes, not {end - begin:,}"
+                raise self._refuse(name, problem)
+            placed.append((begin, end, name))
+            if dtype is None:
+                reason = f"a tensor of dtype {code}, which torch {torch.__version__} can't represent"
+                root[name] = OpaqueTensor(reason, shape)
+            elif begin == end:
+                root[name] = TensorEntry(dtype, shape, ())
+            else:
+                root[name] = TensorEntry(dtype, shape, (Box(buffer, begin, shape, strides, origin),))
+        return root, placed
 
     def _layout(self, name: str, fields: dict[str, Any]) -> _Layout:
         """Checks a dtype code and a shape, once for all tensors that share them."""
@@ -258,9 +246,7 @@ def _check_coverage(placed: list[tuple[int, int, str]], source: Source, data_off
         position, previous = end, name
     expected = data_offset + position
     if source.size < expected:
-        raise CorruptCheckpointError(
-            f"{path} is incomplete: {source.size:,} of {expected:,} bytes. Download or copy it again.", path=path
-        )
+        raise incomplete(path, f"{source.size:,} of {expected:,} bytes")
     if source.size > expected:
         raise CorruptCheckpointError(
             f"{path} has {source.size - expected:,} bytes after the end of its data (expected {expected:,} bytes in "

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from torchload.core.checkpoint import Checkpoint, Extent
 from torchload.core.source import Source
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.core.text import printable
+from torchload.errors import CheckpointFormatError, damaged
 from torchload.formats.files.zip_directory import STORED, ZipDirectory, read_directory
 from torchload.formats.pickles.unpickle import Storage, read_pickle
 
@@ -62,17 +63,16 @@ def storage_extents(directory: ZipDirectory, folder: str, big_endian: bool) -> C
     def extent_of(storage: Storage) -> Extent:
         record = records.get(folder + storage.key)
         if record is None:
-            raise CorruptCheckpointError(
-                f"{source.name} is damaged: its pickle refers to a storage {storage.key!r} that it doesn't have.",
-                path=source.name,
+            raise damaged(source.name, f"its pickle refers to a storage {storage.key!r} that it doesn't have")
+        _, offset, size, _, crc32, method = record
+        if size != storage.nbytes:
+            raise damaged(
+                source.name,
+                f"storage {storage.key!r} should have {storage.nbytes} bytes, and its record has {size}",
             )
-        if record.size != storage.nbytes:
-            raise CorruptCheckpointError(
-                f"{source.name} is damaged: storage {storage.key!r} should have {storage.nbytes} bytes, and its record "
-                f"has {record.size}.",
-                path=source.name,
-            )
-        return directory.extent_of(record.name, big_endian)
+        if method != STORED:
+            return directory.extent_of(record.name, big_endian)
+        return Extent(source, offset, size, crc32 or None, big_endian)
 
     return extent_of
 
@@ -84,7 +84,7 @@ def _top_folder(directory: ZipDirectory, path: str) -> str:
     if len(tops) == 1:
         return tops[0]
     names = sorted(directory.records)
-    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    shown = ", ".join(map(printable, names[:5])) + (", …" if len(names) > 5 else "")
     raise CheckpointFormatError(
         f"{path} is a zip archive, but not one that torch.save wrote: "
         + ("it has no data.pkl" if not tops else f"it has {len(tops)} records named data.pkl")
@@ -99,7 +99,5 @@ def _is_big_endian(directory: ZipDirectory, top: str) -> bool:
         return False  # written before torch 2.1, on what is little-endian nearly always
     order = directory.read(f"{top}byteorder")
     if order not in (b"little", b"big"):
-        raise CorruptCheckpointError(
-            f"{directory.source.name} is damaged: its byte order is {order[:20]!r}.", path=directory.source.name
-        )
+        raise damaged(directory.source.name, f"its byte order is {order[:20]!r}")
     return order == b"big"

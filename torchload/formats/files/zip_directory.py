@@ -11,39 +11,44 @@ import contextlib
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from torchload.core.checkpoint import Extent
 from torchload.core.source import Source, UnpackedSource
 from torchload.core.text import printable
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.errors import CheckpointFormatError, CorruptCheckpointError, damaged, incomplete
 
 __all__ = ["DEFLATED", "STORED", "ZipDirectory", "ZipRecord", "first_archive", "read_directory"]
 
 STORED, DEFLATED = 0, 8
 MAX_DIRECTORY_BYTES = 128 << 20
 _UNPACKED_COST = 3  # bytes for each of a text that is unpacked: itself, and what is made of it on the way
+_INFLATED_AT_ONCE = 1 << 20
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
-_LOCAL = struct.Struct("<4s5H3L2H")
-_DESCRIPTOR = struct.Struct("<4s3L")
-_DESCRIPTOR64 = struct.Struct("<4sL2Q")
+# What is skipped: versions, times, attributes. The form of a record is its flags and, in the upper half, its method.
+_CENTRAL = struct.Struct("<4s4xL4x3L4H6xL")
+_LOCAL = struct.Struct("<4s2xL4x12s2H")
+_SUMS = struct.Struct("<3L")  # CRC-32, length in the archive, length
+_WIDE_SUMS = struct.Struct("<L2Q")
+_NO_SUMS = bytes(_SUMS.size)
+_DESCRIPTOR = b"PK\x07\x08"  # begins what stands behind data whose header was written before its sums were known
+_MAX_DESCRIPTOR_BYTES = len(_DESCRIPTOR) + _WIDE_SUMS.size
 
 _HAS_DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11
 _UNREADABLE = 1 | 1 << 5 | 1 << 6 | 1 << 13  # encrypted, patched, strongly encrypted, masked headers
 _LIMIT16, _LIMIT32 = 0xFFFF, 0xFFFFFFFF
+_ODD_FORM = _UNREADABLE | _LIMIT16 << 16  # unreadable, or not stored
 # How many records are read: each takes more memory than it takes of the file, and next to data it is little of either.
 _BASE_RECORDS = 100_000
 _BYTES_PER_RECORD = 320
 _SEARCHED_BYTES = 1 << 20
+# Headers are read together where they lie near one another: for 20,000 small records, 40 reads instead of 20,000.
 _NEAR_BYTES = 16 << 10  # so much data between two headers is read as quickly as a header alone
-_WINDOW_BYTES = 256 << 10  # headers this near one another are read together
-_HEADER_BYTES = 1024  # else just this much, which holds a header and its name
+_WINDOW_BYTES = 256 << 10
+_HEADER_BYTES = 1024  # holds a header and its name
 
 
 class ZipRecord(NamedTuple):
@@ -56,8 +61,6 @@ class ZipRecord(NamedTuple):
         stored_size: Length in bytes in the archive.
         crc32: Checksum of the decompressed data; 0 may mean that none was computed.
         method: `STORED` or `DEFLATED`.
-        header_offset: Position of its local header.
-        flags: General purpose flags.
     """
 
     name: str
@@ -66,24 +69,21 @@ class ZipRecord(NamedTuple):
     stored_size: int
     crc32: int
     method: int
-    header_offset: int
-    flags: int
 
 
-_INFLATED_AT_ONCE = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
 class ZipDirectory:
-    """All records of an archive, in the order of the central directory.
+    """All records of an archive, in the order in which they lie there.
 
     Attributes:
         source: The archive.
         records: Name → record.
     """
 
-    source: Source
-    records: dict[str, ZipRecord]
+    __slots__ = ("records", "source")
+
+    def __init__(self, source: Source, records: dict[str, ZipRecord]) -> None:
+        self.source = source
+        self.records = records
 
     def read(self, name: str) -> bytes:
         """The data of a record, decompressed and checked against its checksum.
@@ -122,11 +122,7 @@ class ZipDirectory:
         data = self.source.read(record.offset, record.size) if stored else self._inflate(record)
         # `torch.serialization.set_crc32_options(False)` records 0 for everything.
         if record.crc32 and zlib.crc32(data) != record.crc32:
-            raise CorruptCheckpointError(
-                f"{self.source.name} is damaged: its record {record.name!r} does not match its checksum. "
-                "Download or copy it again.",
-                path=self.source.name,
-            )
+            raise damaged(self.source.name, f"its record {record.name!r} does not match its checksum")
         return data
 
     def _inflate(self, record: ZipRecord) -> bytearray:
@@ -142,9 +138,10 @@ class ZipDirectory:
                 if size > record.size:
                     break
         except zlib.error as error:
-            _damaged(self.source, f"its record {record.name!r} does not inflate ({error})")
+            raise damaged(self.source.name, f"its record {record.name!r} does not inflate ({error})") from None
         if size != record.size or not inflater.eof or inflater.unused_data:
-            _damaged(self.source, f"its record {record.name!r} does not inflate to the {record.size} bytes it declares")
+            problem = f"its record {record.name!r} does not inflate to the {record.size} bytes it declares"
+            raise damaged(self.source.name, problem)
         return data
 
 
@@ -160,17 +157,10 @@ def read_directory(source: Source) -> ZipDirectory:
     """
     count, offset, size = _find_central(source)
     if size > MAX_DIRECTORY_BYTES:
-        _damaged(source, f"its directory of {size} bytes is larger than that of any checkpoint")
+        raise damaged(source.name, f"its directory of {size} bytes is larger than that of any checkpoint")
     rows = _central_rows(source, source.read(offset, size), count)
     rows.sort()  # by the position of their headers
-    records = {record.name: record for record in _located(source, rows, offset)}
-    if len(records) != len(rows):
-        names = set()
-        for row in rows:
-            if row[1] in names:
-                _damaged(source, f"it has two records named {row[1]!r}")
-            names.add(row[1])
-    return ZipDirectory(source, records)
+    return ZipDirectory(source, _located(source, rows, offset))
 
 
 def first_archive(source: Source) -> Source:
@@ -207,7 +197,7 @@ def _find_central(source: Source) -> tuple[int, int, int]:
     while position >= 0 and not _ends_with_comment(tail, position):
         position = tail.rfind(b"PK\x05\x06", 0, position)
     if position < 0:
-        _incomplete(source)
+        raise _incomplete(source)
     end = _END.unpack_from(tail, position)
     _, disk, central_disk, disk_count, count, size, offset, _ = end
     end_position = tail_start + position
@@ -217,14 +207,14 @@ def _find_central(source: Source) -> tuple[int, int, int]:
         if locator[0] == b"PK\x06\x07":
             end64_position = locator[2]
             if end64_position + _END64.size > locator_position:
-                _damaged(source, "its zip64 end record is not where its locator says")
+                raise damaged(source.name, "its zip64 end record is not where its locator says")
             end64 = _END64.unpack(source.read(end64_position, _END64.size))
             if end64[0] != b"PK\x06\x06" or end64_position + 12 + end64[1] != locator_position:
-                _damaged(source, "its zip64 end record is not where its locator says")
+                raise damaged(source.name, "its zip64 end record is not where its locator says")
             narrow = disk, central_disk, disk_count, count, size, offset
             limits = (_LIMIT16,) * 4 + (_LIMIT32,) * 2
             if any(value not in (wide, limit) for value, wide, limit in zip(narrow, end64[4:], limits)):
-                _damaged(source, "its two end records disagree")
+                raise damaged(source.name, "its two end records disagree")
             disk, central_disk, disk_count, count, size, offset = end64[4:]
             end_position = end64_position
     if disk or central_disk or disk_count != count:
@@ -234,22 +224,24 @@ def _find_central(source: Source) -> tuple[int, int, int]:
             found="split zip archive",
         )
     if offset + size != end_position:
-        _damaged(
-            source,
+        raise damaged(
+            source.name,
             f"its directory is said to lie at bytes {offset} to {offset + size}, but ends at {end_position}: "
             "bytes are missing or were added",
         )
     most = _BASE_RECORDS + source.size // _BYTES_PER_RECORD
     if count > most:
-        _damaged(source, f"it declares {count:,} records, and more than {most:,} are not read from a file of its size")
+        raise damaged(
+            source.name, f"it declares {count:,} records, and more than {most:,} are not read from a file of its size"
+        )
     if count * _CENTRAL.size > size:
-        _damaged(source, f"its directory is too short for the {count} records it declares")
+        raise damaged(source.name, f"its directory is too short for the {count} records it declares")
     return count, offset, size
 
 
-# What the central directory says of a record: position of its header, name, name in bytes, flags, method, CRC-32,
-# length in the archive, length. Plain tuples, because a checkpoint may have very many.
-_Row = tuple[int, str, bytes, int, int, int, int, int]
+# What the central directory says of a record: position of its header, name, name in bytes, form, sums in bytes (as
+# `_sums`), CRC-32, length in the archive, length. Plain tuples, because a checkpoint may have very many.
+_Row = tuple[int, str, bytes, int, bytes, int, int, int]
 
 
 def _ends_with_comment(tail: bytes, position: int) -> bool:
@@ -261,30 +253,38 @@ def _central_rows(source: Source, central: bytes, count: int) -> list[_Row]:
     position, unpack, width = 0, _CENTRAL.unpack_from, _CENTRAL.size
     for _ in range(count):
         if position + width > len(central):
-            _damaged(source, "its directory ends in the middle of a record")
+            raise damaged(source.name, "its directory ends in the middle of a record")
         # fmt: off
-        (signature, _, _, flags, method, _, _, crc32, stored_size, size,
-         name_size, extra_size, comment_size, disk, _, _, header_offset) = unpack(central, position)
+        (signature, form, crc32, stored_size, size,
+         name_size, extra_size, comment_size, disk, header) = unpack(central, position)
         # fmt: on
         end = position + width + name_size
         raw_name = central[position + width : end]
+        sums = central[position + 16 : position + 28]
         position = end + extra_size + comment_size
         if signature != b"PK\x01\x02" or position > len(central):
-            _damaged(source, "its directory ends in the middle of a record")
-        if size == _LIMIT32 or stored_size == _LIMIT32 or header_offset == _LIMIT32:
+            raise damaged(source.name, "its directory ends in the middle of a record")
+        if size == _LIMIT32 or stored_size == _LIMIT32 or header == _LIMIT32:
             extra = central[end : end + extra_size]
-            size, stored_size, header_offset = _wide(source, extra, size, stored_size, header_offset)
-        name = _decoded(source, raw_name, flags)
-        if flags & _UNREADABLE or method != STORED or disk or size != stored_size:
-            _check_readable(source, name, flags, method, disk, size == stored_size)
-        rows.append((header_offset, name, raw_name, flags, method, crc32, stored_size, size))
+            size, stored_size, header = _wide(source, extra, size, stored_size, header)
+            sums = _sums(crc32, stored_size, size)
+        try:
+            name = raw_name.decode("utf-8" if form & _UTF8 else "cp437")
+        except UnicodeDecodeError:
+            raise damaged(source.name, f"a record's name is not UTF-8: {raw_name[:80]!r}") from None
+        if "\0" in name or not name:
+            raise damaged(source.name, f"a record has the impossible name {name[:80]!r}")
+        if form & _ODD_FORM or disk or size != stored_size:
+            _check_readable(source, name, form, disk, size == stored_size)
+        rows.append((header, name, raw_name, form, sums, crc32, stored_size, size))
     if position != len(central):
-        _damaged(source, "its directory has bytes after its last record")
+        raise damaged(source.name, "its directory has bytes after its last record")
     return rows
 
 
-def _check_readable(source: Source, name: str, flags: int, method: int, disk: int, same_size: bool) -> None:
-    if flags & _UNREADABLE:
+def _check_readable(source: Source, name: str, form: int, disk: int, same_size: bool) -> None:
+    method = form >> 16
+    if form & _UNREADABLE:
         raise CheckpointFormatError(
             f"{source.name}: its record {name!r} is encrypted. Unpack the archive with its password first.",
             path=source.name,
@@ -298,19 +298,9 @@ def _check_readable(source: Source, name: str, flags: int, method: int, disk: in
             found="compressed zip archive",
         )
     if disk not in (0, _LIMIT16):
-        _damaged(source, f"its record {name!r} is said to lie in another file")
+        raise damaged(source.name, f"its record {name!r} is said to lie in another file")
     if method == STORED and not same_size:
-        _damaged(source, f"its record {name!r} is stored, yet has two different sizes")
-
-
-def _decoded(source: Source, raw_name: bytes, flags: int) -> str:
-    try:
-        name = raw_name.decode("utf-8" if flags & _UTF8 else "cp437")
-    except UnicodeDecodeError:
-        _damaged(source, f"a record's name is not UTF-8: {raw_name[:80]!r}")
-    if "\0" in name or not name:
-        _damaged(source, f"a record has the impossible name {name[:80]!r}")
-    return name
+        raise damaged(source.name, f"its record {name!r} is stored, yet has two different sizes")
 
 
 def _wide(source: Source, extra: bytes, *narrow: int) -> tuple[int, ...]:
@@ -325,10 +315,10 @@ def _wide(source: Source, extra: bytes, *narrow: int) -> tuple[int, ...]:
                 return tuple(next(wide) if value == _LIMIT32 else value for value in narrow)
             break
         position += 4 + size
-    _damaged(source, "a record has no zip64 sizes, though it declares them")
+    raise damaged(source.name, "a record has no zip64 sizes, though it declares them")
 
 
-def _located(source: Source, rows: list[_Row], limit: int) -> Iterator[ZipRecord]:
+def _located(source: Source, rows: list[_Row], limit: int) -> dict[str, ZipRecord]:
     """The records with the position of their data, each compared with its local header.
 
     Records follow one another without a gap, from the beginning of the archive to its directory: where data begins,
@@ -339,121 +329,98 @@ def _located(source: Source, rows: list[_Row], limit: int) -> Iterator[ZipRecord
         rows: In the order of their local headers.
         limit: Where the central directory begins.
     """
-    window = _Window(source, [row[0] for row in rows], limit)
-    end = 0  # of the record before
+    records: dict[str, ZipRecord] = {}
+    headers = [row[0] for row in rows]
+    unpack, width = _LOCAL.unpack_from, _LOCAL.size
+    content, start, stop = b"", 0, 0  # what was read last: bytes start to stop of the archive
+    before: _Row | None = None  # the record that ends with a descriptor, if the one before does
+    end = 0  # of the data of the record before
     for number, row in enumerate(rows):
-        header, name, raw_name, flags, method, crc32, stored_size, size = row
-        data = header + _LOCAL.size + len(raw_name)
+        header, name, raw_name, form, sums, crc32, stored_size, size = row
+        data = header + width + len(raw_name)
         if header < end or data > limit:
-            _damaged(source, f"its record {name!r} overlaps another one or the directory")
-        if header > end:
-            _damaged(source, f"nothing says what the {header - end} bytes before its record {name!r} are")
-        start = window.around(number, data)
-        # fmt: off
-        (signature, _, local_flags, local_method, _, _, local_crc32, local_stored_size, local_size,
-         name_size, extra_size) = _LOCAL.unpack_from(window.content, start)
-        # fmt: on
-        start += _LOCAL.size
-        if (
-            signature != b"PK\x03\x04"
-            or window.content[start : start + name_size] != raw_name
-            or local_flags != flags
-            or local_method != method
-        ):
-            _damaged(source, f"its record {name!r} has another name, method or flags in its own header")
+            raise damaged(source.name, f"its record {name!r} overlaps another one or the directory")
+        if header - end > (0 if before is None else _MAX_DESCRIPTOR_BYTES):
+            raise damaged(source.name, f"nothing says what the {header - end} bytes before its record {name!r} are")
+        if data > stop:
+            start, stop = end, min(max(data, _end_of_window(headers, number)), limit)
+            content = source.read(start, stop - start)
+        at = header - start
+        if before is not None and content[end - start : at] != _DESCRIPTOR + before[4]:
+            _check_descriptor(source, before, content[end - start : at])
+        signature, local_form, local_sums, name_size, extra_size = unpack(content, at)
+        at += width
+        if signature != b"PK\x03\x04" or local_form != form or content[at : at + name_size] != raw_name:
+            raise damaged(source.name, f"its record {name!r} has another name, method or flags in its own header")
         data += extra_size
-        if _LIMIT32 in (local_size, local_stored_size):
-            extra = source.read(data - extra_size, extra_size)
-            local_size, local_stored_size = _wide(source, extra, local_size, local_stored_size)
         end = data + stored_size
         if end > limit:
-            _damaged(source, f"its record {name!r} overlaps another one or the directory")
-        if flags & _HAS_DESCRIPTOR and local_crc32 == local_stored_size == local_size == 0:
-            end += window.descriptor_size(number, row, end)
-        elif (local_crc32, local_stored_size, local_size) != (crc32, stored_size, size):
-            _damaged(source, f"its record {name!r} has another size or checksum in its own header")
-        yield ZipRecord(name, data, size, stored_size, crc32, method, header, flags)
-    if end != limit:
-        _damaged(source, f"nothing says what the {limit - end} bytes before its directory are")
+            raise damaged(source.name, f"its record {name!r} overlaps another one or the directory")
+        if local_sums == _NO_SUMS and form & _HAS_DESCRIPTOR:
+            before = row
+        elif local_sums == sums:
+            before = None
+        else:
+            before = row if _owes_descriptor(source, row, local_sums, data - extra_size, extra_size) else None
+        if name in records:
+            raise damaged(source.name, f"it has two records named {name!r}")
+        records[name] = ZipRecord(name, data, size, stored_size, crc32, form >> 16)
+    if before is not None:
+        _check_descriptor(source, before, source.read(end, min(limit - end, _MAX_DESCRIPTOR_BYTES + 1)))
+    elif end != limit:
+        raise damaged(source.name, f"nothing says what the {limit - end} bytes before its directory are")
+    return records
 
 
-class _Window:
-    """Local headers, and the descriptors before them: those that lie near one another are read at once.
-
-    Attributes:
-        content: The bytes that were read last.
-    """
-
-    __slots__ = ("_headers", "_limit", "_source", "_start", "content")
-
-    def __init__(self, source: Source, headers: list[int], limit: int) -> None:
-        self._source = source
-        self._headers = headers
-        self._limit = limit
-        self._start = 0
-        self.content = b""
-
-    def around(self, number: int, needed: int, first: int | None = None) -> int:
-        """Have the header of a record at hand, up to byte `needed` of the archive; where in `content` it begins.
-
-        Args:
-            number: Of the record.
-            needed: Up to which byte of the archive its header is looked at.
-            first: What to have at hand before it; the header itself if nothing is.
-        """
-        header = self._headers[number]
-        start = header if first is None else first
-        if needed > self._start + len(self.content):
-            last = bisect_right(self._headers, header + _WINDOW_BYTES) - 1
-            if self._headers[last] - header > (last - number) * _NEAR_BYTES:
-                last = number  # mostly data would be read
-            end = min(max(needed, self._headers[last] + _HEADER_BYTES), self._limit)
-            self._start, self.content = start, self._source.read(start, end - start)
-        return start - self._start
-
-    def descriptor_size(self, number: int, row: _Row, end: int) -> int:
-        """Length of the descriptor behind the data of a record, which must say what the central directory says.
-
-        Args:
-            number: Of the record.
-            row: The record, whose own header leaves its checksum and sizes open.
-            end: Where its data ends.
-        """
-        following = self._headers[number + 1] if number + 1 < len(self._headers) else self._limit
-        size = following - end
-        values = b"PK\x07\x08", row[5], row[6], row[7]
-        # Writers use the wide form for whatever lies beyond 4 GiB, too.
-        forms = [form for form in (_DESCRIPTOR, _DESCRIPTOR64) if form.size == size]
-        if forms and (forms[0] is _DESCRIPTOR64 or max(values[2:]) < _LIMIT32):
-            if number + 1 < len(self._headers):
-                at = self.around(number + 1, following + _LOCAL.size, end)
-                found = self.content[at : at + size]
-            else:
-                found = self._source.read(end, size)
-            if found == forms[0].pack(*values):
-                return size
-        _damaged(self._source, f"its record {row[1]!r} has another size or checksum behind its data")
+def _end_of_window(headers: list[int], number: int) -> int:
+    """Up to where to read when the header of a record is needed, given where all of them are."""
+    header = headers[number]
+    last = bisect_right(headers, header + _WINDOW_BYTES) - 1
+    if headers[last] - header > (last - number) * _NEAR_BYTES:
+        last = number  # mostly data would be read
+    return headers[last] + _HEADER_BYTES
 
 
-def _incomplete(source: Source) -> NoReturn:
+def _owes_descriptor(source: Source, row: _Row, local_sums: bytes, extra: int, extra_size: int) -> bool:
+    """Whether the sums of a record stand behind its data; else they must be in its own header, perhaps wide."""
+    crc32, *sizes = _SUMS.unpack(local_sums)
+    if _LIMIT32 in sizes:
+        size, stored_size = _wide(source, source.read(extra, extra_size), *reversed(sizes))
+        local_sums = _sums(crc32, stored_size, size)
+    if row[3] & _HAS_DESCRIPTOR and local_sums == _NO_SUMS:
+        return True
+    if local_sums != row[4]:
+        raise damaged(source.name, f"its record {row[1]!r} has another size or checksum in its own header")
+    return False
+
+
+def _sums(crc32: int, stored_size: int, size: int) -> bytes:
+    """Checksum and sizes as a header has them; as a descriptor has them where they are wide."""
+    return (_SUMS if max(stored_size, size) < _LIMIT32 else _WIDE_SUMS).pack(crc32, stored_size, size)
+
+
+def _check_descriptor(source: Source, row: _Row, found: bytes) -> None:
+    """What stands behind the data of a record must say what the central directory says."""
+    # Writers use the wide form for whatever lies beyond 4 GiB, too.
+    if found != _DESCRIPTOR + row[4] and found != _DESCRIPTOR + _WIDE_SUMS.pack(*row[5:]):
+        raise damaged(source.name, f"its record {row[1]!r} has another size or checksum behind its data")
+
+
+def _incomplete(source: Source) -> CorruptCheckpointError:
     """The archive has no end. How much of it is missing, its local headers may tell."""
     position = 0
     expected = 0
     for _ in range(1000):
         if position + _LOCAL.size > source.size:
             break
-        local = _LOCAL.unpack(source.read(position, _LOCAL.size))
-        if local[0] != b"PK\x03\x04" or local[2] & _HAS_DESCRIPTOR or _LIMIT32 in local[7:9]:
+        signature, form, sums, name_size, extra_size = _LOCAL.unpack(source.read(position, _LOCAL.size))
+        _, stored_size, size = _SUMS.unpack(sums)
+        if signature != b"PK\x03\x04" or form & _HAS_DESCRIPTOR or _LIMIT32 in (stored_size, size):
             break
-        position += _LOCAL.size + local[9] + local[10] + local[7]
+        position += _LOCAL.size + name_size + extra_size + stored_size
         expected = position
     needed = f" of at least {expected}" if expected > source.size else ""
-    raise CorruptCheckpointError(
-        f"{source.name} is incomplete: the file has {source.size} bytes{needed}, and the directory that ends a zip "
-        "archive is not among them. Download or copy it again.",
-        path=source.name,
+    return incomplete(
+        source.name,
+        f"the file has {source.size} bytes{needed}, and the directory that ends a zip archive is not among them",
     )
-
-
-def _damaged(source: Source, what: str) -> NoReturn:
-    raise CorruptCheckpointError(f"{source.name} is damaged: {what}. Download or copy it again.", path=source.name)

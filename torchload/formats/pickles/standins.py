@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from torchload.core.checkpoint import Container, Extent, Record, TensorEntry
+from torchload.core.checkpoint import Container, Extent, Record
 
 if TYPE_CHECKING:
     from torchload.formats.pickles.walk import Walk
@@ -140,7 +140,9 @@ class MappingStandIn(Container, metaclass=StandInType):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         kind = type(key)
-        if kind is tuple or (kind is int and not -_LARGE <= key <= _LARGE):
+        if kind is str:
+            dict.__setitem__(self, key, value)
+        elif kind is tuple or (kind is int and not -_LARGE <= key <= _LARGE):
             made_of: Any = self.origin
             if type(made_of) is not Deferred:
                 self.origin = made_of = Deferred(made_of)  # type: ignore[assignment]
@@ -218,39 +220,24 @@ class Storage(Inert):
         kind: Stand-in of the storage's class in the file.
         dtype: Element type, or ``None`` for an untyped storage, which counts bytes.
         key: Name of its data in the file.
-        location: The device it was saved on, which never matters.
         numel: Declared length in elements.
+        nbytes: Declared length in bytes.
         view: Legacy files: (offset, length) in elements where this is a part of the storage.
-        variant: The same data, declared with another type or view.
         extent: Its bytes, once known.
-        value: The entry for the storage as a tensor of its own, where the tree holds one.
     """
 
-    __slots__ = ("dtype", "extent", "key", "kind", "location", "numel", "value", "variant", "view")
+    __slots__ = ("dtype", "extent", "key", "kind", "nbytes", "numel", "view")
 
     def __init__(
-        self,
-        kind: type,
-        dtype: torch.dtype | None,
-        key: str,
-        location: str,
-        numel: int,
-        view: tuple[int, int] | None = None,
+        self, kind: type, dtype: torch.dtype | None, key: str, numel: int, view: tuple[int, int] | None = None
     ) -> None:
         self.kind = kind
         self.dtype = dtype
         self.key = key
-        self.location = location
         self.numel = numel
+        self.nbytes = numel if dtype is None else numel * dtype.itemsize
         self.view = view
         self.extent: Extent | None = None
-        self.value: TensorEntry | None = None
-        self.variant: Storage | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Declared length in bytes."""
-        return self.numel * (1 if self.dtype is None else self.dtype.itemsize)
 
 
 class BlobReference(Inert):

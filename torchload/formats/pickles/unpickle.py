@@ -37,6 +37,8 @@ from torchload.formats.pickles.walk import Walk
 if TYPE_CHECKING:
     from mmap import mmap
 
+    import torch
+
     from torchload.core.checkpoint import Extent
     from torchload.core.source import Source
 
@@ -220,6 +222,7 @@ class _Reader(pickle.Unpickler):
         self.blobs = stream.blobs
         self.classes: dict[str, Any] = {}
         self.storages: dict[str, Storage] = {}
+        self.variants: dict[str, list[Storage]] = {}  # of those that are declared in several ways
         self.outside = outside
 
     def find_class(self, module: str, name: str) -> Any:
@@ -247,17 +250,7 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         if type(pid) is tuple:
             if len(pid) >= 5:
-                key = pid[2]
-                storage = self.storages.get(key) if type(key) is str else None
-                if (
-                    storage is not None
-                    and storage.kind is pid[1]
-                    and storage.numel == pid[4]
-                    and storage.view is None
-                    and (len(pid) == 5 or pid[5] is None)
-                ):
-                    return storage
-                return self.new_storage(pid)
+                return self.storage(*pid[:6])
             if len(pid) == 2:
                 return _collection(*pid)
             if len(pid) == 4 and pid[0] == "module":  # legacy files keep the source text beside a class
@@ -274,42 +267,42 @@ class _Reader(pickle.Unpickler):
             return Outside(self.outside(pid))
         raise TypeError("it refers to something outside it that is not a storage")
 
-    def new_storage(self, pid: tuple[Any, ...]) -> Storage:
-        """A declaration ``("storage", class, key, location, numel[, view])`` that was not met before."""
-        declared = _declared(pid)
-        first = other = self.storages.get(declared.key)
+    def storage(self, marker: Any, kind: Any, key: Any, location: Any, numel: Any, view: Any = None) -> Storage:
+        """What such a tuple declares; the same object each time."""
+        if type(key) is int and abs(key) < 1 << 64:
+            key = str(key)
+        is_sound = marker == "storage" and type(key) is str and type(numel) is int and 0 <= numel < 1 << 63
+        if not is_sound or type(kind) is not StandInType or kind not in _STORAGE_KINDS:
+            raise TypeError("a storage is not declared as torch declares one")
+        if view is not None:
+            view = _view(view, key, numel)
+        first = self.storages.get(key)
         if first is None:
-            self.storages[declared.key] = declared
-            return declared
-        if (first.dtype, first.numel) != (declared.dtype, declared.numel):
-            raise TypeError(f"storage {declared.key[:80]!r} is declared with two types or lengths")
-        for _ in range(MAX_VARIANTS):
-            if other is None:
-                declared.variant, first.variant = first.variant, declared
-                return declared
-            if other.view == declared.view:
-                return other
-            other = other.variant
-        raise TypeError(f"storage {declared.key[:80]!r} is declared in more than {MAX_VARIANTS} ways")
+            first = self.storages[key] = Storage(kind, _STORAGE_KINDS[kind], key, numel, view)
+        if first.kind is kind and first.numel == numel and first.view == view:
+            return first
+        declared = Storage(kind, _STORAGE_KINDS[kind], key, numel, view)
+        if (first.dtype, first.numel) != (declared.dtype, numel):
+            raise TypeError(f"storage {key[:80]!r} is declared with two types or lengths")
+        variants = self.variants.setdefault(key, [first])
+        for variant in variants:
+            if variant.view == view:
+                return variant
+        if len(variants) > MAX_VARIANTS:
+            raise TypeError(f"storage {key[:80]!r} is declared in more than {MAX_VARIANTS} ways")
+        variants.append(declared)
+        return declared
 
 
-def _declared(pid: tuple[Any, ...]) -> Storage:
-    """What a persistent id declares, alone."""
-    marker, kind, key, location, numel = pid[:5]
-    if type(key) is int and abs(key) < 1 << 64:
-        key = str(key)
-    qualified = kind.qualified if isinstance(kind, StandInType) else None
-    is_sound = marker == "storage" and type(key) is str and type(numel) is int and 0 <= numel < 1 << 63
-    if not is_sound or qualified not in STORAGE_DTYPES:
-        raise TypeError("a storage is not declared as torch declares one")
-    storage = Storage(kind, STORAGE_DTYPES[qualified], key, location if type(location) is str else "", numel)
-    if len(pid) > 5 and (view := pid[5]) is not None:
-        if type(view) is not tuple or len(view) != 3 or not all(type(number) is int for number in view[1:]):
-            raise TypeError(f"a view of storage {key[:80]!r} is not declared as torch declares one")
-        if min(view[1:]) < 0 or view[1] + view[2] > numel:
-            raise TypeError(f"a view of storage {key[:80]!r} lies outside it")
-        storage.view = (view[1], view[2])
-    return storage
+def _view(view: Any, key: str, numel: int) -> tuple[int, int] | None:
+    """What part of a storage a legacy file means by ``(key, offset, length)``; ``None`` for all of it."""
+    if view is None:
+        return None
+    if type(view) is not tuple or len(view) != 3 or not all(type(number) is int for number in view[1:]):
+        raise TypeError(f"a view of storage {key[:80]!r} is not declared as torch declares one")
+    if min(view[1:]) < 0 or view[1] + view[2] > numel:
+        raise TypeError(f"a view of storage {key[:80]!r} lies outside it")
+    return view[1], view[2]
 
 
 def _collection(items: Any, is_mapping: Any) -> Any:
@@ -329,6 +322,7 @@ def _collection(items: Any, is_mapping: Any) -> Any:
 
 
 _KNOWN: dict[str, Any] = {}  # one stand-in per known global, made when first met: a closed set
+_STORAGE_KINDS: dict[StandInType, torch.dtype | None] = {}  # those of storages → element type
 
 
 def _known_global(qualified: str) -> Any:
@@ -343,6 +337,7 @@ def _known_global(qualified: str) -> Any:
             found = new_stand_in(Call, qualified, convert=KNOWN_CALLS[qualified])
         elif qualified in STORAGE_DTYPES:
             found = new_stand_in(RecordStandIn, qualified)
+            _STORAGE_KINDS[found] = STORAGE_DTYPES[qualified]
         else:
             return None
         _KNOWN[qualified] = found

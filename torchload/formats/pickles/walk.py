@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from torchload.core.checkpoint import Box, Container, Extent, OpaqueTensor, Record, TensorEntry
+from torchload.core.checkpoint import Box, Container, Extent, OpaqueTensor, Record, Shape, TensorEntry
 from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError, TorchLoadError
 from torchload.formats.pickles.modules import flatten_module, module_fields
@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from torchload.core.source import Source
     from torchload.formats.pickles.opcodes import Blob
 
-__all__ = ["Walk"]
+__all__ = ["Layout", "Walk"]
+
+Layout = tuple[Shape, Shape, Shape, int, int]
+"""Of a strided tensor: shape, strides, origin (zeros), number of elements, position of the last one in elements."""
 
 MAX_DEPTH = 1000  # of containers within containers; picklers themselves give up near this
 MAX_NESTING = 100  # of tuples and calls directly within one another
@@ -60,6 +63,7 @@ class Walk:
     Attributes:
         name: What to call the stream in messages.
         key: The name last met on the way, for messages.
+        layouts: Those that were checked, by the numbers of shape and strides.
         budget: What the tree may cost; steps are items that are copied because a call refers to a whole collection.
     """
 
@@ -75,10 +79,12 @@ class Walk:
         "_nesting",
         "_pending",
         "_source",
+        "_storages",
         "_tuples",
         "budget",
         "depth",
         "key",
+        "layouts",
         "name",
     )
 
@@ -94,6 +100,7 @@ class Walk:
         self.name = name
         self.key: Any = None
         self.depth = 0
+        self.layouts: dict[Shape, Layout] = {}
         self.budget = budget
         self._data = data
         self._blob_sizes = blobs
@@ -108,6 +115,7 @@ class Walk:
         self._flattened: dict[int, Record] = {}  # by the identity of the container
         self._encoded: dict[tuple[int, str], tuple[str, bytes]] = {}
         self._classes: dict[StandInType, Record] = {}
+        self._storages: dict[Storage, TensorEntry] = {}  # as tensors of their own
 
     def run(self, root: Any) -> Any:
         """Finish everything that is reachable from `root`."""
@@ -280,9 +288,9 @@ class Walk:
         if kind is Outside:
             return item.value
         if kind is Storage:
-            if item.value is None:
-                item.value = self._storage_as_tensor(item)
-            return item.value
+            if item not in self._storages:
+                self._storages[item] = self._storage_as_tensor(item)
+            return self._storages[item]
         raise TypeError(f"no such stand-in: {kind}")  # pragma: no cover
 
     def _storage_as_tensor(self, storage: Storage) -> TensorEntry:

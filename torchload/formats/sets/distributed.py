@@ -24,6 +24,7 @@ from torchload.core.checkpoint import (
     Container,
     OpaqueTensor,
     Record,
+    Region,
     Shape,
     TensorEntry,
     record_fields,
@@ -33,7 +34,7 @@ from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, Cor
 from torchload.formats.locate import path_inside, source_of_file
 from torchload.formats.pickles.unpickle import read_pickle
 from torchload.formats.sets.items import Item, ItemBox, ItemReader
-from torchload.formats.sets.tiling import Region, TooManyCornersError, tiles
+from torchload.formats.sets.tiling import MAX_ELEMENTS, MisfitError, of_boxes
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -44,7 +45,6 @@ METADATA_NAME = re.compile(r"(?:__\d+)?\.metadata")  # with a rank's number wher
 MAX_METADATA_BYTES = 1 << 30
 MAX_PATH_PARTS = 64
 MAX_DIMENSIONS = 64
-MAX_ELEMENTS = (1 << 63) - 1
 
 
 def open_folder(path: str, budget: Budget | None = None) -> Checkpoint:
@@ -228,22 +228,8 @@ class _Index:
         self, name: str, tensor: _Tensor, files: dict[str, Source], reader: ItemReader
     ) -> TensorEntry | OpaqueTensor:
         shape, dtype = tensor.shape, tensor.dtype
-        if math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
-            raise self.refuse(f"{_short(name)} is larger than any tensor can be")
         if type(dtype) is not torch.dtype:
             return OpaqueTensor(f"a tensor of a dtype that torch {torch.__version__} lacks", shape)
-        regions = [region for region, _ in tensor.chunks.values()]
-        if 0 in shape:
-            return TensorEntry(dtype, shape, ())
-        try:
-            complete = tiles(shape, regions)
-        except TooManyCornersError as error:
-            raise self.refuse(f"{_short(name)} is said to consist of {error}") from None
-        if not complete:
-            covered = sum(math.prod(size) for _, size in regions)
-            whole = math.prod(shape)
-            problem = "overlap" if covered > whole else "leave a hole" if covered < whole else "leave holes and overlap"
-            raise self.refuse(f"the {len(regions)} chunks of {_short(name)} {problem} (its shape is {list(shape)})")
         boxes: list[Box] = []
         for (origin, size), place in tensor.chunks.values():
             # Only in a safetensors file, where sizes are those of the data alone, do items begin at the same byte.
@@ -251,10 +237,15 @@ class _Index:
             if begin in self.taken and place.size != math.prod(size) * dtype.itemsize:
                 raise self.refuse(f"a chunk of {_short(name)} is said to lie where another one lies")
             self.taken.add(begin)
-            if place.transforms:
-                return OpaqueTensor(f"a tensor written through {', '.join(place.transforms)[:200]}", shape)
             boxes.append(ItemBox(reader, self._item(name, place, files), dtype, size, origin))
-        return TensorEntry(dtype, shape, tuple(boxes))
+        try:
+            entry = of_boxes(dtype, shape, boxes)
+        except MisfitError as error:
+            raise self.refuse(f"the {len(boxes)} chunks of {_short(name)} make no tensor: {error}") from None
+        transforms = [part for _, place in tensor.chunks.values() for part in place.transforms]
+        if transforms:
+            return OpaqueTensor(f"a tensor written through {', '.join(dict.fromkeys(transforms))[:200]}", shape)
+        return entry
 
     def _item(self, name: str, place: _Place, files: dict[str, Source]) -> Item:
         source = files[place.file_name]

@@ -39,6 +39,8 @@ _CONVENTIONS: tuple[tuple[str, ...], ...] = (
     ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
 )
 
+_RUN_OF_ACCELERATE = "random_states_0.pkl"  # where it lies, model_1.safetensors is another model of the same run
+
 # States of training that lie beside the weights and are never meant: accelerate, transformers, DeepSpeed, TensorBoard.
 _NOT_WEIGHTS = re.compile(
     r"""(?: (?:optimizer|scheduler|lr_scheduler|scaler|sampler|dl_state_dict)(?:_\d+)?\.(?:bin|pt|pth|safetensors)
@@ -249,6 +251,10 @@ def _conventional(path: str, files: set[str]) -> Choice | None:
     if len(rows) > 1:
         raise _ambiguous(path, [(row[0],) for row in rows])
     (taken, *others), *_ = rows
+    if _RUN_OF_ACCELERATE in files:
+        stem, suffix = map(re.escape, os.path.splitext(taken))
+        if more := sorted(name for name in files if re.fullmatch(rf"{stem}_\d+{suffix}", name)):
+            raise _ambiguous(path, [(taken,), *((name,) for name in more)])
     notes = [f"took {taken} of the folder"]
     if others:
         notes.append(f"left aside {', '.join(others)}: the same weights in another form")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torchload.core.checkpoint import Box, Checkpoint, Container, OpaqueTensor, Shape, TensorEntry
+from torchload.core.checkpoint import Checkpoint, Container, OpaqueTensor, Shape, TensorEntry
 from torchload.errors import (
     AmbiguousCheckpointError,
     CheckpointFormatError,
@@ -20,7 +20,7 @@ from torchload.errors import (
     CorruptCheckpointError,
 )
 from torchload.formats.locate import pointer_text
-from torchload.formats.sets.tiling import Region, TooManyCornersError, tiles
+from torchload.formats.sets.tiling import MisfitError, assemble
 
 __all__ = ["is_megatron", "is_rank_set", "is_single_part", "open_megatron", "open_part", "open_rank_set"]
 
@@ -158,29 +158,14 @@ class _Merger:
         shape: Shape | None = getattr(values[0], "shape", None)
         if shape is None:
             raise self.refuse(name, "its shape isn't known")
-        parts: dict[str, tuple[Region, TensorEntry]] = {}  # by text: hashes of tuples of numbers can be made to collide
-        for value in values:
-            if not isinstance(value, OpaqueTensor) or value.shape != shape:
-                raise self.refuse(name, "the ranks disagree about its shape")
-            for origin, part in value.parts:
-                region = Region(origin, part.shape)
-                parts.setdefault(str(region), (region, part))  # replicas are taken once
-        dtypes = {part.dtype for _, part in parts.values()}
-        filled = [(region, part) for region, part in parts.values() if part.numel]
+        if any(not isinstance(value, OpaqueTensor) or value.shape != shape for value in values):
+            raise self.refuse(name, "the ranks disagree about its shape")
         try:
-            complete = tiles(shape, [region for region, _ in filled]) if 0 not in shape else True
-        except TooManyCornersError as error:
-            raise self.refuse(name, f"it is said to consist of {error}") from None
-        if len(dtypes) != 1 or not complete:
-            problem = "they differ in dtype" if len(dtypes) > 1 else "they overlap or leave a hole; are all ranks here?"
-            raise self.refuse(name, problem)
+            entry = assemble((part for value in values for part in value.parts), shape)
+        except MisfitError as error:
+            raise self.refuse(name, f"{error}; are all ranks here?") from None
         self.joined += 1
-        boxes = tuple(
-            Box(box.extent, box.start, box.shape, box.strides, tuple(map(sum, zip(region.origin, box.origin))))
-            for region, part in filled
-            for box in part.boxes
-        )
-        return TensorEntry(dtypes.pop(), shape, boxes)
+        return entry
 
     def refuse(self, name: str, problem: str) -> CorruptCheckpointError:
         """The error for parts that do not fit."""

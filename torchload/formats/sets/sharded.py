@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torchload.core.checkpoint import Checkpoint, Container, OpaqueTensor, TensorEntry
+from torchload.core.checkpoint import Checkpoint, Container, OpaqueTensor, Shape, TensorEntry
 from torchload.core.source import FileSource, Source
 from torchload.core.text import printable
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats.json_text import parse_object
 from torchload.formats.locate import path_inside
-from torchload.formats.sets.slices import assemble, slice_origins
+from torchload.formats.sets.tiling import MisfitError, assemble
 
 __all__ = ["close_all", "open_index", "open_list", "recognizes"]
 
@@ -29,6 +29,7 @@ OpenFile = Callable[[str], Checkpoint]
 _MAX_INDEX_BYTES = 100_000_000
 _MAX_INDEX_NAMES = 500_000
 _COMPARED_BYTES = 1024 * 1024
+_SLICES_KEY = "DCP_SHARDING_INFO"  # in a safetensors header: tensor name → {"saved_offsets": origin of the slice}
 
 
 def recognizes(head: bytes) -> bool:
@@ -205,7 +206,7 @@ class _Merge:
         for name, shard in shards.items():
             for key in shard.root:
                 holders.setdefault(key, []).append(name)
-        self.origins = {name: slice_origins(shard) for name, shard in shards.items()}
+        self.origins = {name: _slice_origins(shard) for name, shard in shards.items()}
         self.root = Container()
         for key, names in holders.items():
             self.root[key] = shards[names[0]].root[key] if len(names) == 1 else self._resolve(key, names)
@@ -223,7 +224,14 @@ class _Merge:
         entries = [self.shards[name].root[key] for name in names]
         origins = [self.origins[name].get(key) for name in names]
         if all(origin is not None for origin in origins) and len(set(origins)) > 1:
-            return assemble(key, entries, [origin or () for origin in origins], self.path)
+            try:
+                return assemble(zip((origin or () for origin in origins), entries))
+            except MisfitError as error:
+                raise CorruptCheckpointError(
+                    f"The slices of tensor {key!r} in the shards of {self.path} do not fit together: {error}. "
+                    "Is a shard missing, or from another save?",
+                    path=self.path,
+                ) from None
         if key in self.weight_map:
             self.notes.append(f"{key!r} is in {len(names)} shards; took {self.weight_map[key]}, as the index says")
             return self.shards[self.weight_map[key]].root[key]
@@ -254,6 +262,27 @@ class _Merge:
         unlisted = [key for key in self.root if key not in self.weight_map]
         if unlisted:
             self.notes.append(f"{len(unlisted)} entries of the shards are not in the index, such as {unlisted[0]!r}")
+
+
+def _slice_origins(shard: Checkpoint) -> dict[str, Shape]:
+    """Tensor name → origin of the slice that this file holds, where its header says so.
+
+    `torch.distributed.checkpoint.HuggingFaceStorageWriter` lets each rank write a file of its own: the same names in
+    every file, each with the part of the tensor that the rank holds.
+    """
+    text = shard.metadata.get(_SLICES_KEY)
+    if text is None:
+        return {}
+    info = parse_object(text.encode(), f"metadata {_SLICES_KEY}", shard.path)
+    origins: dict[str, Shape] = {}
+    for name, fields in info.items():
+        offsets = fields.get("saved_offsets") if isinstance(fields, dict) else None
+        if not isinstance(offsets, list) or not all(type(offset) is int and offset >= 0 for offset in offsets):
+            raise CorruptCheckpointError(
+                f"The metadata {_SLICES_KEY} of {shard.path} is invalid at tensor {name!r}.", path=shard.path
+            )
+        origins[name] = tuple(offsets)
+    return origins
 
 
 def _may_be_same(left: Any, right: Any) -> bool:

@@ -1,29 +1,77 @@
-"""How parts make a tensor: whether boxes tile it, and which boxes a run of its flattened elements is."""
+"""How parts make a tensor: boxes that tile it, parts that say where they begin, and runs of its flattened elements."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from itertools import groupby
-from operator import itemgetter
-from typing import NamedTuple
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
+from operator import add, itemgetter
+from typing import Any
 
-from torchload.core.checkpoint import Shape
+import torch
 
-__all__ = ["Region", "TooManyCornersError", "regions_of_run", "tiles"]
+from torchload.core.checkpoint import Box, Region, Shape, TensorEntry, contiguous_strides
+
+__all__ = ["FlatVector", "MisfitError", "assemble", "of_boxes", "regions_of_run", "tiles"]
 
 MAX_CORNERS = 1 << 19
+MAX_ELEMENTS = (1 << 63) - 1
 
 
-class Region(NamedTuple):
-    """An axis-aligned part of a tensor, in elements."""
-
-    origin: Shape
-    shape: Shape
+class MisfitError(ValueError):
+    """Parts that make no tensor; the message says why, as a sentence about them: "they overlap"."""
 
 
-class TooManyCornersError(ValueError):
-    """A tensor is cut up along so many dimensions, or into so many parts, that nobody can have meant it."""
+def assemble(parts: Iterable[tuple[Shape, Any]], shape: Shape | None = None) -> TensorEntry:
+    """Make one tensor of parts that say where they begin. Parts of the same region are replicas: one of them is taken.
+
+    Args:
+        parts: (position of the part's first element in the whole tensor, the part).
+        shape: Of the whole tensor; ``None`` if it is as large as the parts reach.
+
+    Raises:
+        MisfitError: They overlap, leave a hole, or differ in dtype or number of dimensions.
+    """
+    regions: dict[str, tuple[Shape, TensorEntry]] = {}  # by text: hashes of tuples of numbers can be made to collide
+    for origin, part in parts:
+        if not isinstance(part, TensorEntry):
+            raise MisfitError("not all of them are dense tensors")
+        regions.setdefault(f"{origin}{part.shape}", (origin, part))
+    if not regions:
+        raise MisfitError("there are none")
+    placed = list(regions.values())
+    if len({part.dtype for _, part in placed}) > 1:
+        raise MisfitError("they differ in dtype")
+    dimensions = len(placed[0][0] if shape is None else shape)
+    if any(not len(origin) == len(part.shape) == dimensions for origin, part in placed):
+        raise MisfitError("they differ in the number of dimensions")
+    if shape is None:
+        shape = tuple(map(max, zip(*(map(add, origin, part.shape) for origin, part in placed))))
+    boxes = [
+        Box(box.extent, box.start, box.shape, box.strides, tuple(map(add, origin, box.origin)))
+        for origin, part in placed
+        for box in part.boxes
+        if part.numel
+    ]
+    return of_boxes(placed[0][1].dtype, shape, boxes)
+
+
+def of_boxes(dtype: torch.dtype, shape: Shape, boxes: Sequence[Box]) -> TensorEntry:
+    """A tensor of boxes, which must cover it exactly once. Nothing of them is looked at but shape and origin.
+
+    Raises:
+        MisfitError: They overlap or leave a hole.
+    """
+    if math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
+        raise MisfitError("together they are larger than any tensor can be")
+    if 0 in shape:
+        return TensorEntry(dtype, shape, ())
+    if not tiles(shape, [Region(box.origin, box.shape) for box in boxes]):
+        covered, whole = sum(math.prod(box.shape) for box in boxes), math.prod(shape)
+        problem = "overlap" if covered > whole else "leave a hole" if covered < whole else "leave holes and overlap"
+        raise MisfitError(f"they cover {covered:,} elements of {list(shape)} ({whole:,}), so they {problem}")
+    return TensorEntry(dtype, shape, tuple(boxes))
 
 
 def tiles(shape: Shape, regions: Iterable[Region]) -> bool:
@@ -38,7 +86,8 @@ def tiles(shape: Shape, regions: Iterable[Region]) -> bool:
         regions: In any order, all with as many dimensions as `shape`.
 
     Raises:
-        TooManyCornersError: There are more than half a million corners.
+        MisfitError: There are more than half a million corners: cut up along so many dimensions, or into so many parts,
+            nobody can have meant it.
 
     Example:
         >>> halves = [Region((0, 0), (2, 3)), Region((2, 0), (2, 3))]
@@ -52,7 +101,7 @@ def tiles(shape: Shape, regions: Iterable[Region]) -> bool:
         if any(origin[dimension] or part[dimension] != size for origin, part in regions)
     ]
     if len(cut) > MAX_CORNERS.bit_length() or len(regions) << len(cut) > MAX_CORNERS:
-        raise TooManyCornersError(f"{len(regions)} parts that cut {len(cut)} dimensions")
+        raise MisfitError(f"they are {len(regions):,} parts that cut {len(cut)} dimensions, more than any tensor has")
     corners = [corner for region in regions for corner in _corners(region, cut, 1)]
     corners += _corners(Region((0,) * len(shape), shape), cut, -1)
     corners.sort()
@@ -99,3 +148,32 @@ def regions_of_run(shape: Shape, first: int, count: int) -> Iterator[Region]:
         whole = min((end - position) // blocks[dimension], shape[dimension] - origin[dimension])
         yield Region(origin, (*(1,) * dimension, whole, *shape[dimension + 1 :]))
         position += whole * blocks[dimension]
+
+
+class FlatVector:
+    """Flat tensors that follow one another.
+
+    Attributes:
+        parts: Them; each contiguous, all of one dtype.
+        dtype: Theirs.
+        size: Number of elements of all.
+    """
+
+    def __init__(self, parts: Sequence[TensorEntry]) -> None:
+        self.parts = parts
+        self.dtype = parts[0].dtype
+        self.ends = list(accumulate(part.numel for part in parts))
+        self.size = self.ends[-1]
+
+    def boxes(self, position: int, shape: Shape, first: int, count: int) -> Iterator[Box]:
+        """Elements `position` … of the vector as elements `first` … of a flattened tensor, `count` of them."""
+        itemsize = self.dtype.itemsize
+        while count:
+            index = bisect_right(self.ends, position)
+            amount = min(count, self.ends[index] - position)
+            (box,) = self.parts[index].boxes
+            start = box.start + (position - self.ends[index] + self.parts[index].numel) * itemsize
+            for region in regions_of_run(shape, first, amount):
+                yield Box(box.extent, start, region.shape, contiguous_strides(region.shape), region.origin)
+                start += math.prod(region.shape) * itemsize
+            position, first, count = position + amount, first + amount, count - amount

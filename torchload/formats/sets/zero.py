@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torchload.core.checkpoint import Box, Container, Record, Shape, TensorEntry, record_fields
-from torchload.formats.sets.flat_vector import FlatVector
+from torchload.formats.sets.tiling import FlatVector
 
 __all__ = ["ContradictionError", "Zero"]
 
