@@ -87,14 +87,19 @@ class TorchLoadError(Exception):
         if self._has_left:
             return
         self._has_left = True
-        if self.path is None and path is not None:
-            self.path = path
-            colon = "" if self.message.startswith(_SUBJECT) else ": "
-            self.message = printable(path, None) + colon + self.message.removeprefix(_SUBJECT)
+        self._name(path)
         if state:
             head, line_break, rest = self.message.partition("\n")
             self.message = f"{head} {state}{line_break}{rest}"
         self.args = (self.message,)
+
+    def _name(self, path: str | None) -> None:
+        """Say which checkpoint this is about, where nobody has yet."""
+        if self.path is None and path is not None:
+            self.path = path
+            colon = "" if self.message.startswith(_SUBJECT) else ": "
+            self.message = printable(path, None) + colon + self.message.removeprefix(_SUBJECT)
+            self.args = (self.message,)
 
 
 class CheckpointNotFoundError(TorchLoadError, FileNotFoundError):

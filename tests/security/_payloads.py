@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from tests.security._hostile import named, text
-from torchload.formats.files.magic import LEGACY_MAGIC_NUMBER
+from torchload.formats.files import LEGACY_MAGIC_NUMBER
 
 CALLABLES = """
 os.system posix.system nt.system os.popen os.execv os.posix_spawn os.remove os.mkdir os.kill os.putenv os.fork

@@ -213,7 +213,7 @@ def test_weights_come_out_beside_an_attack(tmp_path: Path) -> None:
     import zipfile
 
     from torchload.core.source import MemorySource
-    from torchload.formats.files import torch_zip
+    from torchload.formats.files import archives
 
     marker = tmp_path / "called"
     buffer = io.BytesIO()
@@ -226,7 +226,7 @@ def test_weights_come_out_beside_an_attack(tmp_path: Path) -> None:
             if name.endswith("data.pkl"):
                 data = data[:-1] + text("attack") + named("os", "system") + text(f"touch {marker}") + b"\x85Rs."
             archive.writestr(name, data)
-    root = torch_zip.open(MemorySource(repacked.getvalue()), "attacked.pth").root
+    root = archives.open(MemorySource(repacked.getvalue()), "attacked.pth").root
     assert type(root) is Container
     assert type(root["weight"]) is TensorEntry
     assert root["attack"].name == "os.system"

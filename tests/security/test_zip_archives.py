@@ -15,7 +15,7 @@ import torch
 from tests.security._hostile import contained
 from torchload.core.source import FileSource, MemorySource
 from torchload.errors import CorruptCheckpointError, TorchLoadError
-from torchload.formats.files import torch_zip
+from torchload.formats.files import archives
 from torchload.formats.files.zip_directory import read_directory
 
 
@@ -36,7 +36,7 @@ def plain(**files: bytes) -> bytearray:
 
 
 def open_bytes(data: bytes) -> object:
-    return torch_zip.open(MemorySource(bytes(data)), "hostile.pt")
+    return archives.open(MemorySource(bytes(data)), "hostile.pt")
 
 
 def put(data: bytearray, position: int, layout: str, value: int) -> bytearray:
@@ -246,7 +246,7 @@ def test_a_sparse_giant_takes_no_memory(tmp_path: object) -> None:
         file.write(struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1 << 30, 1 << 30, end64 - 100, 100))
         file.write(struct.pack("<4sLQL", b"PK\x06\x07", 0, end64, 1))
         file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0))
-    outcome = contained(lambda: torch_zip.open(FileSource(path), path))
+    outcome = contained(lambda: archives.open(FileSource(path), path))
     assert "directory" in outcome
 
 

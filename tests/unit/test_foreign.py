@@ -88,7 +88,7 @@ def flax_weights() -> bytes:
 # and what the message must tell.
 CASES: list[tuple[str, bytes, str, str]] = [
     ("lfs", LFS.encode(), "git-lfs pointer", "97.8 MiB.*sha256:4d7a21.*git lfs pull"),
-    ("lfs-small", b"version https://git-lfs.github.com/spec/v1\nsize 12\n", "git-lfs pointer", "12 bytes"),
+    ("lfs-small", b"version https://git-lfs.github.com/spec/v1\nsize 12\n", "git-lfs pointer", "12 B"),
     ("annex", b"/annex/objects/MD5E-s123--abc.pth\n", "git-annex pointer", "git annex get"),
     ("html", b"<!DOCTYPE html>\n<html><head><title>404  Not\nFound</title>", "HTML page", "'404 Not Found'"),
     ("html-bom", b"\xef\xbb\xbf\r\n<HTML><body>Sign in", "HTML page", "Download the file again"),

@@ -18,14 +18,14 @@ from tests.unit.entries import assert_holds
 from torchload.core.checkpoint import Container, Record, record_fields
 from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError
-from torchload.formats.files import torch_zip
+from torchload.formats.files import archives
 from torchload.formats.pickles.unpickle import read_pickle
 
 
 def reopened(value: Any) -> Any:
     file = io.BytesIO()
     torch.save(value, file)
-    return torch_zip.open(MemorySource(file.getvalue()), "test.pt").root
+    return archives.open(MemorySource(file.getvalue()), "test.pt").root
 
 
 class Tied(nn.Module):
@@ -116,7 +116,7 @@ def test_the_classes_need_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     torch.save(model, file)
     monkeypatch.delitem(sys.modules, "gone_package")
-    container = torch_zip.open(MemorySource(file.getvalue()), "test.pt").root
+    container = archives.open(MemorySource(file.getvalue()), "test.pt").root
     assert container.origin == "gone_package.Net"
     assert_holds(container, model.state_dict())
     assert "gone_package" not in sys.modules
@@ -181,7 +181,7 @@ def test_modules_in_every_protocol() -> None:
     for protocol in (2, 3, 4, 5):
         file = io.BytesIO()
         torch.save(model, file, pickle_protocol=protocol)
-        assert_holds(torch_zip.open(MemorySource(file.getvalue()), "test.pt").root, model.state_dict())
+        assert_holds(archives.open(MemorySource(file.getvalue()), "test.pt").root, model.state_dict())
 
 
 class Symmetric(nn.Module):
@@ -243,7 +243,7 @@ def test_no_record_of_a_module_is_read_that_its_state_dict_does_not_need() -> No
     torch.save(model, file)
     names = zipfile.ZipFile(file).namelist()
     expected = model.state_dict()
-    container = torch_zip.open(MemorySource(file.getvalue()), "test.pt").root
+    container = archives.open(MemorySource(file.getvalue()), "test.pt").root
     used = {container[key].boxes[0].extent.offset for key in expected}
     assert len(used) == len(expected)
     assert sum("/data/" in name for name in names) > len(expected)

@@ -14,7 +14,7 @@ from tests.reading import read_tree, same_bits
 from torchload import smart_load
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
 from torchload.formats import open_checkpoint
-from torchload.formats.files import nested_zip
+from torchload.formats.files import archives
 
 
 def saved(value: Any, **options: Any) -> bytes:
@@ -98,6 +98,6 @@ def test_what_is_unpacked_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     members["c.pth"] = saved({"w": torch.zeros(1 << 26)})
     with pytest.raises(CorruptCheckpointError, match="would unfold"):
         open_checkpoint(zipped(members, zipfile.ZIP_DEFLATED))
-    monkeypatch.setattr(nested_zip, "MAX_CHECKPOINTS", 1)
+    monkeypatch.setattr(archives, "MAX_CHECKPOINTS", 1)
     with pytest.raises(CheckpointFormatError, match="Unpack it"):
         open_checkpoint(zipped(members))

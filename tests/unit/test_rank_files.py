@@ -254,7 +254,7 @@ def test_folders_that_lead_to_themselves_end(tmp_path: Path) -> None:
 
 def test_an_empty_rank_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "mp_rank_00").mkdir()
-    with pytest.raises(CheckpointNotFoundError, match=r"holds none of model_optim_rng\.pt"):
+    with pytest.raises(CheckpointNotFoundError, match=r"has none of model_optim_rng\.pt"):
         open_checkpoint(tmp_path)
 
 

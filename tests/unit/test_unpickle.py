@@ -23,7 +23,7 @@ from tests.versions import can_pickle
 from torchload.core.checkpoint import Container, Extent, OpaqueTensor, Record, TensorEntry, record_fields
 from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError, TorchLoadError
-from torchload.formats.files import torch_zip
+from torchload.formats.files import archives
 from torchload.formats.pickles.unpickle import read_pickle, unpickle
 
 
@@ -31,7 +31,7 @@ def reopened(value: Any, **options: Any) -> Any:
     """The tree that a zip checkpoint of `value` becomes."""
     file = io.BytesIO()
     torch.save(value, file, **options)
-    return torch_zip.open(MemorySource(file.getvalue()), "test.pt").root
+    return archives.open(MemorySource(file.getvalue()), "test.pt").root
 
 
 # ------------------------------------------------------------------------------------------------------- plain values

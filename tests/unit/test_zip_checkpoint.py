@@ -10,7 +10,7 @@ import torch
 from tests.unit.entries import assert_holds
 from torchload.core.source import FileSource, MemorySource
 from torchload.errors import CheckpointFormatError, CorruptCheckpointError
-from torchload.formats.files import torch_zip
+from torchload.formats.files import archives
 from torchload.formats.files.zip_directory import STORED
 
 VALUE = {"model": {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}, "epoch": 3}
@@ -36,7 +36,7 @@ def repacked(data: bytes, changes: dict[str, bytes | None], method: int = STORED
 def test_an_ordinary_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(saved())
-    with torch_zip.open(FileSource(path), str(path)) as checkpoint:
+    with archives.open(FileSource(path), str(path)) as checkpoint:
         assert checkpoint.format == "zip checkpoint"
         assert checkpoint.path == str(path)
         assert checkpoint.checksums
@@ -56,7 +56,7 @@ def test_no_tensor_data_is_read(tmp_path: Path) -> None:
             read.append(len(buffer))
             super().readinto(offset, buffer)
 
-    torch_zip.open(Counting(path), str(path))
+    archives.open(Counting(path), str(path))
     assert sum(read) < 1 << 20
 
 
@@ -69,7 +69,7 @@ def test_checksums_that_were_not_computed_say_nothing() -> None:
         data = saved()
     finally:
         options(True)
-    checkpoint = torch_zip.open(MemorySource(data), "test.pt")
+    checkpoint = archives.open(MemorySource(data), "test.pt")
     assert not checkpoint.checksums
     assert checkpoint.root["model"]["weight"].boxes[0].extent.crc32 is None
     assert_holds(checkpoint.root, VALUE)
@@ -79,30 +79,30 @@ def test_an_archive_of_another_byte_order() -> None:
     weight = VALUE["model"]["weight"]  # type: ignore[index]
     swapped = weight.numpy().astype(">f4").tobytes()
     data = repacked(saved({"weight": weight}), {"byteorder": b"big", "data/0": swapped})
-    root = torch_zip.open(MemorySource(data), "test.pt").root
+    root = archives.open(MemorySource(data), "test.pt").root
     assert root["weight"].boxes[0].extent.big_endian
     assert_holds(root, {"weight": weight})
-    without = torch_zip.open(MemorySource(repacked(saved(), {"byteorder": None})), "test.pt").root
+    without = archives.open(MemorySource(repacked(saved(), {"byteorder": None})), "test.pt").root
     assert not without["model"]["weight"].boxes[0].extent.big_endian
     with pytest.raises(CorruptCheckpointError, match="byte order"):
-        torch_zip.open(MemorySource(repacked(saved(), {"byteorder": b"middle"})), "test.pt")
+        archives.open(MemorySource(repacked(saved(), {"byteorder": b"middle"})), "test.pt")
 
 
 def test_an_archive_that_was_packed_again() -> None:
-    root = torch_zip.open(MemorySource(repacked(saved(), {})), "test.pt").root
+    root = archives.open(MemorySource(repacked(saved(), {})), "test.pt").root
     assert_holds(root, VALUE)
-    packed = torch_zip.open(MemorySource(repacked(saved(), {}, zipfile.ZIP_DEFLATED)), "test.pt").root
+    packed = archives.open(MemorySource(repacked(saved(), {}, zipfile.ZIP_DEFLATED)), "test.pt").root
     assert_holds(packed, VALUE)
     no_tensors = repacked(saved({"epoch": 3}), {}, zipfile.ZIP_DEFLATED)
-    assert torch_zip.open(MemorySource(no_tensors), "test.pt").root == {"epoch": 3}
+    assert archives.open(MemorySource(no_tensors), "test.pt").root == {"epoch": 3}
 
 
 def test_storages_that_are_missing_or_of_another_size() -> None:
     with pytest.raises(CorruptCheckpointError, match="storage '0'"):
-        torch_zip.open(MemorySource(repacked(saved(), {"data/0": None})), "test.pt")
+        archives.open(MemorySource(repacked(saved(), {"data/0": None})), "test.pt")
     for content in (b"short", bytes(1000)):
         with pytest.raises(CorruptCheckpointError, match="should have 24 bytes"):
-            torch_zip.open(MemorySource(repacked(saved(), {"data/0": content})), "test.pt")
+            archives.open(MemorySource(repacked(saved(), {"data/0": content})), "test.pt")
 
 
 def test_other_archives_are_named() -> None:
@@ -110,12 +110,12 @@ def test_other_archives_are_named() -> None:
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("word/document.xml", "<x/>")
     with pytest.raises(CheckpointFormatError, match=r"word/document\.xml") as caught:
-        torch_zip.open(MemorySource(buffer.getvalue()), "letter.docx")
+        archives.open(MemorySource(buffer.getvalue()), "letter.docx")
     assert caught.value.found == "zip archive"
     empty = io.BytesIO()
     zipfile.ZipFile(empty, "w").close()
     with pytest.raises(CheckpointFormatError, match="empty"):
-        torch_zip.open(MemorySource(empty.getvalue()), "empty.zip")
+        archives.open(MemorySource(empty.getvalue()), "empty.zip")
 
 
 def test_two_pickles_are_one_too_many() -> None:
@@ -123,4 +123,4 @@ def test_two_pickles_are_one_too_many() -> None:
     with zipfile.ZipFile(data, "a") as archive:
         archive.writestr("other/data.pkl", b"N.")
     with pytest.raises(CheckpointFormatError, match="2 records named"):
-        torch_zip.open(MemorySource(data.getvalue()), "test.pt")
+        archives.open(MemorySource(data.getvalue()), "test.pt")

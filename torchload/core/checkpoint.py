@@ -114,6 +114,16 @@ class TensorEntry:
     boxes: tuple[Box, ...]
     is_parameter: bool = False
 
+    @classmethod
+    def over(
+        cls, extent: Extent, dtype: torch.dtype, shape: Shape, strides: Shape | None = None, start: int = 0
+    ) -> TensorEntry:
+        """A tensor in one extent that was found to hold it all, from byte `start` on; row-major without `strides`."""
+        if 0 in shape:
+            return cls(dtype, shape, ())
+        strides = contiguous_strides(shape) if strides is None else strides
+        return cls(dtype, shape, (Box(extent, start, shape, strides, (0,) * len(shape)),))
+
     @property
     def numel(self) -> int:
         """Number of elements."""

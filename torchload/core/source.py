@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchload.core.budget import Budget
 from torchload.core.collector import collector_running
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.errors import CheckpointFormatError, CorruptCheckpointError, incomplete
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -71,11 +71,8 @@ class Source(ABC):
 
     def _check(self, offset: int, size: int) -> None:
         if offset < 0 or size < 0 or offset + size > self.size:
-            raise CorruptCheckpointError(
-                f"{self.name} is incomplete: {size} bytes are needed at offset {offset}, "
-                f"but the file has {self.size}. Download or copy it again.",
-                path=self.name,
-            )
+            needed = f"{size} bytes are needed at offset {offset}, but the file has {self.size}"
+            raise incomplete(self.name, needed)
 
 
 class FileSource(Source):

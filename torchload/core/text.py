@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -12,6 +12,7 @@ __all__ = [
     "format_bytes",
     "format_seconds",
     "group_names",
+    "listed",
     "plural",
     "printable",
     "printable_lines",
@@ -80,6 +81,17 @@ def plural(count: int, noun: str) -> str:
         ('1 tensor', '1,200 tensors')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names in one line, cut off where there are many.
+
+    Example:
+        >>> listed(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(printable(name, 200) for name in names[:most]) + more
 
 
 def group_names(names: Iterable[str]) -> list[str]:

@@ -1,16 +1,15 @@
 """Opening: from a path to a `Checkpoint`, the tree of everything a file holds but its tensor data.
 
-What a file is, its bytes decide, never its suffix. `FORMATS` is the table of single-file formats: one row each, tried
-in order. A folder, an index of shards and a list of shards come down to single files again. What one ordinary file does
-not need is imported when it is needed.
+What a file is, its bytes decide, never its suffix: `torchload.formats.files` has the table. A folder, an index and a
+list of shards come down to single files again. What one ordinary file doesn't need is imported when it is needed.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torchload.core.budget import Budget
 from torchload.core.checkpoint import Checkpoint, OpaqueTensor, Record, TensorEntry
@@ -18,73 +17,13 @@ from torchload.core.collector import collector_paused
 from torchload.core.optimizers import is_optimizer_state
 from torchload.core.source import Source
 from torchload.errors import AmbiguousCheckpointError, CheckpointNotFoundError, TorchLoadError
-from torchload.formats.files import safetensors
-from torchload.formats.files.magic import HEAD_BYTES, is_legacy, is_pickle, is_ustar, is_zip
+from torchload.formats.files import head_of, is_zip, kind_of, reader
 from torchload.formats.locate import folder_around, path_text, source_of_file, source_of_object, status_of
 
-__all__ = ["FORMATS", "Format", "open_checkpoint"]
+__all__ = ["open_checkpoint"]
 
 
 _MOST_PARTS = 100  # of a checkpoint without an index that are looked into
-
-
-class Format(NamedTuple):
-    """One kind of checkpoint file.
-
-    Attributes:
-        name: What to call it.
-        recognizes: Whether a file that begins with these bytes (at most `HEAD_BYTES`) is one, sound or damaged.
-        open: Indexes it; raises `CheckpointFormatError` for what turns out to be something else after all.
-        confirms: Whether a recognized file is one after a closer look, which is taken where a folder holds several.
-    """
-
-    name: str
-    recognizes: Callable[[bytes], bool]
-    open: Callable[[Source, str], Checkpoint]
-    confirms: Callable[[Source], bool] | None = None
-
-
-def _open_zip(source: Source, path: str) -> Checkpoint:
-    from torchload.formats.files import archives
-
-    return archives.open(source, path)
-
-
-def _is_zip_checkpoint(source: Source) -> bool:
-    from torchload.formats.files import archives
-
-    return archives.is_checkpoint(source)
-
-
-def _open_legacy(source: Source, path: str) -> Checkpoint:
-    from torchload.formats.files import legacy
-
-    return legacy.open(source, path)
-
-
-def _open_tar(source: Source, path: str) -> Checkpoint:
-    from torchload.formats.files import tar
-
-    return tar.open(source, path)
-
-
-def _open_pickle(source: Source, path: str) -> Checkpoint:
-    from torchload.formats.files import numpy_files
-
-    return numpy_files.open_pickle(source, path)
-
-
-def _never(source: Source) -> bool:
-    return False  # it may hold anything; in a folder of several files, it is not what was meant
-
-
-FORMATS: tuple[Format, ...] = (
-    Format("zip archive", is_zip, _open_zip, _is_zip_checkpoint),
-    Format("legacy checkpoint", is_legacy, _open_legacy),
-    Format("tar archive", is_ustar, _open_tar, _never),
-    Format("pickle", is_pickle, _open_pickle, _never),
-    Format("safetensors", safetensors.recognizes, safetensors.open),
-)
 
 
 def open_checkpoint(path: Any) -> Checkpoint:
@@ -152,10 +91,8 @@ class _Opening:
         source = source_of_object(file)
         position = file.tell()
         try:
-            if is_zip(source.read(0, min(HEAD_BYTES, source.size))):
-                from torchload.formats.files.zip_directory import first_archive
-
-                source = first_archive(source)
+            if is_zip(head_of(source)):
+                source = reader("zip_directory").first_archive(source)
             checkpoint = self.source(source, source.name)
         except BaseException:
             file.seek(position)
@@ -164,6 +101,12 @@ class _Opening:
         return checkpoint
 
     def folder(self, path: str) -> Checkpoint:
+        from torchload.formats.sets.members import naming
+
+        with naming(path):
+            return self._folder(path)
+
+    def _folder(self, path: str) -> Checkpoint:
         from torchload.formats.sets import folder, sharded
 
         try:
@@ -174,7 +117,6 @@ class _Opening:
             raise AmbiguousCheckpointError(
                 f"{several.message} No name is in two of them: if they are parts of one checkpoint, give the list of "
                 "their paths.",
-                path=path,
                 candidates=several.candidates,
                 argument="path",
             ) from None
@@ -196,14 +138,16 @@ class _Opening:
         """Whether files open as one checkpoint, and none has a name that another one has."""
         if len(paths) > _MOST_PARTS:
             return False
-        from torchload.formats.sets import sharded
+        from torchload.formats.sets.members import Members
 
+        members = Members(self.shard)
         try:
-            opened = [self.shard(path) for path in paths]
+            roots = [members.open(path).root for path in paths]
         except (TorchLoadError, PermissionError):
             return False
-        sharded.close_all(opened)
-        names = [name for part in opened for name in (part.root if isinstance(part.root, dict) else [None] * 2)]
+        finally:
+            members.close()
+        names = [name for root in roots for name in (root if isinstance(root, dict) else [None] * 2)]
         return len(set(names)) == len(names)
 
     def __call__(self, path: str) -> Checkpoint:
@@ -223,10 +167,9 @@ class _Opening:
     def source(self, source: Source, path: str, *, index_allowed: bool = True) -> Checkpoint:
         """Open a single file, or the set it is the index of; its source is closed when that fails."""
         try:
-            head = source.read(0, min(HEAD_BYTES, source.size))
-            for kind in FORMATS:
-                if kind.recognizes(head):
-                    return kind.open(source, path)
+            head = head_of(source)
+            if (kind := kind_of(head)) is not None:
+                return kind.open(source, path)
             if index_allowed and head.lstrip()[:1] == b"{":
                 from torchload.formats.sets import sharded
 
@@ -234,9 +177,7 @@ class _Opening:
                     checkpoint = sharded.open_index(source, path, self.shard)
                     source.close()
                     return checkpoint
-            from torchload.formats.files import foreign
-
-            raise foreign.describe(source, head, path)
+            raise reader("foreign").describe(source, head, path)
         except BaseException:
             source.close()
             raise
@@ -249,11 +190,8 @@ def _is_checkpoint(path: str) -> bool:
     except (TorchLoadError, PermissionError):
         return False
     try:
-        head = source.read(0, min(HEAD_BYTES, source.size))
-        for kind in FORMATS:
-            if kind.recognizes(head):
-                return kind.confirms is None or kind.confirms(source)
-        return False
+        kind = kind_of(head_of(source))
+        return kind is not None and kind.is_meant(source)
     except (TorchLoadError, PermissionError):
         return False
     finally:

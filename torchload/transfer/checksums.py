@@ -11,7 +11,7 @@ import torch
 from torchload.core.checkpoint import Box, Extent
 from torchload.core.copies import Copy
 from torchload.core.crc32 import combine_crc32
-from torchload.errors import CorruptCheckpointError
+from torchload.errors import GET_IT_AGAIN, CorruptCheckpointError
 from torchload.transfer.pieces import Piece, is_plain
 
 __all__ = ["Arrivals", "combine_parts", "has_checksum", "is_summed_in_place", "report_damage"]
@@ -82,7 +82,7 @@ def report_damage(damaged: list[tuple[Extent, int]], names: Mapping[Extent, str]
     path = damaged[0][0].source.name
     raise CorruptCheckpointError(
         f"{path} is damaged: the data of {len(damaged)} of its records fails its checksum. "
-        f"Download or copy it again; if that doesn't help, a disk or this machine's memory is at fault.\n{shown}{more}",
+        f"{GET_IT_AGAIN} If that doesn't help, a disk or this machine's memory is at fault.\n{shown}{more}",
         path=path,
     )
 

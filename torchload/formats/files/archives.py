@@ -1,21 +1,27 @@
-"""Which kind of checkpoint a zip archive is: one row each, told apart by the names of the records.
+"""Which kind of checkpoint a zip archive is, told by the names of its records; and checkpoints inside of archives.
 
-All of them share the directory, which is read once. A module is imported when an archive of its kind is opened.
+All kinds share the directory, which is read once. Archives of anything else may hold whole checkpoints, as
+stable-baselines3 packs them (``policy.pth``, ``pytorch_variables.pth``, …): a stored member is opened where it lies, a
+compressed one is unpacked into memory first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from torchload.core.checkpoint import Checkpoint
+from torchload.core.checkpoint import Checkpoint, Container
 from torchload.core.source import Source
-from torchload.errors import CorruptCheckpointError
-from torchload.formats.files import torch_zip
-from torchload.formats.files.magic import HEAD_BYTES, is_legacy, is_zip
-from torchload.formats.files.zip_directory import ZipDirectory, read_directory
+from torchload.core.text import printable
+from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.formats import files
+from torchload.formats.files.zip_directory import STORED, ZipDirectory, read_directory
 
-__all__ = ["ARCHIVES", "Archive", "is_checkpoint", "is_openable", "open", "open_inside"]
+__all__ = ["ARCHIVES", "Archive", "is_checkpoint", "open", "open_inside", "open_members"]
+
+MAX_MEMBERS = 10_000  # that are looked at
+MAX_CHECKPOINTS = 100
 
 
 class Archive(NamedTuple):
@@ -23,64 +29,39 @@ class Archive(NamedTuple):
 
     Attributes:
         name: What to call it.
-        recognizes: Whether an archive is one, by the names of its records and the folder that the first is in.
-        open: Indexes it.
+        recognizes: Whether an archive is one.
+        module: Of this folder, whose function of the next name indexes it, given the directory and the path.
+        function: That name.
     """
 
     name: str
-    recognizes: Callable[[Collection[str], str], bool]
-    open: Callable[[ZipDirectory, str, str], Checkpoint]
+    recognizes: Callable[[ZipDirectory], bool]
+    module: str
+    function: str = "open_directory"
 
 
-def _is_torchscript(names: Collection[str], top: str) -> bool:
-    return f"{top}constants.pkl" in names and f"{top}data.pkl" in names
+def _is_torchscript(archive: ZipDirectory) -> bool:
+    return f"{archive.top}constants.pkl" in archive.records and f"{archive.top}data.pkl" in archive.records
 
 
-def _open_torchscript(directory: ZipDirectory, top: str, path: str) -> Checkpoint:
-    from torchload.formats.files import torchscript
-
-    return torchscript.open_directory(directory, top, path)
+def _is_exported(archive: ZipDirectory) -> bool:
+    return f"{archive.top}archive_format" in archive.records or "serialized_exported_program.json" in archive.records
 
 
-def _is_exported(names: Collection[str], top: str) -> bool:
-    return any(name in names for name in (f"{top}archive_format", "serialized_exported_program.json"))
+def _has_pickle(archive: ZipDirectory) -> bool:
+    usual = f"{archive.top}data.pkl" in archive.records
+    return usual or any(name == "data.pkl" or name.endswith("/data.pkl") for name in archive.records)
 
 
-def _open_exported(directory: ZipDirectory, top: str, path: str) -> Checkpoint:
-    from torchload.formats.files import exported
-
-    return exported.open_directory(directory, top, path, open_inside)
-
-
-def _has_pickle(names: Collection[str], top: str) -> bool:
-    return f"{top}data.pkl" in names or any(name == "data.pkl" or name.endswith("/data.pkl") for name in names)
-
-
-def _open_torch_zip(directory: ZipDirectory, top: str, path: str) -> Checkpoint:
-    return torch_zip.open_directory(directory, path)
-
-
-def _is_npz(names: Collection[str], top: str) -> bool:
-    return bool(names) and all(name.endswith(".npy") for name in names)
-
-
-def _open_npz(directory: ZipDirectory, top: str, path: str) -> Checkpoint:
-    from torchload.formats.files import numpy_files
-
-    return numpy_files.open_npz(directory, path)
-
-
-def _open_nested(directory: ZipDirectory, top: str, path: str) -> Checkpoint:
-    from torchload.formats.files import nested_zip
-
-    return nested_zip.open_directory(directory, path, open_inside, is_openable) or _refuse(directory, top, path)
+def _is_npz(archive: ZipDirectory) -> bool:
+    return bool(archive.records) and all(name.endswith(".npy") for name in archive.records)
 
 
 ARCHIVES: tuple[Archive, ...] = (
-    Archive("TorchScript archive", _is_torchscript, _open_torchscript),
-    Archive("torch.export archive", _is_exported, _open_exported),
-    Archive("zip checkpoint", _has_pickle, _open_torch_zip),
-    Archive("numpy archive", _is_npz, _open_npz),
+    Archive("TorchScript archive", _is_torchscript, "torchscript"),
+    Archive("torch.export archive", _is_exported, "exported"),
+    Archive("zip checkpoint", _has_pickle, "torch_zip"),
+    Archive("numpy archive", _is_npz, "numpy_files", "open_npz"),
 )
 
 
@@ -95,63 +76,95 @@ def open(source: Source, path: str) -> Checkpoint:
         CheckpointFormatError: It holds no weights.
         CorruptCheckpointError: It is truncated, damaged or hostile.
     """
-    return _open(source, path, _open_nested)
+    archive = read_directory(source)
+    members = _candidates(archive)
+    return _open_known(archive, path) or open_members(members, source, path, "zip archive") or _refuse(archive, path)
 
 
 def open_inside(source: Source, path: str) -> Checkpoint:
-    """Open a checkpoint that lies inside an archive; archives in archives in archives are not looked into.
-
-    Raises:
-        CheckpointFormatError: It is no checkpoint.
-        CorruptCheckpointError: It is truncated, damaged or hostile.
-    """
-    from torchload.formats.files import foreign, legacy, safetensors
-
-    head = source.read(0, min(HEAD_BYTES, source.size))
-    if is_zip(head):
-        return _open(source, path, _refuse)
-    if is_legacy(head):
-        return legacy.open(source, path)
-    if safetensors.recognizes(head):
-        return safetensors.open(source, path)
-    raise foreign.describe(source, head, path)
-
-
-def is_openable(head: bytes) -> bool:
-    """Whether `open_inside` knows a file that begins with these bytes."""
-    from torchload.formats.files import safetensors
-
-    return is_zip(head) or is_legacy(head) or safetensors.recognizes(head)
+    """`open` for an archive inside another one: it isn't searched for checkpoints in turn."""
+    archive = read_directory(source)
+    return _open_known(archive, path) or _refuse(archive, path)
 
 
 def is_checkpoint(source: Source) -> bool:
     """Whether an archive is a checkpoint among other files; a numpy archive may hold anything, and counts as none."""
     try:
-        names = read_directory(source).records
+        archive = read_directory(source)
     except CorruptCheckpointError:
         return True  # perhaps a damaged checkpoint, which deserves its own error
-    top = _top(names)
-    return any(kind.recognizes(names, top) for kind in ARCHIVES if kind.recognizes is not _is_npz)
+    return any(kind.recognizes(archive) for kind in ARCHIVES if kind.recognizes is not _is_npz)
 
 
-def _open(source: Source, path: str, open_other: Callable[[ZipDirectory, str, str], Checkpoint]) -> Checkpoint:
-    directory = read_directory(source)
-    top = _top(directory.records)
+def open_members(members: Iterable[tuple[str, Source]], archive: Source, path: str, kind: str) -> Checkpoint | None:
+    """Index every checkpoint among the members of an archive without reading tensor data.
+
+    Args:
+        members: Name and content of those that may be one.
+        archive: What they are in.
+        path: The checkpoint as the caller named it.
+        kind: What to call the archive.
+
+    Returns:
+        Its root maps each member's name, without folder and suffix where that is clear, to what the member holds.
+        ``None`` if there is no checkpoint inside.
+
+    Raises:
+        CheckpointFormatError: There are too many.
+        CorruptCheckpointError: One of them is truncated, damaged or hostile.
+    """
+    found: dict[str, Checkpoint] = {}
+    for name, member in members:
+        if len(found) >= MAX_CHECKPOINTS:
+            raise CheckpointFormatError(
+                f"{path} holds more than {MAX_CHECKPOINTS} checkpoints, and so many are not read through an archive. "
+                "Unpack it and give the path of the one you want.",
+                path=path,
+                found="archive with checkpoints inside",
+            )
+        try:
+            found[name] = files.open_inside(member, f"{path}/{printable(name)}")
+        except CorruptCheckpointError:
+            raise
+        except CheckpointFormatError:
+            pass  # something else that looks alike, such as a zip archive of other things
+    if not found:
+        return None
+    stems = [_stem(name) for name in found]
+    labels = (stem if stems.count(stem) == 1 else name for name, stem in zip(found, stems))
+    root = Container({label: checkpoint.root for label, checkpoint in zip(labels, found.values())})
+    has_checksums = any(checkpoint.checksums for checkpoint in found.values())
+    return Checkpoint(path, f"checkpoints in a {kind}", root, (archive,), checksums=has_checksums)
+
+
+def _open_known(archive: ZipDirectory, path: str) -> Checkpoint | None:
     for kind in ARCHIVES:
-        if kind.recognizes(directory.records, top):
-            return kind.open(directory, top, path)
-    return open_other(directory, top, path)
+        if kind.recognizes(archive):
+            checkpoint: Checkpoint = getattr(files.reader(kind.module), kind.function)(archive, path)
+            return checkpoint
+    return None
 
 
-def _refuse(directory: ZipDirectory, top: str, path: str) -> Checkpoint:
-    from torchload.formats.files import foreign
-
-    if error := foreign.describe_zip(directory.records, path):
+def _refuse(archive: ZipDirectory, path: str) -> Checkpoint:
+    if error := files.reader("foreign").describe_zip(archive.records, path):
         raise error
-    return torch_zip.open_directory(directory, path)  # raises; its error lists the records
+    checkpoint: Checkpoint = files.reader("torch_zip").open_directory(archive, path)  # raises; it lists the records
+    return checkpoint
 
 
-def _top(names: Collection[str]) -> str:
-    """The folder of the first record, with its slash; in what torch writes, everything is in it."""
-    folder, slash, _ = next(iter(names), "").partition("/")
-    return folder + slash if slash else ""
+def _candidates(archive: ZipDirectory) -> Iterator[tuple[str, Source]]:
+    """The members that begin as a checkpoint does; of a compressed one, as much is unpacked as that takes."""
+    for record in list(archive.records.values())[:MAX_MEMBERS]:
+        head = archive.source.read(record.offset, min(files.HEAD_BYTES, record.stored_size))
+        if record.method != STORED:
+            try:
+                head = zlib.decompressobj(-zlib.MAX_WBITS).decompress(head, files.HEAD_BYTES)
+            except zlib.error:
+                continue
+        if files.may_be_inside(head):
+            yield record.name, archive.source_of(record.name)
+
+
+def _stem(name: str) -> str:
+    file = name.rpartition("/")[2]
+    return file.rpartition(".")[0] or file

@@ -15,16 +15,16 @@ tensors that the program's text refers to, which no state dict has. So they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from torchload.core.checkpoint import Box, Checkpoint, Container, Extent, OpaqueTensor, TensorEntry, box_end_bytes
-from torchload.core.source import Source
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.core.checkpoint import Checkpoint, Container, Extent, OpaqueTensor, TensorEntry
+from torchload.errors import CheckpointFormatError, damaged
+from torchload.formats.files import open_inside
 from torchload.formats.files.zip_directory import ZipDirectory
 from torchload.formats.json_text import parse_object
+from torchload.formats.pickles.tensors import as_parameter, strided_entry
 
 __all__ = ["open_directory"]
 
@@ -66,17 +66,13 @@ _DTYPES: dict[int, torch.dtype] = {
     if hasattr(torch, name)
 }
 
-OpenInside = Callable[[Source, str], Checkpoint]
 
-
-def open_directory(directory: ZipDirectory, top: str, path: str, open_inside: OpenInside) -> Checkpoint:
+def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
     """Index a program's weights without reading them.
 
     Args:
         directory: The archive.
-        top: The folder that everything in it is in, with its slash.
         path: The checkpoint as the caller named it.
-        open_inside: Opens a checkpoint inside the archive.
 
     Returns:
         Its root is the state dict, or a mapping of model name → state dict where there are several models.
@@ -90,13 +86,13 @@ def open_directory(directory: ZipDirectory, top: str, path: str, open_inside: Op
     for old in _OLD_STATE:
         if old in records:
             models["model"] = open_inside(directory.source_of(old), f"{path}/{old}").root
-    folder = top + _WEIGHTS
+    folder = directory.top + _WEIGHTS
     for name in records:
         model = name.removeprefix(folder)
         if not name.startswith(folder) or "/" in model:
             continue
         if model.endswith(_CONFIG_ENDING):
-            models[model.removesuffix(_CONFIG_ENDING)] = _configured(directory, name, folder, path, open_inside)
+            models[model.removesuffix(_CONFIG_ENDING)] = _configured(directory, name, folder, path)
         elif model.endswith(".pt") and not model.startswith("weight_"):
             models[model.removesuffix(".pt")] = open_inside(directory.source_of(name), f"{path}/{model}").root
     if not models:
@@ -111,19 +107,19 @@ def open_directory(directory: ZipDirectory, top: str, path: str, open_inside: Op
     return Checkpoint(path, "torch.export archive", root, (source,), checksums=has_checksums)
 
 
-def _configured(directory: ZipDirectory, name: str, folder: str, path: str, open_inside: OpenInside) -> Container:
+def _configured(directory: ZipDirectory, name: str, folder: str, path: str) -> Container:
     """The state dict that a weights config describes."""
     if directory.records[name].size > MAX_CONFIG_BYTES:
-        _damaged(path, f"its {name} has more than {MAX_CONFIG_BYTES >> 20} MiB")
+        raise damaged(path, f"its {name} has more than {MAX_CONFIG_BYTES >> 20} MiB")
     config = parse_object(directory.read(name), "weights config", path).get("config")
     if not isinstance(config, dict):
-        _damaged(path, f"its {name} has no 'config'")
+        raise damaged(path, f"its {name} has no 'config'")
     state = Container()
     extents: dict[str, Extent] = {}
     for key, payload in config.items():
         file = payload.get("path_name") if isinstance(payload, dict) else None
         if not isinstance(file, str) or folder + file not in directory.records:
-            _damaged(path, f"it has no data for the tensor {key[:200]!r}")
+            raise damaged(path, f"it has no data for the tensor {key[:200]!r}")
         if payload.get("use_pickle") is True:
             inside = directory.source_of(folder + file)
             state[key] = open_inside(inside, f"{path}/{file}").root
@@ -138,30 +134,22 @@ def _tensor(payload: dict[str, Any], extent: Extent, key: str, path: str) -> Ten
     """A tensor as its metadata describes it, checked against its record."""
     meta = payload.get("tensor_meta")
     if not isinstance(meta, dict):
-        _damaged(path, f"the tensor {key[:200]!r} has no metadata")
+        raise damaged(path, f"the tensor {key[:200]!r} has no metadata")
     shape, strides = _numbers(meta.get("sizes")), _numbers(meta.get("strides"))
     offset = _number(meta.get("storage_offset"))
     if shape is None or strides is None or offset is None or not len(shape) == len(strides) <= MAX_DIMENSIONS:
-        _damaged(path, f"the tensor {key[:200]!r} has an impossible shape, strides or offset")
+        raise damaged(path, f"the tensor {key[:200]!r} has an impossible shape, strides or offset")
     if meta.get("layout") != _STRIDED:
         return OpaqueTensor("a tensor that is not strided", shape)
     number = meta.get("dtype")
     dtype = _DTYPES.get(number) if type(number) is int else None
     if dtype is None:
         return OpaqueTensor(f"a tensor of dtype number {number!r}, which this torch doesn't know", shape)
-    is_parameter = payload.get("is_param") is True
-    if 0 in shape:
-        return TensorEntry(dtype, shape, (), is_parameter)
-    start = offset * dtype.itemsize
-    end = box_end_bytes(start, shape, strides, dtype.itemsize)
-    if end > extent.nbytes:
-        _damaged(path, f"the tensor {key[:200]!r} needs {end} bytes of its record, which has {extent.nbytes}")
-    numel = 1
-    for size in shape:
-        numel *= size
-    if numel * dtype.itemsize >= MAX_NUMBER:
-        _damaged(path, f"the tensor {key[:200]!r} is too large to exist")
-    return TensorEntry(dtype, shape, (Box(extent, start, shape, strides, (0,) * len(shape)),), is_parameter)
+    try:
+        entry = strided_entry(extent, offset * dtype.itemsize, extent.nbytes, dtype, shape, strides)
+    except ValueError as error:
+        raise damaged(path, f"the tensor {key[:200]!r} {error}") from None
+    return as_parameter(entry) if payload.get("is_param") is True else entry
 
 
 def _numbers(values: object) -> tuple[int, ...] | None:
@@ -173,7 +161,3 @@ def _number(value: object) -> int | None:
     """``{"as_int": 3}`` as 3; symbolic sizes, which weights never have, as ``None``."""
     number = value.get("as_int") if isinstance(value, dict) else None
     return number if type(number) is int and 0 <= number < MAX_NUMBER else None
-
-
-def _damaged(path: str, what: str) -> NoReturn:
-    raise CorruptCheckpointError(f"{path} is damaged: {what}. Download or copy it again.", path=path)

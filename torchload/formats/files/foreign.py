@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torchload.core.source import Source
-from torchload.errors import CheckpointFormatError
+from torchload.core.text import format_bytes
+from torchload.errors import GET_IT_AGAIN, CheckpointFormatError
+from torchload.formats.files import is_tar, is_zip
 from torchload.formats.locate import UNFINISHED_SUFFIXES
 
 __all__ = ["KINDS", "Foreign", "describe", "describe_zip"]
@@ -147,34 +149,21 @@ def _lfs_detail(head: bytes) -> str:
     oid = re.search(rb"^oid (\w+:[0-9a-f]{8,64})$", head, re.MULTILINE)
     parts = []
     if size:
-        parts.append(f"the real file has {_readable_size(int(size[1]))}")
+        parts.append(f"the real file has {format_bytes(int(size[1]))}")
     if oid:
         parts.append(f"oid {oid[1].decode()[:19]}...")
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _readable_size(size_bytes: int) -> str:
-    size = float(size_bytes)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size_bytes} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 # --------------------------------------------------------------------------------------------- archives and the rest
-
-
-def _is_ustar(head: bytes) -> bool:
-    return head[257:262] == b"ustar"
 
 
 def _compressed_detail(head: bytes) -> str:
     """What is inside, as far as its first bytes tell."""
     inside = _decompressed_head(head)
-    if inside.startswith(b"PK\x03\x04"):
+    if is_zip(inside):
         return " of a zip file, perhaps of a checkpoint"
-    if inside[257:262] == b"ustar":
+    if is_tar(inside):
         return " of a tar archive"
     if inside.startswith(b"\x80") and inside[1:2] in b"\x02\x03\x04\x05":
         return " of a pickle, perhaps of a checkpoint"
@@ -287,7 +276,7 @@ KINDS: tuple[Foreign, ...] = (
     Foreign(
         "a zip archive whose beginning is damaged or was replaced",
         lambda head: True,
-        "Its directory, at the end, is whole: it may be a checkpoint. Download or copy it again.",
+        "Its directory, at the end, is whole: it may be a checkpoint. " + GET_IT_AGAIN,
         confirms=_ends_as_zip,
     ),
     Foreign("an HTML page", _is_html, _DOWNLOAD_AGAIN, _html_title),
@@ -299,7 +288,7 @@ KINDS: tuple[Foreign, ...] = (
     Foreign("an LZ4 file", _magic(b"\x04\x22\x4d\x18"), _UNPACK),
     Foreign("a 7-Zip archive", _magic(b"7z\xbc\xaf\x27\x1c"), _UNPACK),
     Foreign("a RAR archive", _magic(b"Rar!\x1a\x07"), _UNPACK),
-    Foreign("a tar archive", _is_ustar, _UNPACK),
+    Foreign("a tar archive", is_tar, _UNPACK),
     Foreign("an empty zip archive", _magic(b"PK\x05\x06"), _DOWNLOAD_AGAIN),
     Foreign("a part of a split zip archive", _magic(b"PK\x07\x08"), "Join the parts and unpack them."),
     Foreign("a GGUF file", _magic(b"GGUF"), "It is made for llama.cpp; give the PyTorch or safetensors files instead."),
@@ -339,7 +328,7 @@ KINDS: tuple[Foreign, ...] = (
     Foreign(
         "filled with zeros",
         lambda head: not any(head),
-        "Space was reserved for it, but the data never arrived: download or copy it again.",
+        "Space was reserved for it, but the data never arrived. " + GET_IT_AGAIN,
         confirms=_samples_are_zero,
     ),
     Foreign("a JSON file", _is_json, "Give the file that holds the weights, or its folder.", _json_error),

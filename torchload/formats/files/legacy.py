@@ -11,12 +11,12 @@ of the third pickle.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from torchload.core.checkpoint import Checkpoint, Extent
 from torchload.core.source import Source
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError
-from torchload.formats.files.magic import LEGACY_MAGIC_NUMBER
+from torchload.errors import CheckpointFormatError, damaged, incomplete
+from torchload.formats.files import LEGACY_MAGIC_NUMBER
 from torchload.formats.pickles.pickle_file import from_growing_window
 from torchload.formats.pickles.unpickle import Storage, Unpickled, unpickle
 
@@ -48,9 +48,9 @@ def open(source: Source, path: str) -> Checkpoint:
     def extent_of(storage: Storage) -> Extent:
         extent = extents.get(storage.key)
         if extent is None:
-            _damaged(path, f"it refers to a storage {storage.key!r} that it doesn't have")
+            raise damaged(path, f"it refers to a storage {storage.key!r} that it doesn't have")
         if storage.nbytes != extent.nbytes:
-            _damaged(
+            raise damaged(
                 path, f"storage {storage.key!r} has {extent.nbytes} bytes, and is said to have {storage.nbytes} as well"
             )
         return extent
@@ -72,11 +72,11 @@ def _read_head(data: bytes | mmap, source: Source, path: str) -> tuple[Unpickled
     version = following(magic.end)
     system = following(version.end)
     if magic.finish() != LEGACY_MAGIC_NUMBER or not isinstance(system.finish(), dict):
-        _damaged(path, "its first pickles are not those of torch.save")
+        raise damaged(path, "its first pickles are not those of torch.save")
     number = version.finish()
     if number != PROTOCOL_VERSION:
         if type(number) is not int or abs(number) > 1 << 32:
-            _damaged(path, "its first pickles are not those of torch.save")
+            raise damaged(path, "its first pickles are not those of torch.save")
         raise CheckpointFormatError(
             f"{path} is a legacy checkpoint of protocol version {number}; {PROTOCOL_VERSION} is the only one that "
             "torch ever wrote.",
@@ -87,7 +87,7 @@ def _read_head(data: bytes | mmap, source: Source, path: str) -> tuple[Unpickled
     listed = following(unpickled.end)
     keys = listed.finish()
     if type(keys) is not list or not all(type(key) is str or (type(key) is int and abs(key) < 1 << 64) for key in keys):
-        _damaged(path, "its list of storage keys is malformed")
+        raise damaged(path, "its list of storage keys is malformed")
     unpickled.end = listed.end
     return unpickled, [key if type(key) is str else str(key) for key in keys]
 
@@ -100,16 +100,14 @@ def _locate(source: Source, unpickled: Unpickled, keys: list[str], path: str) ->
     for key in keys:
         storage = storages.get(key)
         if storage is None or key in extents:
-            _damaged(path, f"its list names a storage {key[:80]!r} " + ("twice" if storage else "that nothing uses"))
+            raise damaged(
+                path, f"its list names a storage {key[:80]!r} " + ("twice" if storage else "that nothing uses")
+            )
         position += _COUNT_BYTES
         extents[key] = Extent(source, position, storage.nbytes)
         position += storage.nbytes
     if position > source.size:
-        raise CorruptCheckpointError(
-            f"{path} is incomplete: its {len(keys)} storages need {position} bytes, but the file has {source.size}. "
-            "Download or copy it again.",
-            path=path,
-        )
+        raise incomplete(path, f"its {len(keys)} storages need {position} bytes, but the file has {source.size}")
     _check_counts(source, [(extents[key].offset - _COUNT_BYTES, storages[key]) for key in keys], path)
     return extents, position
 
@@ -125,8 +123,6 @@ def _check_counts(source: Source, places: list[tuple[int, Storage]], path: str) 
             window_start, start = offset, 0
         count = int.from_bytes(window[start : start + _COUNT_BYTES], "little")
         if count != storage.numel:
-            _damaged(path, f"storage {storage.key!r} should have {storage.numel} elements, and its count says {count}")
-
-
-def _damaged(path: str, what: str) -> NoReturn:
-    raise CorruptCheckpointError(f"{path} is damaged: {what}. Download or copy it again.", path=path)
+            raise damaged(
+                path, f"storage {storage.key!r} should have {storage.numel} elements, and its count says {count}"
+            )

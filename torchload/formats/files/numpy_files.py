@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-import torch
-
-from torchload.core.checkpoint import Box, Checkpoint, Container, Extent, Record, TensorEntry, contiguous_strides
+from torchload.core.checkpoint import Checkpoint, Container, Extent, Record, TensorEntry, contiguous_strides
 from torchload.core.crc32 import combine_crc32
 from torchload.core.source import Source
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.errors import CheckpointFormatError, damaged
 from torchload.formats.files.zip_directory import STORED, ZipDirectory
 from torchload.formats.pickles.arrays import dtype_of_code
 from torchload.formats.pickles.pickle_file import from_growing_window
@@ -82,23 +80,16 @@ def _array(source: Source, checksum: int, name: str, path: str) -> TensorEntry |
     dtype, is_big_endian = element
     nbytes = math.prod(header.shape) * dtype.itemsize
     if nbytes != source.size - header.size_bytes:
-        _damaged(
+        raise damaged(
             path, f"the array {name[:200]!r} should have {nbytes} bytes, and has {source.size - header.size_bytes}"
         )
     crc32 = None
     if checksum:  # of header and data; what the header contributes is taken out
         crc32 = checksum ^ combine_crc32(zlib.crc32(source.read(0, header.size_bytes)), 0, nbytes)
-    return _entry(Extent(source, header.size_bytes, nbytes, crc32, is_big_endian), dtype, header)
-
-
-def _entry(extent: Extent, dtype: torch.dtype, header: _Header) -> TensorEntry:
-    shape = header.shape
-    if 0 in shape:
-        return TensorEntry(dtype, shape, ())
-    strides = contiguous_strides(shape)
-    if header.is_fortran:
-        strides = contiguous_strides(shape[::-1])[::-1]
-    return TensorEntry(dtype, shape, (Box(extent, 0, shape, strides, (0,) * len(shape)),))
+    strides = contiguous_strides(header.shape[::-1])[::-1] if header.is_fortran else None
+    return TensorEntry.over(
+        Extent(source, header.size_bytes, nbytes, crc32, is_big_endian), dtype, header.shape, strides
+    )
 
 
 def _read_header(source: Source, name: str, path: str) -> _Header:
@@ -108,7 +99,7 @@ def _read_header(source: Source, name: str, path: str) -> _Header:
     start = 8 + width
     size = start + int.from_bytes(head[8:start], "little")
     if not head.startswith(b"\x93NUMPY") or len(head) < start or size > min(MAX_HEADER_BYTES, source.size):
-        _damaged(path, f"the array {name[:200]!r} has no header as numpy writes one")
+        raise damaged(path, f"the array {name[:200]!r} has no header as numpy writes one")
     if size > len(head):
         head = source.read(0, size)
     description = _DESCRIPTION.fullmatch(head, start, size)
@@ -117,7 +108,7 @@ def _read_header(source: Source, name: str, path: str) -> _Header:
         numbers.pop()  # one comma more, as in (3,), or nothing at all
     # Nineteen digits may exceed 63 bits, but are never slow to convert.
     if description is None or len(numbers) > MAX_DIMENSIONS or not all(re.fullmatch(rb"\d{1,19}", n) for n in numbers):
-        _damaged(path, f"the array {name[:200]!r} has no header as numpy writes one")
+        raise damaged(path, f"the array {name[:200]!r} has no header as numpy writes one")
     shape = tuple(int(number) for number in numbers)
     code = description["descr"].decode("latin-1").strip("'[")
     return _Header(code, description["order"] == b"True", shape, size)
@@ -169,7 +160,3 @@ def _has_tensor(root: object) -> bool:
         elif isinstance(value, Record):
             pending.extend((value.state, value.args, value.items, value.entries))
     return False
-
-
-def _damaged(path: str, what: str) -> NoReturn:
-    raise CorruptCheckpointError(f"{path} is damaged: {what}. Download or copy it again.", path=path)

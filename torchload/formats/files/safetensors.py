@@ -26,7 +26,7 @@ from torchload.core.source import Source
 from torchload.errors import CorruptCheckpointError, damaged, incomplete
 from torchload.formats.json_text import parse_object
 
-__all__ = ["open", "recognizes"]
+__all__ = ["open"]
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own bound
 
@@ -61,19 +61,6 @@ _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 _INT = frozenset({int})
 _MAX_DIMENSIONS = 64
 _MAX_ELEMENTS = 2**63 - 1  # sizes and strides are signed 64-bit integers in torch
-
-
-def recognizes(head: bytes) -> bool:
-    """Whether a file that begins with `head` (9 bytes or more) claims to be safetensors, well-formed or not.
-
-    Example:
-        >>> recognizes((2).to_bytes(8, "little") + b"{}")
-        True
-        >>> recognizes(b'{"model":{"epoch": 3}}')
-        False
-    """
-    # A length of eight printable characters would be 2 EB or more: that is text with a brace at the ninth place.
-    return head[8:9] == b"{" and not all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head[:8])
 
 
 def open(source: Source, path: str) -> Checkpoint:

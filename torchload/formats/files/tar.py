@@ -15,16 +15,18 @@ torch's has four members, all made of pickles with binary data between them:
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 
-from torchload.core.checkpoint import Box, Checkpoint, Extent, Record, Shape, TensorEntry, box_end_bytes
+from torchload.core.checkpoint import Checkpoint, Extent, Record, Shape, TensorEntry
 from torchload.core.source import Source
 from torchload.core.text import printable
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.errors import CheckpointFormatError, damaged, incomplete
+from torchload.formats.files import head_of, may_be_inside, reader
+from torchload.formats.files.archives import open_members
 from torchload.formats.pickles.pickle_file import from_growing_window
-from torchload.formats.pickles.tensors import STORAGE_DTYPES
+from torchload.formats.pickles.tensors import STORAGE_DTYPES, strided_entry
 from torchload.formats.pickles.unpickle import unpickle
 
 __all__ = ["open", "read_members"]
@@ -62,17 +64,10 @@ def open(source: Source, path: str) -> Checkpoint:
     if {"storages", "tensors", "pickle"} <= members.keys():
         root = _read_torch(members, path)
         return Checkpoint(path, "tar checkpoint (torch 0.1)", root, (source,))
-    from torchload.formats.files import archives, foreign, nested_zip
-    from torchload.formats.files.magic import HEAD_BYTES
-
-    candidates = (
-        (name, member)
-        for name, member in members.items()
-        if archives.is_openable(member.read(0, min(HEAD_BYTES, member.size)))
-    )
-    checkpoint = nested_zip.open_members(candidates, source, path, archives.open_inside, "tar archive")
+    candidates = ((name, member) for name, member in members.items() if may_be_inside(head_of(member)))
+    checkpoint = open_members(candidates, source, path, "tar archive")
     if checkpoint is None:
-        raise foreign.describe(source, source.read(0, min(HEAD_BYTES, source.size)), path)
+        raise reader("foreign").describe(source, head_of(source), path)
     return checkpoint
 
 
@@ -94,19 +89,16 @@ def read_members(source: Source, path: str) -> dict[str, Source]:
         position += BLOCK_BYTES
         name, size = extended.get("path", name), int(extended.get("size", size))
         if size > source.size - position:
-            raise CorruptCheckpointError(
-                f"{path} is incomplete: its member {name[:200]!r} ends at byte {position + size}, but the file has "
-                f"{source.size}. Download or copy it again.",
-                path=path,
-            )
+            end = position + size
+            raise incomplete(path, f"its member {name[:200]!r} ends at byte {end}, but the file has {source.size}")
         extended = {}
         if kind == b"x":
             if size > MAX_PAX_BYTES:
-                _damaged(path, f"it has a header of {size} bytes")
+                raise damaged(path, f"it has a header of {size} bytes")
             extended = _pax(source.read(position, size), path)
         elif kind in {b"0", b"\0", b"7"}:
             if name in members:
-                _damaged(path, f"its member {name[:200]!r} is there twice")
+                raise damaged(path, f"its member {name[:200]!r} is there twice")
             if len(members) >= MAX_MEMBERS:
                 raise CheckpointFormatError(
                     f"{path} is a tar archive of more than {MAX_MEMBERS} files. Unpack it and give the path of the "
@@ -116,11 +108,7 @@ def read_members(source: Source, path: str) -> dict[str, Source]:
                 )
             members[name] = source.slice(position, size, f"{path}/{printable(name)}")
         position += -(-size // BLOCK_BYTES) * BLOCK_BYTES
-    raise CorruptCheckpointError(
-        f"{path} is incomplete: it has {source.size} bytes, and the empty block that ends a tar archive is not among "
-        "them. Download or copy it again.",
-        path=path,
-    )
+    raise incomplete(path, f"it has {source.size} bytes, and the empty block that ends a tar archive is not among them")
 
 
 def _header(block: bytes, position: int, path: str) -> tuple[str, int, bytes]:
@@ -133,7 +121,7 @@ def _header(block: bytes, position: int, path: str) -> tuple[str, int, bytes]:
     except ValueError:
         checksum, size = -1, 0
     if checksum != sum(block) - sum(block[148:156]) + 8 * ord(" ") or not 0 <= size < MAX_BYTES:
-        _damaged(path, f"the header at byte {position} does not match its checksum")
+        raise damaged(path, f"the header at byte {position} does not match its checksum")
     name = block[:100].partition(b"\0")[0]
     prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
     full = prefix + b"/" + name if prefix else name
@@ -150,7 +138,7 @@ def _pax(data: bytes, path: str) -> dict[str, Any]:
         line = data[position + len(digits) + 1 : position + length - 1]
         key, equals, value = line.partition(b"=")
         if length <= len(digits) or position + length > len(data) or not equals:
-            _damaged(path, "one of its pax headers is malformed")
+            raise damaged(path, "one of its pax headers is malformed")
         if key == b"path":
             found["path"] = value.decode("utf-8", "replace").removeprefix("./")
         elif key == b"size" and value.isdigit() and len(value) < 19:
@@ -187,22 +175,22 @@ def _read_storages(source: Source, path: str) -> dict[str, _Part]:
         (key, _, kind), position = _tuple(source, position, 3, path)
         dtype = STORAGE_DTYPES.get(kind.name) if isinstance(kind, Record) else None
         if dtype is None or key in parts:
-            _damaged(path, f"its storage {key!r} is there twice, or of no known kind")
+            raise damaged(path, f"its storage {key!r} is there twice, or of no known kind")
         (numel,) = struct.unpack("<q", source.read(position, 8))
         nbytes = numel * dtype.itemsize
         position += 8
         if numel < 0 or nbytes > source.size - position:
-            _damaged(path, f"its storage {key!r} of {numel} elements runs past the end")
+            raise damaged(path, f"its storage {key!r} of {numel} elements runs past the end")
         parts[key] = _Part(Extent(source, position, nbytes), dtype, 0, numel)
         position += nbytes
     views = unpickle(source.read(position, source.size - position), name=path, budget=source.budget).finish()
     for view in views if isinstance(views, list) else ():
         if type(view) is not tuple or len(view) != 4 or not all(type(number) is int for number in view):
-            _damaged(path, "its list of parts of storages is not one")
+            raise damaged(path, "its list of parts of storages is not one")
         key, of, offset, numel = str(view[0]), str(view[1]), *view[2:]
         whole = parts.get(of)
         if whole is None or min(offset, numel) < 0 or offset + numel > whole.numel:
-            _damaged(path, f"its storage {key!r} lies outside the storage {of!r}")
+            raise damaged(path, f"its storage {key!r} lies outside the storage {of!r}")
         parts[key] = _Part(whole.extent, whole.dtype, whole.start + offset * whole.dtype.itemsize, numel)
     return parts
 
@@ -214,7 +202,7 @@ def _read_tensors(source: Source, parts: dict[str, _Part], path: str) -> dict[st
         (key, of, _), position = _tuple(source, position, 3, path)
         (dimensions,) = struct.unpack("<i", source.read(position, 4))
         if not 0 <= dimensions <= MAX_DIMENSIONS:
-            _damaged(path, f"its tensor {key!r} has {dimensions} dimensions")
+            raise damaged(path, f"its tensor {key!r} has {dimensions} dimensions")
         numbers = struct.unpack(f"<{2 * dimensions + 1}q", source.read(position + 8, 16 * dimensions + 8))
         position += 16 + 16 * dimensions
         shape, strides, offset = numbers[:dimensions], numbers[dimensions:-1], numbers[-1]
@@ -223,35 +211,28 @@ def _read_tensors(source: Source, parts: dict[str, _Part], path: str) -> dict[st
         elif of in parts and key not in tensors:
             tensors[key] = _entry(parts[of], offset, shape, strides, path)
         else:
-            _damaged(path, f"its tensor {key!r} is there twice, or has no storage")
+            raise damaged(path, f"its tensor {key!r} is there twice, or has no storage")
     return tensors
 
 
 def _entry(part: _Part, offset: int, shape: Shape, strides: Shape, path: str) -> TensorEntry:
     """A tensor over a storage, checked against it in integers that can't overflow."""
     if min((offset, *shape, *strides)) < 0:
-        _damaged(path, "a tensor has a negative shape, stride or offset")
+        raise damaged(path, "a tensor has a negative shape, stride or offset")
     if not shape and part.numel == 0:  # torch 0.1 had no scalars; an empty tensor had no dimensions
         shape = strides = (0,)
-    if 0 in shape:
-        return TensorEntry(part.dtype, shape, ())
-    start = offset * part.dtype.itemsize
-    if box_end_bytes(start, shape, strides, part.dtype.itemsize) > part.numel * part.dtype.itemsize:
-        _damaged(path, f"a tensor of shape {shape[:8]} does not lie inside its storage of {part.numel} elements")
-    numel = 1
-    for size in shape:
-        numel *= size
-    if numel * part.dtype.itemsize >= MAX_BYTES:
-        _damaged(path, f"a tensor of shape {shape[:8]} is too large to exist")
-    box = Box(part.extent, part.start + start, shape, strides, (0,) * len(shape))
-    return TensorEntry(part.dtype, shape, (box,))
+    start, end = (part.start + number * part.dtype.itemsize for number in (offset, part.numel))
+    try:
+        return strided_entry(part.extent, start, end, part.dtype, shape, strides)
+    except ValueError as error:
+        raise damaged(path, f"a tensor {error}") from None
 
 
 def _number(source: Source, position: int, path: str) -> tuple[int, int]:
     """A pickled count, and where it ends."""
     number, end = _pickled(source, position, path)
     if type(number) is not int or not 0 <= number <= MAX_PARTS:
-        _damaged(path, f"it doesn't say how many tensors it has, or says that they are more than {MAX_PARTS:,}")
+        raise damaged(path, f"it doesn't say how many tensors it has, or says that they are more than {MAX_PARTS:,}")
     return number, end
 
 
@@ -259,7 +240,7 @@ def _tuple(source: Source, position: int, length: int, path: str) -> tuple[tuple
     """A pickled tuple that begins with a key and something that may be one."""
     value, end = _pickled(source, position, path)
     if type(value) is not tuple or len(value) != length or not _is_key(value[0]):
-        _damaged(path, f"it has no key and class at byte {position} of {source.name[-80:]!r}")
+        raise damaged(path, f"it has no key and class at byte {position} of {source.name[-80:]!r}")
     second = str(value[1]) if _is_key(value[1]) or value[1] is None else ""
     return (str(value[0]), second, value[2]), end
 
@@ -272,7 +253,3 @@ def _pickled(source: Source, position: int, path: str) -> tuple[Any, int]:
     data = source.read(position, min(_PICKLE_BYTES, source.size - position))
     recorded = unpickle(data, name=path, budget=source.budget)
     return recorded.finish(), position + recorded.end
-
-
-def _damaged(path: str, what: str) -> NoReturn:
-    raise CorruptCheckpointError(f"{path} is damaged: {what}. Download or copy it again.", path=path)

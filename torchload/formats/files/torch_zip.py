@@ -9,33 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torchload.core.checkpoint import Checkpoint, Extent
-from torchload.core.source import Source
 from torchload.core.text import printable
 from torchload.errors import CheckpointFormatError, damaged
-from torchload.formats.files.zip_directory import STORED, ZipDirectory, read_directory
+from torchload.formats.files.zip_directory import STORED, ZipDirectory
 from torchload.formats.pickles.unpickle import Storage, read_pickle
 
-__all__ = ["open", "open_directory", "storage_extents"]
+__all__ = ["open_directory"]
 
 SMALL_BYTES = 1 << 16  # records this short, beside the tensors', are checked when the file is opened
 
 
-def open(source: Source, path: str) -> Checkpoint:
+def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
     """Index a zip checkpoint without reading tensor data.
 
     Args:
-        source: The whole file.
+        directory: The archive.
         path: The checkpoint as the caller named it.
 
     Raises:
         CheckpointFormatError: A zip archive of something else.
         CorruptCheckpointError: It is truncated, damaged or hostile.
     """
-    return open_directory(read_directory(source), path)
-
-
-def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
-    """`open`, for an archive whose directory has been read."""
     source = directory.source
     top = _top_folder(directory, path)
     data_folder = f"{top}data/"
@@ -47,7 +41,7 @@ def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
     stored = pickle_record.method == STORED
     root = read_pickle(
         directory.read(pickle_record.name),
-        storage_extents(directory, data_folder, big_endian),
+        _storage_extents(directory, data_folder, big_endian),
         name=path,
         source=source.slice(pickle_record.offset, pickle_record.size) if stored else None,
         budget=source.budget,
@@ -56,7 +50,7 @@ def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
     return Checkpoint(path, "zip checkpoint", root, (source,), checksums=has_checksums)
 
 
-def storage_extents(directory: ZipDirectory, folder: str, big_endian: bool) -> Callable[[Storage], Extent]:
+def _storage_extents(directory: ZipDirectory, folder: str, big_endian: bool) -> Callable[[Storage], Extent]:
     """Where the storages of a pickle are, given the folder (with its slash) that holds their records."""
     source, records = directory.source, directory.records
 

@@ -52,12 +52,11 @@ class _ModuleClass:
         return parameters, buffers - parameters
 
 
-def open_directory(directory: ZipDirectory, top: str, path: str) -> Checkpoint:
+def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
     """Index a TorchScript archive without reading tensor data.
 
     Args:
         directory: The archive.
-        top: The folder that everything in it is in, with its slash.
         path: The checkpoint as the caller named it.
 
     Raises:
@@ -71,7 +70,7 @@ def open_directory(directory: ZipDirectory, top: str, path: str) -> Checkpoint:
             path=path,
             found="TorchScript archive",
         )
-    root = _state_dict(checkpoint.root, _Code(directory, f"{top}code/", path), path)
+    root = _state_dict(checkpoint.root, _Code(directory, f"{directory.top}code/", path), path)
     return Checkpoint(path, "TorchScript archive", root, checkpoint.sources, checkpoint.checksums, checkpoint.notes)
 
 

@@ -77,13 +77,16 @@ class ZipDirectory:
     Attributes:
         source: The archive.
         records: Name → record.
+        top: The folder of the first record, with its slash; in what torch writes, everything is in it.
     """
 
-    __slots__ = ("records", "source")
+    __slots__ = ("records", "source", "top")
 
     def __init__(self, source: Source, records: dict[str, ZipRecord]) -> None:
         self.source = source
         self.records = records
+        folder, slash, _ = next(iter(records), "").partition("/")
+        self.top = folder + slash if slash else ""
 
     def read(self, name: str) -> bytes:
         """The data of a record, decompressed and checked against its checksum.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchload.core.checkpoint import Box, TensorEntry, contiguous_strides
+from torchload.core.checkpoint import TensorEntry, contiguous_strides
 from torchload.formats.pickles.standins import AS_RECORD, Call, StandInType
 
 if TYPE_CHECKING:
@@ -96,12 +96,8 @@ def _array_over(walk: Walk, data: Any, dtype: Any, shape: Any, is_fortran: bool)
     nbytes = math.prod(shape) * element[0].itemsize
     if nbytes != extent.nbytes:
         walk.fail(f"is an array of {nbytes} bytes by its shape, but {extent.nbytes} bytes are there")
-    if nbytes == 0:
-        return TensorEntry(element[0], shape, ())
-    strides = contiguous_strides(shape)
-    if is_fortran:
-        strides = contiguous_strides(shape[::-1])[::-1]
-    return TensorEntry(element[0], shape, (Box(extent, 0, shape, strides, (0,) * len(shape)),))
+    strides = contiguous_strides(shape[::-1])[::-1] if is_fortran else None
+    return TensorEntry.over(extent, element[0], shape, strides)
 
 
 def _scalar(call: Call, walk: Walk) -> Any:

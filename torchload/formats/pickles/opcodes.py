@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from torchload.core.budget import Budget
-from torchload.errors import CorruptCheckpointError
+from torchload.errors import CorruptCheckpointError, incomplete
 
 if TYPE_CHECKING:
     from mmap import mmap
@@ -173,10 +173,7 @@ def check_stream(
                     budget.spend(texts * _TEXT_COST, name)
                 position = payload + size
     except (IndexError, OverflowError):  # a length of eight bytes may lie beyond what can be an index
-        raise CorruptCheckpointError(
-            f"{name} is incomplete: its pickle runs past the end at byte {len(data)}. Download or copy it again.",
-            path=name,
-        ) from None
+        raise incomplete(name, f"its pickle runs past the end at byte {len(data)}") from None
     stream = scan.finish(position + 1)
     budget.spend(_cost_bytes(stream.code, scan.replacements, budget.left_bytes), name)
     return stream

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchload.core.checkpoint import Box, Extent, OpaqueTensor, Quantized, Shape, TensorEntry
+from torchload.core.checkpoint import Extent, OpaqueTensor, Quantized, Shape, TensorEntry
 from torchload.core.source import MemorySource
 
 if TYPE_CHECKING:
@@ -80,7 +80,5 @@ def _numbers(walk: Walk, value: Any, dtype: torch.dtype) -> TensorEntry:
             walk.fail("is quantized by expanded scales or zero points")
         return value
     numbers: Sequence[Any] = walk.allow(value)
-    shape = (len(numbers),)
     data = array(_LETTERS[dtype], numbers).tobytes()
-    extent = Extent(MemorySource(data, walk.name, walk.budget), 0, len(data))
-    return TensorEntry(dtype, shape, (Box(extent, 0, shape, (1,), (0,)),) if data else ())
+    return TensorEntry.over(Extent(MemorySource(data, walk.name, walk.budget), 0, len(data)), dtype, (len(numbers),))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchload.core.checkpoint import Box, OpaqueTensor, Shape, TensorEntry, contiguous_strides
+from torchload.core.checkpoint import Box, Extent, OpaqueTensor, Shape, TensorEntry, box_end_bytes, contiguous_strides
 from torchload.formats.pickles import arrays
 from torchload.formats.pickles.partial import KNOWN_SUBCLASSES, one_part
 from torchload.formats.pickles.quantized import INTEGERS, quantized
@@ -22,7 +22,7 @@ from torchload.formats.pickles.standins import AS_RECORD, Call, SetStandIn, Stan
 if TYPE_CHECKING:
     from torchload.formats.pickles.walk import Layout, Walk
 
-__all__ = ["KNOWN_CALLS", "KNOWN_MAPPINGS", "KNOWN_VALUES", "STORAGE_DTYPES", "strided_tensor"]
+__all__ = ["KNOWN_CALLS", "KNOWN_MAPPINGS", "KNOWN_VALUES", "STORAGE_DTYPES", "strided_entry"]
 
 MAX_DIMENSIONS = 64
 MAX_BYTES = 1 << 63
@@ -84,7 +84,7 @@ KNOWN_MAPPINGS = frozenset(
 )
 
 
-def strided_tensor(
+def _strided_tensor(
     walk: Walk, storage: Any, dtype: torch.dtype | None, offset: Any, shape: Any, strides: Any
 ) -> TensorEntry | OpaqueTensor:
     """A tensor over a storage, checked against it in integers that can't overflow.
@@ -143,6 +143,24 @@ def _layout(walk: Walk, shape: Any, strides: Any) -> Layout:
     return layout
 
 
+def strided_entry(
+    extent: Extent, start: int, end: int, dtype: torch.dtype, shape: Shape, strides: Shape
+) -> TensorEntry:
+    """A tensor over bytes `start` to `end` of an extent, checked in integers that can't overflow; none is negative.
+
+    Raises:
+        ValueError: It doesn't lie there; what it does instead is a clause.
+    """
+    if 0 in shape:
+        return TensorEntry(dtype, shape, ())
+    needed = box_end_bytes(start, shape, strides, dtype.itemsize)
+    if needed > end:
+        raise ValueError(f"of shape {_short(shape)} needs {needed} bytes of its storage, which has {end}")
+    if math.prod(shape) * dtype.itemsize >= MAX_BYTES:
+        raise ValueError(f"of shape {_short(shape)} is too large to exist")
+    return TensorEntry.over(extent, dtype, shape, strides, start)
+
+
 def _storage_over(vector: Any) -> Any:
     """A storage that a nested stream holds, as `_nested_storage` left it."""
     if type(vector) is not TensorEntry or len(vector.shape) != 1:
@@ -185,7 +203,7 @@ def _tensor(call: Call, walk: Walk) -> Any:
     storage, offset, shape, strides = args[:4]
     if len(args) > 6 and _is_flagged(args[6]):
         return OpaqueTensor(_LAZY, _shape_or_none(walk, shape))
-    return strided_tensor(walk, storage, None, offset, shape, strides)
+    return _strided_tensor(walk, storage, None, offset, shape, strides)
 
 
 def _tensor_with_dtype(call: Call, walk: Walk) -> Any:
@@ -194,7 +212,7 @@ def _tensor_with_dtype(call: Call, walk: Walk) -> Any:
         walk.fail("has a dtype that this version of torch doesn't know")
     if rest and _is_flagged(rest[0]):
         return OpaqueTensor(_LAZY, _shape_or_none(walk, shape))
-    return strided_tensor(walk, storage, dtype, offset, shape, strides)
+    return _strided_tensor(walk, storage, dtype, offset, shape, strides)
 
 
 def _is_flagged(metadata: Any) -> bool:
@@ -245,10 +263,10 @@ def _quantized(call: Call, walk: Walk) -> Any:
     shape, strides = walk.value(shape), walk.value(strides)
     integers, packed = INTEGERS[storage.dtype]
     if packed == 1:
-        data = strided_tensor(walk, storage, integers, offset, shape, strides)
+        data = _strided_tensor(walk, storage, integers, offset, shape, strides)
     elif shape and offset == 0 and strides == contiguous_strides(shape):
         rows, columns = math.prod(shape[:-1]), shape[-1]
-        data = strided_tensor(walk, storage, integers, 0, (rows * -(-columns // packed),), (1,))
+        data = _strided_tensor(walk, storage, integers, 0, (rows * -(-columns // packed),), (1,))
     else:
         return OpaqueTensor("a quantized tensor of less than a byte per element, in an odd layout", shape)
     return quantized(walk, storage.dtype, shape, data, quantizer)
@@ -266,7 +284,7 @@ def _oldest(call: Call, walk: Walk) -> Any:
     if call.args or type(call.state) is not tuple or len(call.state) != 4:
         return AS_RECORD
     storage, offset, shape, strides = call.state
-    return strided_tensor(walk, storage, None, offset, walk.value(shape), walk.value(strides))
+    return _strided_tensor(walk, storage, None, offset, walk.value(shape), walk.value(strides))
 
 
 def _from_array(call: Call, walk: Walk) -> Any:

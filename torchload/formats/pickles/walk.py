@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from torchload.core.checkpoint import Box, Container, Extent, OpaqueTensor, Record, Shape, TensorEntry
+from torchload.core.checkpoint import Container, Extent, OpaqueTensor, Record, Shape, TensorEntry
 from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError, TorchLoadError
 from torchload.formats.pickles.modules import flatten_module, module_fields
@@ -298,7 +298,7 @@ class Walk:
         first, numel = storage.view or (0, storage.numel)
         if numel == 0:
             return TensorEntry(dtype, (0,), ())
-        return TensorEntry(dtype, (numel,), (Box(self.extent(storage), first * dtype.itemsize, (numel,), (1,), (0,)),))
+        return TensorEntry.over(self.extent(storage), dtype, (numel,), start=first * dtype.itemsize)
 
     def _set(self, item: SetStandIn) -> Any:
         if item.value is UNRESOLVED:

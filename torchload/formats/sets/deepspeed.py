@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torchload.core.checkpoint import Checkpoint, Container, TensorEntry
-from torchload.core.source import Source
+from torchload.core.text import listed, plural
 from torchload.errors import (
     AmbiguousCheckpointError,
     CheckpointFormatError,
@@ -27,6 +26,7 @@ from torchload.errors import (
     TorchLoadError,
 )
 from torchload.formats.locate import path_inside, pointer_text
+from torchload.formats.sets.members import Members, OpenMember
 from torchload.formats.sets.zero import ContradictionError, Zero
 
 __all__ = ["MASTER_KEY", "open_folder"]
@@ -39,15 +39,13 @@ _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<
 _EXPERT_FILE = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_(?:model|optim)_states\.pt")
 _LAYER_FILE = re.compile(r"layer_\d+-model_\d+-model_states\.pt")
 
-OpenFile = Callable[[str], Checkpoint]
 
-
-def open_folder(path: str, open_file: OpenFile) -> Checkpoint:
+def open_folder(path: str, open_member: OpenMember) -> Checkpoint:
     """Index a DeepSpeed checkpoint.
 
     Args:
         path: The folder that was given to ``save_checkpoint``, or one step's folder inside it.
-        open_file: Opens one file.
+        open_member: Opens one file.
 
     Returns:
         The first rank's tree, in which ``module`` is complete whatever the ZeRO stage.
@@ -60,71 +58,61 @@ def open_folder(path: str, open_file: OpenFile) -> Checkpoint:
     """
     step = _step_folder(path)
     names = os.listdir(step)
-    _refuse_model_parallel(path, names)
+    _refuse_model_parallel(names)
     optimizer_files = _by_rank(names, _OPTIMIZER_FILE)
     rank_files = _by_rank(names, _RANK_MODEL_FILE)
     plain = [name for name in names if _MODEL_FILE.fullmatch(name)]
     if not plain and not rank_files:
         raise CheckpointNotFoundError(
-            f"{step} holds no model states, only {', '.join(sorted(names)[:8]) or 'nothing'}. Copy the folder again.",
-            path=path,
+            f"The checkpoint has no model states in {step}, only {listed(sorted(names)) or 'nothing'}. "
+            "Copy the folder again."
         )
-    ranks = _Ranks(path, step, open_file)
-    try:
+    with Members(open_member) as members:
+        ranks = _Ranks(path, step, members)
         if plain:
             return ranks.gathered(plain[0], optimizer_files)
         return ranks.partitioned(rank_files, optimizer_files)
-    except BaseException:
-        ranks.close()
-        raise
 
 
 class _Ranks:
     """The files of one step, as they are opened."""
 
-    def __init__(self, path: str, step: str, open_file: OpenFile) -> None:
+    def __init__(self, path: str, step: str, members: Members) -> None:
         self.path = path
         self.step = step
-        self.open_file = open_file
-        self.opened: list[Checkpoint] = []
+        self.members = members
 
     def gathered(self, model_file: str, optimizer_files: Mapping[int, str]) -> Checkpoint:
         """ZeRO 0, 1 and 2: every rank had the whole module."""
-        first = self.open(model_file)
-        root = first.root
+        root = self.open(model_file)
         module = self.container(root, "module")
         notes: list[str] = []
         if optimizer_files:
-            before = len(self.opened)
             try:
                 root[MASTER_KEY] = self.consolidated([root], optimizer_files, module, notes)
                 if any(entry.dtype is not root[MASTER_KEY][name].dtype for name, entry in _weights(root, module)):
                     notes.append(f"float32 originals of the weights are in the optimizer's files: key={MASTER_KEY!r}")
             except TorchLoadError as error:  # the module itself is there, whatever these files are
-                for checkpoint in self.opened[before:]:
-                    checkpoint.close()
-                del self.opened[before:]
+                self.members.close(1)
                 notes.append(f"the optimizer's float32 weights and state can't be used: {error}")
-        return self.checkpoint(first, notes)
+        return self.checkpoint(root, notes)
 
     def partitioned(self, model_files: Mapping[int, str], optimizer_files: Mapping[int, str]) -> Checkpoint:
         """ZeRO 3: every rank has a part of each parameter, in the files of its optimizer."""
         if not optimizer_files:
             raise CheckpointNotFoundError(
-                f"{self.step} holds no *_optim_states.pt files. Under ZeRO 3 the weights are in them, and the model "
-                "states hold empty placeholders. Copy them into the folder.",
-                path=self.path,
+                "The checkpoint lacks its *_optim_states.pt files. Under ZeRO 3 the weights are in them, and the model "
+                f"states hold empty placeholders. Copy them into {self.step}."
             )
         own, *others = self.complete(model_files)
-        first = self.open(own)
-        root = first.root
+        root = self.open(own)
         module = self.container(root, "module")
         models = [root]
         if root.get("frozen_param_shapes"):  # the only values that lie in the others
-            models += [self.open(name).root for name in others]
+            models += [self.open(name) for name in others]
         notes = [f"put together from the float32 parts of {len(optimizer_files)} ranks"]
         root["module"] = self.consolidated(models, optimizer_files, module, notes)
-        return self.checkpoint(first, notes)
+        return self.checkpoint(root, notes)
 
     def consolidated(
         self, models: Sequence[Any], optimizer_files: Mapping[int, str], module: Container, notes: list[str]
@@ -134,7 +122,7 @@ class _Ranks:
         What `torch.optim` would have saved becomes the first model states' ``optimizer``, unless they have one or it is
         of no known form.
         """
-        files = [self.open(name).root for name in self.complete(optimizer_files)]
+        files = [self.open(name) for name in self.complete(optimizer_files)]
         states = [self.container(file, "optimizer_state_dict") for file in files]
         self.check_count(states)
         try:
@@ -173,9 +161,8 @@ class _Ranks:
         expected = max((number for number in counts if type(number) is int), default=len(states))
         if expected != len(states):
             raise CheckpointNotFoundError(
-                f"{expected} ranks saved {self.step}, and the optimizer's files of {len(states)} are there. Copy the "
-                "others into the folder.",
-                path=self.path,
+                f"The checkpoint was saved by {expected} ranks, and the optimizer's files of {len(states)} are there. "
+                f"Copy the others into {self.step}."
             )
 
     def complete(self, files: Mapping[int, str]) -> list[str]:
@@ -184,7 +171,7 @@ class _Ranks:
         if missing:
             name = re.sub(r"zero_pp_rank_\d+", f"zero_pp_rank_{missing[0]}", next(iter(files.values())))
             more = f" and those of {len(missing) - 1} more ranks" if len(missing) > 1 else ""
-            raise CheckpointNotFoundError(f"{self.step} lacks {name}{more}. Copy them into the folder.", path=self.path)
+            raise CheckpointNotFoundError(f"The checkpoint lacks {name}{more}. Copy them into {self.step}.")
         return [files[rank] for rank in sorted(files)]
 
     def container(self, tree: Any, key: str) -> Container:
@@ -195,36 +182,23 @@ class _Ranks:
 
     def refuse(self, problem: str) -> NoReturn:
         raise CorruptCheckpointError(
-            f"{self.step} can't be put together: {problem}. If its training was not interrupted while it saved, run "
-            f"'python zero_to_fp32.py . output' in {self.path} (DeepSpeed puts the script there) and load 'output'.",
-            path=self.path,
+            f"The checkpoint can't be put together: {problem}. If its training was not interrupted while it saved, run "
+            f"'python zero_to_fp32.py . output' in {self.path} (DeepSpeed puts the script there) and load 'output'."
         )
 
     # --- files ---
 
-    def open(self, name: str) -> Checkpoint:
+    def open(self, name: str) -> Container:
         """Open one file of the step; it must hold a mapping."""
-        checkpoint = self.open_file(os.path.join(self.step, name))
-        self.opened.append(checkpoint)
-        if not isinstance(checkpoint.root, Container):
+        root = self.members.open(os.path.join(self.step, name)).root
+        if not isinstance(root, Container):
             self.refuse(f"{name} holds no mapping")
-        return checkpoint
+        return root
 
-    def checkpoint(self, first: Checkpoint, notes: Sequence[str]) -> Checkpoint:
-        sources: list[Source] = [source for checkpoint in self.opened for source in checkpoint.sources]
-        count = f"{len(self.opened)} file" + ("s" if len(self.opened) != 1 else "")
-        return replace(
-            first,
-            path=self.path,
-            format=f"DeepSpeed folder ({count})",
-            sources=tuple(sources),
-            checksums=all(checkpoint.checksums for checkpoint in self.opened),
-            notes=(*first.notes, *notes),
+    def checkpoint(self, root: Container, notes: Sequence[str]) -> Checkpoint:
+        return self.members.joined(
+            self.path, f"DeepSpeed folder ({plural(len(self.members.opened), 'file')})", root, notes
         )
-
-    def close(self) -> None:
-        for checkpoint in self.opened:
-            checkpoint.close()
 
 
 def _weights(root: Any, module: Container) -> Iterator[tuple[str, TensorEntry]]:
@@ -245,23 +219,22 @@ def _step_folder(path: str) -> str:
         step = path_inside(pointer, path, path)
         if not os.path.isdir(step):
             raise CheckpointNotFoundError(
-                f"{path}/latest names {pointer!r}, which is not there. Copy that folder, or give another step's.",
-                path=path,
+                f"The checkpoint's 'latest' names {pointer!r}, which is not there. Copy that folder, or give another "
+                "step's."
             )
         return step
     steps = sorted(name for name in names if re.fullmatch(r"global_step\d+", name))
     if len(steps) > 1:
         raise AmbiguousCheckpointError(
-            f"{path} holds {len(steps)} steps and no file 'latest': {', '.join(steps[:12])}. Give the path of the one "
+            f"The checkpoint has {len(steps)} steps and no file 'latest': {listed(steps)}. Give the path of the one "
             f"you mean, such as {os.path.join(path, steps[-1])}.",
-            path=path,
             candidates=[os.path.join(path, step) for step in steps],
             argument="path",
         )
     return os.path.join(path, steps[0]) if steps else path
 
 
-def _refuse_model_parallel(path: str, names: Sequence[str]) -> None:
+def _refuse_model_parallel(names: Sequence[str]) -> None:
     patterns = (_MODEL_FILE, _RANK_MODEL_FILE, _OPTIMIZER_FILE)
     parts = {int(match["part"]) for name in names for pattern in patterns if (match := pattern.fullmatch(name))}
     if len(parts) > 1:
@@ -273,9 +246,8 @@ def _refuse_model_parallel(path: str, names: Sequence[str]) -> None:
     else:
         return
     raise CheckpointFormatError(
-        f"{path} was saved {kind}. How the parts make up the model only the training code knows: gather the model "
-        "there and save its state_dict(), or use the converter of the framework that trained it (Megatron-DeepSpeed: "
-        "tools/convert_checkpoint/deepspeed_to_transformers.py).",
-        path=path,
+        f"The checkpoint was saved {kind}. How the parts make up the model only the training code knows: gather the "
+        "model there and save its state_dict(), or use the converter of the framework that trained it "
+        "(Megatron-DeepSpeed: tools/convert_checkpoint/deepspeed_to_transformers.py).",
         found="DeepSpeed folder of a model-parallel run",
     )

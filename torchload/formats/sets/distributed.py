@@ -30,6 +30,7 @@ from torchload.core.checkpoint import (
     record_fields,
 )
 from torchload.core.source import Source
+from torchload.core.text import listed, plural
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats.locate import path_inside, source_of_file
 from torchload.formats.pickles.unpickle import read_pickle
@@ -63,19 +64,19 @@ def open_folder(path: str, budget: Budget | None = None) -> Checkpoint:
         CheckpointFormatError: ``.metadata`` is something else.
     """
     budget = budget or Budget()
-    index = _Index(path, budget)
+    index = _Index(budget)
     names = sorted(filter(METADATA_NAME.fullmatch, os.listdir(path)))
     if not names:
         raise CheckpointNotFoundError(
-            f"{path} has files of torch.distributed.checkpoint, but not the .metadata that says what is in them. It is "
-            "written last: the save was cut short, or the file, which a leading dot hides, was not copied along.",
-            path=path,
+            "The checkpoint has files of torch.distributed.checkpoint, but not the .metadata that says what is in "
+            "them. It is written last: the save was cut short, or the file, which a leading dot hides, was not copied "
+            "along."
         )
     for name in names[:1] if ".metadata" in names else names:
         index.add(os.path.join(path, name))
     files = _open_files(path, index.file_names(), budget)
     try:
-        return index.checkpoint(files)
+        return index.checkpoint(path, files)
     except BaseException:
         _close(files)
         raise
@@ -103,14 +104,12 @@ class _Index:
     """What all metadata files of a folder say together.
 
     Attributes:
-        path: The folder.
         tensors: Name → description.
         values: Name → where the pickled value is.
         paths: Name → keys and list indices that led to it in the saved object.
     """
 
-    def __init__(self, path: str, budget: Budget) -> None:
-        self.path = path
+    def __init__(self, budget: Budget) -> None:
         self.tensors: dict[str, _Tensor] = {}
         self.values: dict[str, _Place] = {}
         self.paths: dict[str, tuple[str | int, ...]] = {}
@@ -145,9 +144,8 @@ class _Index:
     def _fields(self, record: Any, kind: str) -> dict[str, Any]:
         if _class_name(record) != kind:
             raise CheckpointFormatError(
-                f"{self.path} holds a .metadata file that is not torch.distributed.checkpoint's: it holds "
-                f"{_class_name(record) or type(record).__name__} instead of {kind}.",
-                path=self.path,
+                "The checkpoint has a .metadata file that is not torch.distributed.checkpoint's: it holds "
+                f"{_class_name(record) or type(record).__name__} instead of {kind}."
             )
         return record_fields(record)
 
@@ -209,7 +207,7 @@ class _Index:
         names.update(place.file_name for tensor in self.tensors.values() for _, place in tensor.chunks.values())
         return sorted(names)
 
-    def checkpoint(self, files: dict[str, Source]) -> Checkpoint:
+    def checkpoint(self, path: str, files: dict[str, Source]) -> Checkpoint:
         """The tree over the opened files."""
         reader = ItemReader()
         entries: dict[str, Any] = {}
@@ -220,9 +218,8 @@ class _Index:
                 entries[name] = Record("torch.distributed.checkpoint value behind " + ", ".join(place.transforms)[:200])
             else:
                 entries[name] = reader.value(self._item(name, place, files))
-        count = f"{len(files)} file" + ("s" if len(files) != 1 else "")
-        kind = f"torch.distributed.checkpoint folder ({count})"
-        return Checkpoint(self.path, kind, self._tree(entries), tuple(files.values()), checksums=True)
+        kind = f"torch.distributed.checkpoint folder ({plural(len(files), 'file')})"
+        return Checkpoint(path, kind, self._tree(entries), tuple(files.values()), checksums=True)
 
     def _entry(
         self, name: str, tensor: _Tensor, files: dict[str, Source], reader: ItemReader
@@ -251,9 +248,8 @@ class _Index:
         source = files[place.file_name]
         if place.offset + place.size > source.size:
             raise CorruptCheckpointError(
-                f"{source.name} is incomplete: {source.size} bytes, but {_short(name)} ends at byte "
-                f"{place.offset + place.size}. Copy the folder again.",
-                path=self.path,
+                f"The checkpoint is incomplete: {place.file_name} has {source.size} bytes, but {_short(name)} ends at "
+                f"byte {place.offset + place.size}. Copy the folder again."
             )
         return Item(source, place.offset, place.size, name)
 
@@ -270,7 +266,7 @@ class _Index:
 
     def refuse(self, problem: str) -> CorruptCheckpointError:
         """The error for an index that can't be right."""
-        return CorruptCheckpointError(f"{self.path} is damaged: {problem}. Copy the folder again.", path=self.path)
+        return CorruptCheckpointError(f"The checkpoint is damaged: {problem}. Copy the folder again.")
 
 
 # --- files ---
@@ -291,11 +287,9 @@ def _open_files(path: str, names: list[str], budget: Budget) -> dict[str, Source
     located = {name: path_inside(name, path, path) for name in names}
     missing = [name for name, file in located.items() if not os.path.exists(file)]
     if missing:
-        listed = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
         raise CheckpointNotFoundError(
-            f"{len(missing)} of the {len(names)} files of {path} are missing: {listed}. Copy them into the folder; "
-            "every rank of the job that saved wrote its own.",
-            path=path,
+            f"{len(missing)} of the {len(names)} files of the checkpoint are missing: {listed(missing, 20)}. Copy them "
+            "into the folder; every rank of the job that saved wrote its own."
         )
     files: dict[str, Source] = {}
     try:

@@ -15,14 +15,13 @@ from typing import Protocol
 
 from torchload.core.budget import Budget
 from torchload.core.checkpoint import Checkpoint
-from torchload.core.text import printable
+from torchload.core.text import listed, printable
 from torchload.errors import AmbiguousCheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from torchload.formats.locate import UNFINISHED_SUFFIXES
 from torchload.formats.sets import rank_files
 
 __all__ = ["Choice", "choose", "describe"]
 
-_SHOWN_CHARACTERS = 200  # of a name
 _MAX_ENTRIES = 20_000  # directory entries looked at
 
 # Each row names the same weights, the preferred file first, as transformers, diffusers, peft and open_clip write them.
@@ -201,7 +200,7 @@ def choose(path: str, is_checkpoint: Callable[[str], bool], holds_weights: Calla
         if kind.opener is not None:
             return Choice((), opener=kind.opener)
         raise CheckpointFormatError(
-            f"{path} is a {kind.found}, which is not read here. {kind.advice}", path=path, found=kind.found
+            f"The checkpoint is a {kind.found}, which is not read here. {kind.advice}", found=kind.found
         )
     indexes = sorted(name for name in files if re.fullmatch(r".+\.index(?:\.\w+)?\.json", name))
     if indexes:
@@ -215,8 +214,8 @@ def choose(path: str, is_checkpoint: Callable[[str], bool], holds_weights: Calla
     )
     found = [name for name in candidates if is_checkpoint(os.path.join(path, name))]
     if not found:
-        raise CheckpointNotFoundError(_nothing_found(path, files, folders), path=path)
-    groups = _one_per_model(path, found)
+        raise CheckpointNotFoundError(_nothing_found(path, files, folders))
+    groups = _one_per_model(found)
     if 1 < len(groups) <= _MOST_OPENED:
         groups = [group for group in groups if len(group) > 1 or holds_weights(os.path.join(path, group[0]))] or groups
     return _only(path, groups)
@@ -261,7 +260,7 @@ def _conventional(path: str, files: set[str]) -> Choice | None:
     return Choice((os.path.join(path, taken),), tuple(notes))
 
 
-def _one_per_model(path: str, names: list[str]) -> list[tuple[str, ...]]:
+def _one_per_model(names: list[str]) -> list[tuple[str, ...]]:
     """Groups what belongs together: the files of a numbered set, and one model in two formats (safetensors is kept)."""
     numbered: dict[tuple[str, str, str], list[str]] = {}
     single: dict[str, list[str]] = {}
@@ -272,7 +271,7 @@ def _one_per_model(path: str, names: list[str]) -> list[tuple[str, ...]]:
             single.setdefault(os.path.splitext(name)[0], []).append(name)
     groups = []
     for (stem, total, suffix), members in numbered.items():
-        _check_complete(path, f"{stem}NNN-of-{total}{suffix}", int(total), members)
+        _check_complete(f"{stem}NNN-of-{total}{suffix}", int(total), members)
         groups.append(tuple(members))
     for members in single.values():
         preferred = [name for name in members if name.endswith(".safetensors")]
@@ -280,15 +279,14 @@ def _one_per_model(path: str, names: list[str]) -> list[tuple[str, ...]]:
     return groups
 
 
-def _check_complete(path: str, pattern: str, total: int, members: list[str]) -> None:
+def _check_complete(pattern: str, total: int, members: list[str]) -> None:
     present = {int(match["number"]) for name in members if (match := _NUMBERED.fullmatch(name))}
     first = 0 if 0 in present else 1
     missing = total - len(present & set(range(first, first + min(total, _MAX_ENTRIES))))
     if missing > 0:
         raise CheckpointNotFoundError(
-            f"{missing} of {total} shards are missing in {path}: of {pattern} only {len(present)} "
-            f"{'is' if len(present) == 1 else 'are'} there. Download the rest into the same folder.",
-            path=path,
+            f"{missing} of {total} shards are missing: of {pattern} only {len(present)} "
+            f"{'is' if len(present) == 1 else 'are'} there. Download the rest into the same folder."
         )
 
 
@@ -302,11 +300,9 @@ def _only(path: str, groups: list[tuple[str, ...]]) -> Choice:
 
 def _ambiguous(path: str, groups: list[tuple[str, ...]]) -> AmbiguousCheckpointError:
     names = [printable(group[0]) + (f" (and {len(group) - 1} more shards)" if group[1:] else "") for group in groups]
-    listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     return AmbiguousCheckpointError(
-        f"{path} holds {len(groups)} checkpoints: {listed}. Give the path of the one you mean, such as "
-        f"{printable(os.path.join(path, groups[0][0]), None)}.",
-        path=path,
+        f"The checkpoint holds {len(groups)} checkpoints: {listed(names, 12)}. Give the path of the one you mean, such "
+        f"as {printable(os.path.join(path, groups[0][0]), None)}.",
         candidates=[os.path.join(path, group[0]) for group in groups],
         argument="path",
     )
@@ -314,27 +310,25 @@ def _ambiguous(path: str, groups: list[tuple[str, ...]]) -> AmbiguousCheckpointE
 
 def _nothing_found(path: str, files: set[str], folders: set[str]) -> str:
     if not files and not folders:
-        return f"{path} is an empty folder."
+        return "The checkpoint is an empty folder."
     if "snapshots" in folders:
-        revisions = sorted(os.listdir(os.path.join(path, "snapshots")))
-        listed = ", ".join(os.path.join(path, "snapshots", name) for name in revisions[:4])
-        return f"{path} is a download cache; the models are one level further down: {listed or 'none yet'}."
+        revisions = [
+            os.path.join(path, "snapshots", name) for name in sorted(os.listdir(os.path.join(path, "snapshots")))
+        ]
+        return (
+            f"The checkpoint is a download cache; the models are one level down: {listed(revisions, 4) or 'none yet'}."
+        )
     unfinished = sorted(name for name in files if name.endswith(UNFINISHED_SUFFIXES))
     if unfinished:
-        return f"{path} holds no complete checkpoint: the download of {unfinished[0]} has not finished."
+        return f"The checkpoint holds no complete checkpoint: the download of {unfinished[0]} has not finished."
     parts = []
     states = sorted(name for name in files if _NOT_WEIGHTS.fullmatch(name))
     others = sorted(files - set(states))
     if others:
-        parts.append("the files " + _listed(others))
+        parts.append("the files " + listed(others))
     if states:
-        parts.append(f"states of training ({_listed(states)}), which are no weights")
+        parts.append(f"states of training ({listed(states)}), which are no weights")
     if folders:
-        parts.append("the folders " + _listed(sorted(folders)))
+        parts.append("the folders " + listed(sorted(folders)))
     advice = " Give the path of the folder that holds the weights." if folders else ""
-    return f"{path} holds no checkpoint, only {' and '.join(parts)}.{advice}"
-
-
-def _listed(names: list[str]) -> str:
-    listed = ", ".join(printable(name, _SHOWN_CHARACTERS) for name in names[:8])
-    return listed + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"The checkpoint holds no checkpoint, only {' and '.join(parts)}.{advice}"

@@ -84,10 +84,10 @@ class ItemReader:
         return Box(in_file, box.start, box.shape, box.strides, box.origin)
 
     def _open(self, item: Item, source: Source) -> Any:
-        from torchload.formats.files import torch_zip
+        from torchload.formats.files import torch_zip, zip_directory
 
         try:
-            return torch_zip.open(source, source.name).root
+            return torch_zip.open_directory(zip_directory.read_directory(source), source.name).root
         except CorruptCheckpointError as error:
             raise self._refuse(item, f"can't be read: {error}") from error
         except CheckpointFormatError:
@@ -95,12 +95,12 @@ class ItemReader:
 
     def _in_safetensors(self, item: Item) -> Any:
         """`SerializationFormat.SAFETENSORS`: all tensors of a file are in one archive from an item's offset on."""
-        from torchload.formats.files import safetensors
+        from torchload.formats.files import is_safetensors, safetensors
 
         key = (id(item.file), item.offset)
         if key not in self._archives:
             rest = item.file.slice(item.offset, item.file.size - item.offset)
-            if not safetensors.recognizes(rest.read(0, min(16, rest.size))):
+            if not is_safetensors(rest.read(0, min(16, rest.size))):
                 raise self._refuse(item, "is neither a torch.save stream nor in a safetensors file")
             self._archives[key] = safetensors.open(rest, item.file.name).root
         return self._archives[key].get(item.name)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torchload.core.checkpoint import Checkpoint, Container, OpaqueTensor, Shape, TensorEntry
+from torchload.core.text import listed
 from torchload.errors import (
     AmbiguousCheckpointError,
     CheckpointFormatError,
@@ -20,11 +21,10 @@ from torchload.errors import (
     CorruptCheckpointError,
 )
 from torchload.formats.locate import pointer_text
+from torchload.formats.sets.members import Members, OpenMember
 from torchload.formats.sets.tiling import MisfitError, assemble
 
 __all__ = ["is_megatron", "is_rank_set", "is_single_part", "open_megatron", "open_part", "open_rank_set"]
-
-OpenMember = Callable[[str], Checkpoint]
 
 MAX_DEPTH = 100
 MAX_VALUES = 1_000_000
@@ -87,28 +87,14 @@ def open_rank_set(path: str, open_member: OpenMember) -> Checkpoint:
     missing = sorted(set(range(max(files, default=0) + 1)) - files.keys())
     if missing:
         raise CheckpointNotFoundError(
-            f"{path} lacks the files of ranks {', '.join(map(str, missing[:20]))}. Copy them into the folder.",
-            path=path,
+            f"The checkpoint lacks the files of ranks {listed([*map(str, missing)])}. Copy them into the folder."
         )
-    opened: list[Checkpoint] = []
-    try:
-        opened.extend(open_member(os.path.join(path, files[rank])) for rank in sorted(files))
-        merger = _Merger(path)
-        root = merger.merge([checkpoint.root for checkpoint in opened])
+    with Members(open_member) as members:
+        merger = _Merger()
+        root = merger.merge([members.open(os.path.join(path, files[rank])).root for rank in sorted(files)])
         if not merger.joined:
-            raise _refuse_plain(path, list(files.values()))
-    except BaseException:
-        for checkpoint in opened:
-            checkpoint.close()
-        raise
-    return replace(
-        opened[0],
-        path=path,
-        format=f"sharded tensors in {len(opened)} rank files",
-        root=root,
-        sources=tuple(source for checkpoint in opened for source in checkpoint.sources),
-        checksums=all(checkpoint.checksums for checkpoint in opened),
-    )
+            raise _refuse_plain(path, sorted(files.values()))
+        return members.joined(path, f"sharded tensors in {len(files)} rank files", root)
 
 
 class _Merger:
@@ -118,8 +104,7 @@ class _Merger:
         joined: Number of tensors that were put together.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self) -> None:
         self.joined = 0
         self.merged: dict[tuple[int, ...], Any] = {}  # by identity: what occurs twice is merged once
 
@@ -130,7 +115,7 @@ class _Merger:
         identity = tuple(map(id, trees))
         if identity not in self.merged:
             if depth > MAX_DEPTH or len(self.merged) > MAX_VALUES:
-                raise CorruptCheckpointError(f"{self.path} is nested too deeply at {name[:200]!r}.", path=self.path)
+                raise CorruptCheckpointError(f"The checkpoint is nested too deeply at {name[:200]!r}.")
             self.merged[identity] = self.merge_new(trees, name, depth)
         return self.merged[identity]
 
@@ -154,24 +139,20 @@ class _Merger:
 
     def join(self, name: str, values: Sequence[Any]) -> TensorEntry:
         """One tensor of the parts that each rank has."""
-        name = name.lstrip(".")
         shape: Shape | None = getattr(values[0], "shape", None)
-        if shape is None:
-            raise self.refuse(name, "its shape isn't known")
-        if any(not isinstance(value, OpaqueTensor) or value.shape != shape for value in values):
-            raise self.refuse(name, "the ranks disagree about its shape")
         try:
+            if shape is None:
+                raise MisfitError("their shape isn't known")
+            if any(not isinstance(value, OpaqueTensor) or value.shape != shape for value in values):
+                raise MisfitError("the ranks disagree about its shape")
             entry = assemble((part for value in values for part in value.parts), shape)
         except MisfitError as error:
-            raise self.refuse(name, f"{error}; are all ranks here?") from None
+            raise CorruptCheckpointError(
+                f"The checkpoint's rank files have parts of {name.lstrip('.')[:200]!r} that make no tensor: {error}; "
+                "are all ranks here?"
+            ) from None
         self.joined += 1
         return entry
-
-    def refuse(self, name: str, problem: str) -> CorruptCheckpointError:
-        """The error for parts that do not fit."""
-        return CorruptCheckpointError(
-            f"The parts of {name[:200]!r} in the rank files of {self.path} make no tensor: {problem}.", path=self.path
-        )
 
 
 def _may_be_same(first: TensorEntry, other: Any) -> bool:
@@ -186,21 +167,20 @@ def _may_be_same(first: TensorEntry, other: Any) -> bool:
 
 
 def _refuse_plain(path: str, names: Sequence[str]) -> CheckpointFormatError | AmbiguousCheckpointError:
-    names = sorted(names)
-    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    what = f"{path} holds the files of {len(names)} ranks ({listed}), with tensors that don't say which part they are."
+    what = (
+        f"The checkpoint is the files of {len(names)} ranks ({listed(names)}), with tensors that don't say which part "
+        "they are."
+    )
     if _LLAMA_FILE.fullmatch(names[0]):
         return CheckpointFormatError(
             f"{what} They are the tensor-parallel parts of a Llama as Meta publishes it; convert them with "
             "transformers' convert_llama_weights_to_hf.py, or download the converted model.",
-            path=path,
             found="tensor-parallel Llama",
         )
     return AmbiguousCheckpointError(
         f"{what} If each holds the same, give the path of one. If each holds its part of a tensor- or "
         "pipeline-parallel model, or FSDP's local (flat) state, gather the model in the job that saved it, with "
         "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True.",
-        path=path,
         candidates=[os.path.join(path, name) for name in names],
         argument="path",
     )
@@ -231,40 +211,37 @@ def open_megatron(path: str, open_member: OpenMember) -> Checkpoint:
     ranks = sorted(filter(_MEGATRON_RANK.fullmatch, names))
     if len(ranks) > 1:
         raise CheckpointFormatError(
-            f"{path} is a Megatron checkpoint folder of {len(ranks)} tensor- or pipeline-parallel ranks ({ranks[0]}, "
-            f"{ranks[1]}, …). How their parts make up the model only Megatron-LM knows. In it, run 'python "
-            "tools/checkpoint/convert.py --target-tensor-parallel-size 1 --target-pipeline-parallel-size 1', or save "
-            "with --ckpt-format torch_dist, which is read here as it is.",
-            path=path,
+            f"The checkpoint is a Megatron checkpoint folder of {len(ranks)} tensor- or pipeline-parallel ranks "
+            f"({ranks[0]}, {ranks[1]}, …). How their parts make up the model only Megatron-LM knows. In it, run "
+            "'python tools/checkpoint/convert.py --target-tensor-parallel-size 1 --target-pipeline-parallel-size 1', "
+            "or save with --ckpt-format torch_dist, which is read here as it is.",
             found="Megatron checkpoint folder",
         )
     inside = os.path.join(path, ranks[0])
     found = [name for name in _MEGATRON_FILES if os.path.exists(os.path.join(inside, name))]
     if not found:
         raise CheckpointNotFoundError(
-            f"{inside} holds none of {', '.join(_MEGATRON_FILES)}. Copy the folder again.", path=path
+            f"The checkpoint has none of {', '.join(_MEGATRON_FILES)} in {inside}. Copy the folder again."
         )
     return replace(open_member(os.path.join(inside, found[0])), path=path)
 
 
 def _iteration_folder(path: str) -> str:
-    pointer = os.path.join(path, _MEGATRON_POINTER)
-    text = pointer_text(pointer)
+    text = pointer_text(os.path.join(path, _MEGATRON_POINTER))
     folder = f"iter_{int(text):07d}" if text.isascii() and text.isdigit() and len(text) < 20 else "release"
     if folder == "release" and text != "release":
         raise CorruptCheckpointError(
-            f"{path} is a Megatron checkpoint folder, but its {_MEGATRON_POINTER} names {text[:80]!r}, "
-            "not an iteration.",
-            path=path,
+            f"The checkpoint is a Megatron checkpoint folder, but its {_MEGATRON_POINTER} names {text[:80]!r}, not "
+            "an iteration.",
             found="Megatron checkpoint folder",
         )
     if not os.path.isdir(os.path.join(path, folder)):
         raise CheckpointNotFoundError(
-            f"{pointer} names the iteration {text}, but there is no folder {folder}. Copy it, or give another one.",
-            path=path,
+            f"The checkpoint's {_MEGATRON_POINTER} names the iteration {text}, but there is no folder {folder}. Copy "
+            "it, or give another one."
         )
     if os.path.exists(os.path.join(path, folder, _MEGATRON_POINTER)):
-        raise CorruptCheckpointError(f"{pointer} leads to a folder with another such file.", path=path)
+        raise CorruptCheckpointError(f"The checkpoint's {_MEGATRON_POINTER} leads to a folder with another such file.")
     return os.path.join(path, folder)
 
 
@@ -282,12 +259,11 @@ def open_part(path: str, open_member: OpenMember) -> Checkpoint:
     parts = sorted(filter(_PART_FOLDER.fullmatch, os.listdir(path)))
     if len(parts) > 1:
         raise AmbiguousCheckpointError(
-            f"{path} holds {len(parts)} models: {', '.join(parts[:12])}. Give the path of the one you mean, such as "
+            f"The checkpoint holds {len(parts)} models: {listed(parts)}. Give the path of the one you mean, such as "
             f"{os.path.join(path, parts[0])}.",
-            path=path,
             candidates=[os.path.join(path, part) for part in parts],
             argument="path",
         )
     if is_single_part(os.listdir(os.path.join(path, parts[0]))):
-        raise CorruptCheckpointError(f"{path} holds a folder of models inside a folder of models.", path=path)
+        raise CorruptCheckpointError("The checkpoint is a folder of models inside a folder of models.")
     return replace(open_member(os.path.join(path, parts[0])), path=path)

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torchload.core.checkpoint import Checkpoint, Container, OpaqueTensor, Shape, TensorEntry
 from torchload.core.source import FileSource, Source
-from torchload.core.text import printable
+from torchload.core.text import listed, plural
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats.json_text import parse_object
 from torchload.formats.locate import path_inside
+from torchload.formats.sets.members import Members, OpenMember, naming
 from torchload.formats.sets.tiling import MisfitError, assemble
 
-__all__ = ["close_all", "open_index", "open_list", "recognizes"]
-
-OpenFile = Callable[[str], Checkpoint]
+__all__ = ["open_index", "open_list", "recognizes"]
 
 _MAX_INDEX_BYTES = 100_000_000
 _MAX_INDEX_NAMES = 500_000
@@ -44,7 +43,7 @@ def recognizes(head: bytes) -> bool:
     return head.lstrip()[:1] == b"{" and (b'"weight_map"' in head or b'"metadata"' in head)
 
 
-def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
+def open_index(source: Source, path: str, open_file: OpenMember) -> Checkpoint:
     """Open the shards that an index lists.
 
     Args:
@@ -60,45 +59,39 @@ def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
         CheckpointFormatError: The file is JSON, but no index of shards.
         CorruptCheckpointError: The index or a shard contradicts itself, or names files outside the folder.
     """
+    with naming(path):
+        index = _index_in(source, path)
+        weight_map = index.get("weight_map")
+        if index and "weight_map" not in index and all(isinstance(name, str) for name in index.values()):
+            weight_map = index  # accelerate's plain form: tensor → file
+        if not isinstance(weight_map, dict):
+            raise CheckpointFormatError(
+                "The checkpoint is a JSON file, not a checkpoint: an index of shards would have a 'weight_map'. "
+                "Give the file that holds the weights, or its folder.",
+                found="JSON file",
+            )
+        if len(weight_map) > _MAX_INDEX_NAMES:
+            raise CorruptCheckpointError(f"The checkpoint lists {len(weight_map):,} tensors; no index of shards does.")
+        if not weight_map:
+            raise CorruptCheckpointError("The checkpoint lists no tensors: its weight_map is empty.")
+        shards = _shard_paths(weight_map, path)
+        return _merged(path, shards, open_file, index, weight_map)
+
+
+def _index_in(source: Source, path: str) -> dict[str, Any]:
     if not isinstance(source, FileSource):
         raise CheckpointFormatError(
-            f"{path} is an index of shards, which lie beside it; give its path instead of a file object.",
-            path=path,
+            "The checkpoint is an index of shards, which lie beside it; give its path instead of a file object.",
             found="index of shards",
         )
     if source.size > _MAX_INDEX_BYTES:
-        raise CorruptCheckpointError(f"{path} is {source.size:,} bytes long; no index of shards is.", path=path)
+        raise CorruptCheckpointError(f"The checkpoint is {source.size:,} bytes long; no index of shards is.")
     data = bytearray(source.size)
     source.readinto(0, memoryview(data))
-    index = parse_object(data, "index", path)
-    weight_map = index.get("weight_map")
-    if index and "weight_map" not in index and all(isinstance(name, str) for name in index.values()):
-        weight_map = index  # accelerate's plain form: tensor → file
-    if not isinstance(weight_map, dict):
-        raise CheckpointFormatError(
-            f"{path} is a JSON file, not a checkpoint: an index of shards would have a 'weight_map'. "
-            "Give the file that holds the weights, or its folder.",
-            path=path,
-            found="JSON file",
-        )
-    if len(weight_map) > _MAX_INDEX_NAMES:
-        raise CorruptCheckpointError(f"{path} lists {len(weight_map):,} tensors; no index of shards does.", path=path)
-    if not weight_map:
-        raise CorruptCheckpointError(f"{path} lists no tensors: its weight_map is empty.", path=path)
-    shards = _shard_paths(weight_map, path)
-    opened = _open_all(shards.values(), open_file)
-    try:
-        by_name = dict(zip(shards, opened))
-        _check_listed(weight_map, by_name, path)
-        merged = _Merge(path, weight_map, by_name)
-        notes = (*merged.notes, *_size_note(index, merged.root))
-        return replace(_checkpoint(path, opened, merged.root, notes), confirm=merged.confirm)
-    except BaseException:
-        close_all(opened)
-        raise
+    return parse_object(data, "index", path)
 
 
-def open_list(paths: list[str], open_file: OpenFile) -> Checkpoint:
+def open_list(paths: list[str], open_file: OpenMember) -> Checkpoint:
     """Open files that together are one checkpoint.
 
     Args:
@@ -114,16 +107,34 @@ def open_list(paths: list[str], open_file: OpenFile) -> Checkpoint:
         raise ValueError("the list of shards is empty")
     paths = list(dict.fromkeys(paths))
     path = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    _check_present({shard: shard for shard in paths}, path)
-    opened = _open_all(paths, open_file)
-    if len(opened) == 1:
-        return opened[0]
-    try:
-        merged = _Merge(path, {}, dict(zip(paths, opened)))
-        return replace(_checkpoint(path, opened, merged.root, tuple(merged.notes)), confirm=merged.confirm)
-    except BaseException:
-        close_all(opened)
-        raise
+    with naming(path):
+        _check_present({shard: shard for shard in paths})
+        return _merged(path, dict(zip(paths, paths)), open_file, {}, {})
+
+
+def _merged(
+    path: str,
+    shards: Mapping[str, str],
+    open_file: OpenMember,
+    index: Mapping[str, Any],
+    weight_map: Mapping[str, str],
+) -> Checkpoint:
+    """What shards, name → path, hold together."""
+    with Members(open_file) as members:
+        opened = {name: members.open(shard) for name, shard in shards.items()}
+        for name, shard in opened.items():
+            if not isinstance(shard.root, Container):
+                kind = type(shard.root).__name__
+                raise CheckpointFormatError(f"{name} is no shard: it holds a {kind}, not named tensors.", path=name)
+        if len(opened) == 1 and not index:
+            return members.opened[0]
+        _check_listed(weight_map, opened)
+        merged = _Merge(weight_map, opened)
+        kinds = " and ".join(sorted({shard.format for shard in opened.values()}))
+        whole = members.joined(
+            path, plural(len(opened), f"{kinds} shard"), merged.root, (*merged.notes, *_size_note(index, merged.root))
+        )
+        return replace(whole, confirm=merged.confirm)
 
 
 def _shard_paths(weight_map: Mapping[str, Any], path: str) -> dict[str, str]:
@@ -133,58 +144,31 @@ def _shard_paths(weight_map: Mapping[str, Any], path: str) -> dict[str, str]:
     for key, name in weight_map.items():
         if not isinstance(name, str):
             raise CorruptCheckpointError(
-                f"{path} is invalid: the file of tensor {key!r} is not text but {type(name).__name__}.", path=path
+                f"The checkpoint is invalid: the file of tensor {key!r} is not text but {type(name).__name__}."
             )
         if name not in shards:
             shards[name] = path_inside(name, folder, path)
-    _check_present(shards, path)
+    _check_present(shards)
     return shards
 
 
-def _check_present(shards: Mapping[str, str], path: str) -> None:
+def _check_present(shards: Mapping[str, str]) -> None:
     missing = [name for name, shard in shards.items() if not os.path.exists(shard)]
-    if not missing:
-        return
-    listed = ", ".join(map(printable, missing[:20])) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-    raise CheckpointNotFoundError(
-        f"{len(missing)} of {len(shards)} shards of {path} {'is' if len(missing) == 1 else 'are'} missing: {listed}. "
-        "Download them into the same folder.",
-        path=path,
-    )
+    if missing:
+        raise CheckpointNotFoundError(
+            f"{len(missing)} of {len(shards)} shards {'is' if len(missing) == 1 else 'are'} missing: "
+            f"{listed(missing, 20)}. Download them into the same folder."
+        )
 
 
-def _open_all(paths: Iterable[str], open_file: OpenFile) -> list[Checkpoint]:
-    opened: list[Checkpoint] = []
-    try:
-        for shard in paths:
-            checkpoint = open_file(shard)
-            opened.append(checkpoint)
-            if not isinstance(checkpoint.root, Container):
-                raise CheckpointFormatError(
-                    f"{shard} is no shard: it holds a {type(checkpoint.root).__name__}, not named tensors.",
-                    path=shard,
-                )
-    except BaseException:
-        close_all(opened)
-        raise
-    return opened
-
-
-def close_all(checkpoints: Iterable[Checkpoint]) -> None:
-    """Release the files of several checkpoints."""
-    for checkpoint in checkpoints:
-        checkpoint.close()
-
-
-def _check_listed(weight_map: Mapping[str, str], shards: Mapping[str, Checkpoint], path: str) -> None:
+def _check_listed(weight_map: Mapping[str, str], shards: Mapping[str, Checkpoint]) -> None:
     absent = [(key, name) for key, name in weight_map.items() if key not in shards[name].root]
     if absent:
         key, name = absent[0]
         raise CorruptCheckpointError(
-            f"{path} does not fit its shards: {name} lacks the tensor {key!r}"
+            f"The checkpoint does not fit its shards: {name} lacks the tensor {key!r}"
             + (f", and {len(absent) - 1} more are not where the index says" if len(absent) > 1 else "")
-            + ". Index and shards come from different saves; download all of them again.",
-            path=path,
+            + ". Index and shards come from different saves; download all of them again."
         )
 
 
@@ -196,8 +180,7 @@ class _Merge:
         notes: What is worth telling.
     """
 
-    def __init__(self, path: str, weight_map: Mapping[str, str], shards: Mapping[str, Checkpoint]) -> None:
-        self.path = path
+    def __init__(self, weight_map: Mapping[str, str], shards: Mapping[str, Checkpoint]) -> None:
         self.weight_map = weight_map
         self.shards = shards
         self.notes: list[str] = []
@@ -213,9 +196,8 @@ class _Merge:
         for key, names in holders.items():
             if len(names) == 1 and any(self.origins[names[0]].get(key, ())):
                 raise CorruptCheckpointError(
-                    f"{path} is incomplete: of the tensor {key!r} only one slice is there. "
-                    "Shards are missing; give all of them.",
-                    path=path,
+                    f"The checkpoint is incomplete: of the tensor {key!r} only one slice is there. "
+                    "Shards are missing; give all of them."
                 )
         self.root.metadata = _merged_metadata(shards.values())
         self._note_unlisted()
@@ -228,9 +210,8 @@ class _Merge:
                 return assemble(zip((origin or () for origin in origins), entries))
             except MisfitError as error:
                 raise CorruptCheckpointError(
-                    f"The slices of tensor {key!r} in the shards of {self.path} do not fit together: {error}. "
-                    "Is a shard missing, or from another save?",
-                    path=self.path,
+                    f"The slices of tensor {key!r} in its shards do not fit together: {error}. "
+                    "Is a shard missing, or from another save?"
                 ) from None
         if key in self.weight_map:
             self.notes.append(f"{key!r} is in {len(names)} shards; took {self.weight_map[key]}, as the index says")
@@ -252,8 +233,7 @@ class _Merge:
     def _differing(self, key: Any, names: list[str]) -> CheckpointFormatError:
         return CheckpointFormatError(
             f"{names[0]} and {names[1]} are not shards of one checkpoint: both hold {key!r}, with different "
-            "values. Files saved by one process each (ranks of a parallel run) can't be joined by name.",
-            path=self.path,
+            "values. Files saved by one process each (ranks of a parallel run) can't be joined by name."
         )
 
     def _note_unlisted(self) -> None:
@@ -333,16 +313,3 @@ def _size_note(index: Mapping[str, Any], root: Container) -> tuple[str, ...]:
     if declared in {present, every_name}:
         return ()
     return (f"the index declares {json.dumps(declared)} bytes of tensors, the shards hold {present}",)
-
-
-def _checkpoint(path: str, shards: list[Checkpoint], root: Container, notes: tuple[str, ...]) -> Checkpoint:
-    kinds = sorted({shard.format for shard in shards})
-    sources = tuple(source for shard in shards for source in shard.sources)
-    return Checkpoint(
-        path,
-        f"{len(shards)} {' and '.join(kinds)} {'shard' if len(shards) == 1 else 'shards'}",
-        root,
-        sources,
-        checksums=all(shard.checksums for shard in shards),
-        notes=(*dict.fromkeys(note for shard in shards for note in shard.notes), *notes),
-    )
