@@ -361,7 +361,7 @@ def test_a_state_that_lies_beside_is_not_advised_away(tmp_path):
     torch.save(nn.Sequential(nn.Linear(3, 3)).state_dict(), file.parent / "weights_2.pth")
     with pytest.raises(errors.IncompatibleCheckpointError) as caught:
         smart_resume(model, file, torch.optim.AdamW(model.parameters()))
-    assert "optimizer.pth lies beside it, and no name says whether it belongs to these weights" in str(caught.value)
+    assert "optimizer.pth lies beside it, and nothing says whether it belongs to these weights" in str(caught.value)
     weights, state = torch.load(file), torch.load(file.parent / "optimizer.pth")
     smart_resume(model, {"model": weights, "optimizer": state}, optimizer)  # what it advises
 

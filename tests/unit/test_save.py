@@ -308,6 +308,41 @@ def test_tensors_without_values_are_refused(tmp_path, suffix):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatched", "loaded so", "nested"])
+def test_what_accelerate_offloads_is_taken_from_where_it_lives(tmp_path, how):
+    accelerate = pytest.importorskip("accelerate")
+    trained = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    torch.save(trained.state_dict(), tmp_path / "pytorch_model.bin")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model.load_state_dict(trained.state_dict())
+    places = {"0": "cpu", "1": "disk"}
+    if how == "disk_offload":
+        accelerate.disk_offload(model, str(tmp_path / "off"), execution_device="cpu")
+    elif how == "dispatched":
+        accelerate.dispatch_model(model, places, "cpu", offload_dir=str(tmp_path / "off"))
+    elif how == "loaded so":
+        with accelerate.init_empty_weights():
+            model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        source = str(tmp_path / "pytorch_model.bin")
+        accelerate.load_checkpoint_and_dispatch(model, source, places, offload_folder=str(tmp_path / "off"))
+    else:
+        accelerate.cpu_offload(model, execution_device="cpu")
+    if how == "nested":
+        accelerate.hooks.add_hook_to_module(model[0], accelerate.hooks.ModelHook(), append=True)
+    smart_save(model, tmp_path / "x.pth")
+    saved = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert all(torch.equal(saved[key], value) for key, value in trained.state_dict().items())
+    assert list(saved) == list(trained.state_dict())
+
+
+def test_what_deepspeed_spreads_is_refused_by_name(tmp_path):
+    model = nn.Linear(2, 3)
+    model.weight.ds_id, model.weight.data = 0, torch.empty(0)
+    with pytest.raises(ValueError, match="DeepSpeed.*save_checkpoint.*weight"):
+        smart_save(model, tmp_path / "x.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sparse_tensors_are_refused(tmp_path):
     model = nn.Module()
     model.register_buffer("adjacency", torch.eye(3).to_sparse())

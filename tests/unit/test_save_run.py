@@ -183,6 +183,15 @@ def test_extra_is_any_plain_data_and_tensors(tmp_path):
     assert torch.rand(1) == number
 
 
+@pytest.mark.parametrize("name", ["last.pth", "last"])
+def test_tensors_beside_the_weights_are_read_by_their_names(tmp_path, name):
+    extra = {"anchors": torch.arange(4.0), "stats": {"mean": torch.ones(3)}}
+    smart_save(nn.Linear(2, 2), tmp_path / name, extra=extra)
+    [anchors] = read_state_dict(tmp_path / name, key="anchors").values()
+    assert torch.equal(anchors, extra["anchors"])
+    assert torch.equal(read_state_dict(tmp_path / name, key="stats")["mean"], extra["stats"]["mean"])
+
+
 def test_half_precision_is_for_the_weights_alone(tmp_path):
     run = stopped_run()
     save(run, tmp_path / "last.pth", dtype=torch.float16)

@@ -102,18 +102,35 @@ def test_entries_that_overlap_do_not_share_memory(tmp_path: Path) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("populate", [True, False])
-def test_strided_and_unaligned(tmp_path: Path, populate: bool) -> None:
+def test_strided_and_unaligned(tmp_path: Path) -> None:
     source = source_of(tmp_path / "f", VALUES.numpy().tobytes() + b"x" + VALUES.numpy().tobytes())
     transposed = entry_of(source, (200, 100), strides=(1, 200))
     unaligned = entry_of(source, (20_000,), offset=VALUES.nbytes + 1)
     expanded = entry_of(source, (3, 4), strides=(0, 1), offset=VALUES.nbytes - 16)
-    one, other, third = map_entries([transposed, unaligned, expanded], populate=populate)
+    one, other, third = map_entries([transposed, unaligned, expanded])
     assert torch.equal(one, VALUES.reshape(100, 200).t())
     assert is_mapped(one, source.name)
     assert torch.equal(other, VALUES)
     assert not is_mapped(other, source.name)
     assert torch.equal(third, VALUES[-4:].expand(3, 4))
+
+
+@needs_proc
+def test_a_file_larger_than_memory_is_mapped_without_being_read(tmp_path: Path) -> None:
+    size = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open(tmp_path / "f", "wb") as file:  # a hole: it takes no room on the disk
+        file.truncate(size)
+    source = FileSource(tmp_path / "f")
+
+    def resident_kib() -> int:
+        [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
+        return int(line.split()[1])
+
+    before = resident_kib()
+    whole = map_entry(entry_of(source, (size // 4,)))
+    assert is_mapped(whole, source.name)
+    assert whole[-1] == 0
+    assert resident_kib() - before < 1 << 18
 
 
 def test_other_byte_order_and_memory() -> None:

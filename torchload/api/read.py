@@ -55,7 +55,8 @@ def read_state_dict(
             object, or a mapping that is in memory already: a state dict, or a checkpoint's dictionary around one.
         device: Where the tensors go: a device, a string, an index, or ``"auto"``. Where they were saved never matters.
         dtype: Floating dtype to cast floating tensors to; ``None`` keeps each tensor's own.
-        key: Dotted path of the container to read, such as ``"ema"`` or ``"optimizer.state"``; ``""`` is the whole file.
+        key: Dotted path of the container to read, such as ``"ema"`` or ``"optimizer.state"``, or of one tensor; ``""``
+            is the whole file.
         mmap: On the CPU, tensors become private views of the file: no copy, memory shared between processes. What can't
             be mapped, such as a tensor that is cast, is read.
 

@@ -156,7 +156,7 @@ class Copies:
         >>> entry = TensorEntry(torch.float32, (1 << 30,), (Box(extent, 0, (1 << 30,), (0,), (0,)),))
         >>> Copies().add(entry)
         Traceback (most recent call last):
-        torchload.errors.CorruptCheckpointError: <memory> would unfold to ... Refused.
+        torchload.errors.CorruptCheckpointError: <memory> would take more memory than ...
     """
 
     __slots__ = ("_spare_bytes", "_storages")
@@ -399,12 +399,8 @@ _REBUILT_FROM_ATTRIBUTES = frozenset(
 
 def _dense(shape: Shape, strides: Shape) -> bool:
     step = 1
-    for size, stride in _backwards(shape, strides):
+    for size, stride in zip(reversed(shape), reversed(strides)):
         if size != 1 and stride != step:
             return 0 in shape
         step *= size
     return True
-
-
-def _backwards(shape: Shape, strides: Shape) -> Iterator[tuple[int, int]]:
-    return zip(reversed(shape), reversed(strides))

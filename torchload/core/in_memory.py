@@ -34,15 +34,8 @@ class TensorSource(Source):
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
         if len(buffer):
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(self._bytes[offset : offset + len(buffer)])
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        part = TensorSource.__new__(TensorSource)
-        part._bytes = self._bytes[offset : offset + size]
-        part.address = self.address + offset
-        part.name, part.size, part.base = name or self.name, size, 0
-        return part
+            start = self.base + offset
+            torch.frombuffer(buffer, dtype=torch.uint8).copy_(self._bytes[start : start + len(buffer)])
 
 
 class MemoryEntries:

@@ -12,11 +12,13 @@ import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from torchload.core.budget import Budget
 from torchload.core.collector import collector_running
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError, incomplete
+from torchload.core.text import printable
+from torchload.errors import CheckpointFormatError, CorruptCheckpointError, TorchLoadError, incomplete
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -31,7 +33,7 @@ class Source(ABC):
         name: What to call it in messages (a path, as a rule).
         size: Length in bytes, fixed when the source was opened.
         fd: File descriptor that holds the bytes, or ``None`` for memory.
-        base: Position of byte 0 in that descriptor.
+        base: Position of byte 0 in that descriptor, or in what else holds the bytes.
         budget: What reading its content may cost; that of the whole load.
     """
 
@@ -55,9 +57,12 @@ class Source(ABC):
             OSError: The device failed.
         """
 
-    @abstractmethod
     def slice(self, offset: int, size: int, name: str | None = None) -> Source:
         """The `size` bytes from `offset`, as a source of its own over the same file."""
+        self._check(offset, size)
+        part = copy(self)
+        part.name, part.base, part.size = name or self.name, self.base + offset, size
+        return part
 
     def read(self, offset: int, size: int) -> bytes:
         """The `size` bytes from `offset`; raises like `readinto`."""
@@ -92,8 +97,10 @@ class FileSource(Source):
         try:
             self._descriptor.take(os.open, name, flags)
         except OSError as error:
-            if error.errno != errno.EMFILE or not _raise_open_file_limit():
+            if error.errno != errno.EMFILE:
                 raise
+            if not _raise_open_file_limit():
+                raise TorchLoadError(_TOO_MANY_FILES.format(printable(name, None)), path=name) from None
             self._descriptor.take(os.open, name, flags)
         self._describe(name, budget)
 
@@ -134,15 +141,6 @@ class FileSource(Source):
                 )
             buffer = buffer[count:]
             position += count
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        part = FileSource.__new__(FileSource)
-        part.name = name or self.name
-        part._descriptor = self._descriptor
-        part.base, part.size, part.budget = self.base + offset, size, self.budget
-        part.identity = self.identity
-        return part
 
     def close(self) -> None:
         self._descriptor.close()
@@ -226,11 +224,8 @@ class MemorySource(Source):
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
-        buffer[:] = self.view[offset : offset + len(buffer)]
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        return MemorySource(self.view[offset : offset + size], name or self.name, self.budget)
+        start = self.base + offset
+        buffer[:] = self.view[start : start + len(buffer)]
 
 
 class UnpackedSource(Source):
@@ -254,12 +249,6 @@ class UnpackedSource(Source):
                 self._unpacked.append(self._unpack())
         start = self.base + offset
         buffer[:] = memoryview(self._unpacked[0])[start : start + len(buffer)]
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        part = UnpackedSource(self._unpack, size, name or self.name, self.budget)
-        part._unpacked, part._lock, part.base = self._unpacked, self._lock, self.base + offset
-        return part
 
 
 class StreamSource(Source):
@@ -300,21 +289,16 @@ class StreamSource(Source):
             buffer[: len(chunk)] = chunk
             buffer = buffer[len(chunk) :]
 
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        part = StreamSource.__new__(StreamSource)
-        part._stream, part._lock = self._stream, self._lock
-        part.name = name or self.name
-        part.base, part.size, part.budget = self.base + offset, size, self.budget
-        return part
+
+_TOO_MANY_FILES = (
+    "{} can't be opened: this process has as many files open as it may, the checkpoint's other files among them. Raise "
+    "that limit (ulimit -n as root, LimitNOFILE= of a service, --ulimit nofile= of a container), or let go of weights "
+    "that were mapped before."
+)
 
 
 def _raise_open_file_limit() -> bool:
-    """Have this process allowed as many open files as it may allow itself; whether that is more than before.
-
-    Raises:
-        OSError: It isn't; the message says what helps.
-    """
+    """Have this process allowed as many open files as it may allow itself; whether that is more than before."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -322,8 +306,7 @@ def _raise_open_file_limit() -> bool:
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             return True
-    message = "the checkpoint consists of more files than may be open at once; 'ulimit -n' (by root) raises that"
-    raise OSError(errno.EMFILE, message)
+    return False
 
 
 def _grown(budget: Budget | None, size_bytes: int) -> Budget:

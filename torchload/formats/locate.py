@@ -17,7 +17,7 @@ from typing import Any
 from torchload.core.budget import Budget
 from torchload.core.source import FileSource, MemorySource, Source, StreamSource
 from torchload.core.text import printable
-from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
+from torchload.errors import GET_IT_AGAIN, CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 
 __all__ = [
     "UNFINISHED_SUFFIXES",
@@ -130,9 +130,8 @@ def source_of_file(path: str, budget: Budget | None = None) -> Source:
     source = FileSource(path, budget)
     if source.size == 0:
         source.close()
-        raise CorruptCheckpointError(
-            f"{path} is empty (0 bytes): the download or the save never wrote to it.", path=path, found="empty file"
-        )
+        problem = "is empty (0 bytes): the download or the save never wrote to it"
+        raise CorruptCheckpointError(f"{path} {problem}. {GET_IT_AGAIN}", path=path, found="empty file")
     return source
 
 

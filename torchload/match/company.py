@@ -39,20 +39,8 @@ class Candidate(Protocol):
 _NOBODYS = frozenset(
     {
         *("state", "dict", "dicts", "model", "models", "net", "network", "module", "params", "param", "parameters"),
-        *(
-            "weight",
-            "weights",
-            "sd",
-            "online",
-            "raw",
-            "shadow",
-            "copy",
-            "pytorch",
-            "base",
-            "bare",
-            "current",
-            "backbone",
-        ),
+        *("weight", "weights", "sd", "online", "raw", "shadow", "copy", "pytorch", "base", "bare", "current"),
+        "backbone",
     }
 )
 _ALIASES = {"g": "generator", "netg": "generator", "d": "discriminator", "netd": "discriminator"}
@@ -85,10 +73,10 @@ def is_average_of(average: Candidate, raw: Candidate, *, only: bool = False) -> 
         raw: The raw weights.
         only: Whether there are no other raw weights: then a name that says nothing of the network will do.
     """
-    ours, theirs = _subject(average.segments), _subject(raw.segments)
-    if "teacher" in ours:
-        ours = (ours - {"teacher"}) | {"student"}
-    return ours == theirs or (only and not (ours and theirs))
+    averaged, trained = _subject(average.segments), _subject(raw.segments)
+    if "teacher" in averaged:
+        averaged = (averaged - {"teacher"}) | {"student"}
+    return averaged == trained or (only and not (averaged and trained))
 
 
 def _subject(segments: Iterable[str]) -> frozenset[str]:
@@ -124,21 +112,20 @@ def follows(label: str, other: str) -> bool:
         >>> follows("encoder_k", "encoder_q"), follows("momentum_encoder", "encoder"), follows("target", "online")
         (True, True, True)
     """
-    ours, theirs = words_of(label), words_of(other)
-    if "k" in ours and tuple("q" if word == "k" else word for word in ours) == theirs:
+    words, followed_words = words_of(label), words_of(other)
+    if "k" in words and tuple("q" if word == "k" else word for word in words) == followed_words:
         return True
-    rest = [word for word in ours if word not in _LAGGING]
-    followed = (list(theirs), [word for word in theirs if word not in _LEADING])
-    return len(rest) < len(ours) and _LAGGING.isdisjoint(theirs) and rest in followed
+    rest = [word for word in words if word not in _LAGGING]
+    followed = (list(followed_words), [word for word in followed_words if word not in _LEADING])
+    return len(rest) < len(words) and _LAGGING.isdisjoint(followed_words) and rest in followed
 
 
 def lags_behind(candidate: Candidate, other: Candidate) -> bool:
     """Whether one of two sets of weights is a copy that follows the other during training."""
-    ours = [segment for segment in candidate.segments if segment not in WRAPPERS]
-    theirs = [segment for segment in other.segments if segment not in WRAPPERS]
-    if len(ours) != len(theirs):
+    path, other_path = _without_wrappers(candidate), _without_wrappers(other)
+    if len(path) != len(other_path):
         return False
-    apart = [(here, there) for here, there in zip(ours, theirs) if here != there]
+    apart = [(here, there) for here, there in zip(path, other_path) if here != there]
     if len(apart) != 1:
         return False
     here, there = apart[0]
@@ -174,7 +161,8 @@ def _is_self_distilled(candidate: Candidate, others: Sequence[Candidate], root: 
 
     A teacher that was trained before says nothing of the kind, even if it is of the student's make.
     """
-    student = next((other for other in others if _swapped_name(candidate) == _without_wrappers(other)), None)
+    name = tuple("student" if segment == "teacher" else segment for segment in _without_wrappers(candidate))
+    student = next((other for other in others if _without_wrappers(other) == name), None)
     if student is None:
         return False
     if _has_mark(root):
@@ -182,10 +170,6 @@ def _is_self_distilled(candidate: Candidate, others: Sequence[Candidate], root: 
     return all(
         _has_projection_head(_all_below(side, role)) for side, role in ((candidate, "teacher"), (student, "student"))
     )
-
-
-def _swapped_name(candidate: Candidate) -> tuple[str, ...]:
-    return tuple("student" if name == "teacher" else name for name in _without_wrappers(candidate))
 
 
 def _without_wrappers(candidate: Candidate) -> tuple[str, ...]:

@@ -74,7 +74,8 @@ class Wanted:
             for name in self.shapes
             if name not in pairs and name not in passed and self.ties.get(name, name) not in filled
         ]
-        return [name for name in lacking if not self.may_lack(name)], [name for name in lacking if self.may_lack(name)]
+        harmless = {name: None for name in lacking if name in self.buffers and self.may_lack(name)}
+        return [name for name in lacking if name not in harmless], list(harmless)
 
     def seen(self, pairs: dict[str, str], leaves: dict[str, Leaf]) -> tuple[dict[str, str], dict[str, Leaf]]:
         """Pairs and leaves with those of views, which follow from what the tensors hold that they are views of.
@@ -143,18 +144,18 @@ class Selection:
     """
 
     key: str
-    prefix: str
     segments: tuple[str, ...]
     container: Mapping[Any, Any]
     leaves: dict[str, Leaf]
-    pairs: dict[str, str]
-    missing: list[str]
-    mismatched: dict[str, tuple[Shape, Shape]]
-    unexpected: list[str]
-    outside: list[str]
-    ignored: list[str]
-    alignment: Alignment
-    constants: tuple[str, ...] = ()
+    prefix: str = ""
+    pairs: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    alignment: Alignment = field(default_factory=Alignment)
+    constants: list[str] = field(default_factory=list)
     standing: Standing = Standing.PLAIN
     crossed: bool = False
     skipped: list[str] = field(default_factory=list)
@@ -171,6 +172,11 @@ class Selection:
     def path(self) -> str:
         """Container and prefix as one dotted path."""
         return joined(self.key, self.prefix)
+
+    @property
+    def filled(self) -> dict[str, Leaf]:
+        """Model name → what the file holds for it."""
+        return {name: self.leaves[source] for name, source in self.pairs.items()}
 
     @property
     def averaged(self) -> bool:

@@ -19,7 +19,7 @@ from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointErr
 from torchload.match.company import is_average_of, lags_behind, standing_in_company
 from torchload.match.containers import Leaf, Place, find_places
 from torchload.match.tables import NEVER_THE_MODELS, UNTOUCHED, USUAL_CONTAINERS, Standing
-from torchload.match.values import Read, hold_same_values, was_never_updated
+from torchload.match.values import Read, each_once, was_never_updated
 
 __all__ = ["StateDict", "find_state_dict"]
 
@@ -75,7 +75,7 @@ def find_state_dict(root: Any, key: str | None = None, size_bytes: int = 0, read
 
     Args:
         root: The checkpoint's tree.
-        key: Dotted path of the container to take; ``""`` takes the whole file; ``None`` looks for it.
+        key: Dotted path of the container to take, or of one tensor; ``""`` takes the whole file; ``None`` looks for it.
         size_bytes: Length of the checkpoint's files, which bounds what its names may cost.
         read: What reads values where two containers may hold the same.
 
@@ -98,11 +98,15 @@ def find_state_dict(root: Any, key: str | None = None, size_bytes: int = 0, read
     if isinstance(root, TensorEntry) and not key:
         return StateDict("", {"": root}, {"": root})
     allowance = Allowance(size_bytes)
-    places = find_places(root, key, allowance)
+    places = find_places(root, None, allowance)
     if not places:
         raise IncompatibleCheckpointError("The checkpoint holds no tensors.")
     here = places[0]
     if key is not None:
+        if key in here.leaves and all(place.path != key for place in places):
+            alone = {key.rpartition(".")[2]: here.leaves[key]}
+            return StateDict(key, alone, alone)
+        [here] = find_places(root, key, allowance)
         return StateDict(here.path, here.container, here.leaves)
     descent = _Descent(root, places, allowance, read)
     here = descent.by_segments.get((), here)
@@ -180,23 +184,14 @@ class _Descent:
             for one in raw
             if not any(is_average_of(average, one, only=only) and _covers(average, one) for average in averages)
         ]
-        found: list[_Candidate] = []
-        for candidate in [one for one in left if one in averages or one in raw]:
-            if not any(self._is_equal(candidate, other) for other in found):
-                found.append(candidate)
-        return found
+        kept = [one for one in left if one in averages or one in raw]
+        return each_once(kept, lambda candidate: candidate.leaves, self._read, self._allowance)
 
     def _stands_for_raw(self, average: _Candidate, raw: list[_Candidate]) -> bool:
         """Whether averaged weights have all the tensors that some raw ones have, and were ever updated."""
         if self._read is not None and was_never_updated(average.place.container, self._read):
             return False
         return any(_covers(average, one) for one in raw)
-
-    def _is_equal(self, one: _Candidate, other: _Candidate) -> bool:
-        if self._read is None or one.leaves.keys() != other.leaves.keys():
-            return False
-        pairs = ((leaf, other.leaves[name]) for name, leaf in one.leaves.items())
-        return hold_same_values(pairs, self._read, self._allowance)
 
 
 def _covers(average: _Candidate, raw: _Candidate) -> bool:

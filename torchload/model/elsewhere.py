@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchload.core.text import plural
 from torchload.errors import IncompatibleCheckpointError
+from torchload.model.walk import paths_of
 
-__all__ = ["elsewhere", "refusal"]
+__all__ = ["elsewhere", "is_placeholder", "offloaded_values", "refusal"]
 
 _FSDP1_CLASSES = frozenset(
     (
@@ -49,10 +51,24 @@ def elsewhere(module: nn.Module) -> str | None:
     cls: Any = type(module)
     if _is_fsdp1(cls):
         return _FSDP1
-    if "deepspeed" in sys.modules:
-        partitioned = [tensor for tensor in module._parameters.values() if hasattr(tensor, "ds_id")]
-        return _ZERO3 if any(tensor.numel() == 0 for tensor in partitioned if tensor is not None) else None
+    if "deepspeed" in sys.modules and any(map(is_placeholder, module._parameters.values())):
+        return _ZERO3
     return None
+
+
+def is_placeholder(tensor: torch.Tensor | None) -> bool:
+    """Whether a parameter's values are spread over processes by DeepSpeed (ZeRO 3), and none of them is here."""
+    return hasattr(tensor, "ds_id") and tensor is not None and tensor.numel() == 0
+
+
+def offloaded_values(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that accelerate keeps in its hooks, where the model shows placeholders: name, and tensor."""
+    for prefix, module in paths_of(model):
+        for hook in filter(_offloads, _hooks(module.__dict__.get("_hf_hook"))):
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None and tensor.is_meta:
+                        yield prefix + name, hook.weights_map[name]
 
 
 @lru_cache(maxsize=512)

@@ -10,6 +10,7 @@ import torch
 
 from torchload.core.launch import has_siblings, local_rank
 from torchload.core.public import public
+from torchload.core.room import free_host_bytes
 from torchload.errors import DeviceError
 
 __all__ = ["DeviceSpec", "Placement", "available_devices", "best_device", "check_room", "resolve_device"]
@@ -147,7 +148,7 @@ def available_devices() -> tuple[str, ...]:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can still be allocated on a device, in bytes; ``None`` where it can't be known."""
     if device.type == "cpu":
-        return _free_host_bytes()
+        return free_host_bytes()
     module: Any = getattr(torch, device.type, None)
     try:
         free, _ = module.mem_get_info(device)
@@ -204,24 +205,3 @@ def _missing_reason(kind: str, count: int) -> str:
     if kind == "cuda" and os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
         return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} leaves none to see"
     return f"this process sees no {kind} device"
-
-
-def _free_host_bytes() -> int | None:
-    """What the kernel and the container's limit leave, in bytes."""
-    available = []
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            available += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = file.read().strip()
-        if limit != "max":
-            with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-                used = int(file.read())
-            with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
-                cache = sum(
-                    int(line.split()[1]) for line in file if line.startswith(("inactive_file ", "active_file "))
-                )
-            available.append(int(limit) - used + cache)
-    except (OSError, ValueError):
-        pass
-    return min(available, default=None)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from torchload.core.wrappers import WRAPPER_CLASSES, WRAPPER_STATE
+from torchload.model.elsewhere import offloaded_values
 from torchload.model.walk import modules_of, tensors_of
 
 __all__ = ["State", "bare_names", "module_within", "unwrapped_state", "wrapped_child"]
@@ -77,6 +78,7 @@ def unwrapped_state(model: nn.Module) -> State:
         model = model._modules[attribute]  # type: ignore[assignment]
     raw = model.state_dict(keep_vars=True)
     versions = getattr(raw, "_metadata", {})
+    raw.update((name, tensor) for name, tensor in offloaded_values(model) if name in raw)
     has_wrappers = any(wrapped_child(module) is not None for module in modules_of(model))
     if not has_wrappers:
         return State(dict(raw), dict(versions))

@@ -125,7 +125,8 @@ def carry_out(
             raise interrupt
         finish()
         held = (held_numel(item.slot.tensor, item.entry.shape) * item.entry.dtype.itemsize for item in plan.assignments)
-        return Moved(sum(held) + sum(entry.nbytes for entry in plan.given), read_bytes)
+        given = sum(entry.nbytes for entry in plan.given)
+        return Moved(sum(held) + given, read_bytes + (0 if plan.mmap else given))
     except BaseException as error:
         failures = [] if is_kept else undo.roll_back()
         if not (is_kept or failures):

@@ -130,16 +130,10 @@ def _claimed(target: Target, reading: _Reading) -> Selection:
     known = set(target.names)
     return Selection(
         key=place.path,
-        prefix="",
         segments=place.segments,
         container=Container(place.container, _metadata(reading)),
         leaves=place.leaves,
         pairs={name: source for source, name in spelled.items() if name in known},
-        missing=[],
-        mismatched={},
-        unexpected=[],
-        outside=[],
-        ignored=[],
         alignment=Alignment(leftover={source: name for source, name in spelled.items() if name not in known}),
         claimed=frozenset(source for source, name in spelled.items() if name not in known),
         original=reading.original,

@@ -7,12 +7,14 @@ touches what is gone (SIGBUS), so files that others may rewrite in place should 
 from __future__ import annotations
 
 import mmap
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from torchload.core.checkpoint import Box, TensorEntry, box_end_bytes
 from torchload.core.copies import Copy
+from torchload.core.room import free_host_bytes
 from torchload.core.source import Source
 from torchload.transfer.arena import allocate
 from torchload.transfer.engine import check_unchanged, run
@@ -22,23 +24,25 @@ from torchload.transfer.pieces import needs_swap
 __all__ = ["can_map", "map_entries", "map_entry", "read_entries"]
 
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named since Python 3.13
+_SURELY_FITS_BYTES = 64 << 20  # it isn't worth while to ask
 _CPU = torch.device("cpu")
 
 
-def map_entry(entry: TensorEntry, *, populate: bool = True) -> torch.Tensor:
+def map_entry(entry: TensorEntry) -> torch.Tensor:
     """One entry as a tensor on the CPU; see `map_entries`, which maps each file only once for many."""
-    return map_entries([entry], populate=populate)[0]
+    return map_entries([entry])[0]
 
 
-def map_entries(entries: Sequence[TensorEntry], *, populate: bool = True) -> list[torch.Tensor]:
+def map_entries(entries: Sequence[TensorEntry]) -> list[torch.Tensor]:
     """Entries as tensors on the CPU: views of private, copy-on-write mappings where possible, else copies.
 
     Copied is what can't be mapped: data in memory, in several boxes, in the other byte order, or not aligned to its own
-    element size; and what another of the entries maps already, so that no two tensors share memory.
+    element size; and what another of the entries maps already, so that no two tensors share memory. Pages are mapped in
+    at once rather than one fault at a time, where memory has room for all of them.
 
     Args:
         entries: What to map. Their sources may be closed afterwards.
-        populate: Whether to map pages in at once, rather than one fault at a time.
 
     Returns:
         The tensors, in the order of the entries, with the entries' shapes and dtypes, and their strides where mapped.
@@ -49,6 +53,7 @@ def map_entries(entries: Sequence[TensorEntry], *, populate: bool = True) -> lis
         OSError: A device failed.
     """
     tensors: list[torch.Tensor | None] = [None] * len(entries)
+    populate = _has_room(entries)
     with torch.inference_mode(False):
         for source, indices in _mappable(entries).items():
             check_unchanged([source])
@@ -59,6 +64,12 @@ def map_entries(entries: Sequence[TensorEntry], *, populate: bool = True) -> lis
     for index, tensor in zip(rest, read, strict=True):
         tensors[index] = tensor
     return [tensor for tensor in tensors if tensor is not None]
+
+
+def _has_room(entries: Sequence[TensorEntry]) -> bool:
+    """Whether all pages can stay in memory; where not, the last ones would push the first ones out."""
+    nbytes = sum(entry.nbytes for entry in entries)
+    return nbytes < _SURELY_FITS_BYTES or nbytes < (free_host_bytes() or nbytes + 1)
 
 
 def can_map(entry: TensorEntry) -> bool:
@@ -118,7 +129,7 @@ def _map(
     last = source.base + max(_last_byte(entry) for _, entry in members)
     start = first - first % mmap.ALLOCATIONGRANULARITY
     # Nothing is reserved for copies that most likely are never made.
-    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | _NO_RESERVE
     try:
         mapping = mmap.mmap(source.fd, last - start, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
     except (OSError, ValueError):

@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["address_of", "advise", "is_resident", "is_same", "memory_at", "move", "move_much", "scatter"]
+__all__ = [
+    "address_of",
+    "advise",
+    "is_resident",
+    "is_same",
+    "memory_at",
+    "move",
+    "move_much",
+    "replace_pages",
+    "scatter",
+]
 
 move = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
@@ -94,6 +104,39 @@ def is_resident(address: int, nbytes: int) -> bool:
     if mincore is None or mincore(address - head, nbytes + head, result) != 0:
         return False
     return 0 not in pages
+
+
+def replace_pages(address: int, nbytes: int) -> bool:
+    """Put pages of this process alone in the place of a mapped file's, with what these hold; False where it fails.
+
+    Args:
+        address: Start of the range; rounded down to a page.
+        nbytes: Length in bytes; rounded up to whole pages.
+    """
+    function = _mmap()
+    head = address % mmap.PAGESIZE
+    start, size = address - head, -(-(nbytes + head) // mmap.PAGESIZE) * mmap.PAGESIZE
+    if function is None:
+        return False
+    held = ctypes.string_at(start, size)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    if function(start, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != start:
+        return False
+    memory_at(start, size)[:] = held
+    return True
+
+
+_MAP_FIXED = 0x10  # on Linux and on macOS
+
+
+@lru_cache(maxsize=1)
+def _mmap() -> Any:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        function = ctypes.CDLL(None).mmap
+        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+        function.restype = ctypes.c_void_p
+        return function
+    return None
 
 
 @lru_cache(maxsize=1)

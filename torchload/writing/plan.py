@@ -17,6 +17,7 @@ from torchload.core.ranks import Ranks
 from torchload.core.sharing import Layout, shared_runs
 from torchload.core.text import group_names, printable, short_dtype
 from torchload.match.globs import Globs
+from torchload.model.elsewhere import is_placeholder
 from torchload.model.shards import is_hollow, is_sharded
 from torchload.model.unwrapping import State
 from torchload.plan.dtypes import final_dtype
@@ -182,6 +183,8 @@ def _why_not(tensor: torch.Tensor, ranks: Ranks) -> str | None:
         return "not initialised yet (run the model once, lazy modules take their shapes from the first input)"
     if tensor.is_meta:
         return "on the meta device, so without values (load or initialise the model first)"
+    if is_placeholder(tensor):
+        return "partitioned by DeepSpeed, a placeholder (its engine's save_checkpoint writes it)"
     if is_sharded(tensor):
         return None if ranks.count > 1 or _is_whole(tensor) else "sharded over several ranks, which must save together"
     if tensor.layout is not torch.strided:

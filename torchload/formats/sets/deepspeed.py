@@ -26,7 +26,7 @@ from torchload.errors import (
     TorchLoadError,
 )
 from torchload.formats.locate import path_inside, pointer_text
-from torchload.formats.sets.members import Members, OpenMember
+from torchload.formats.sets.members import Members, OpenFile
 from torchload.formats.sets.zero import ContradictionError, Zero
 
 __all__ = ["MASTER_KEY", "open_folder"]
@@ -40,7 +40,7 @@ _EXPERT_FILE = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_(?:model|optim
 _LAYER_FILE = re.compile(r"layer_\d+-model_\d+-model_states\.pt")
 
 
-def open_folder(path: str, open_member: OpenMember) -> Checkpoint:
+def open_folder(path: str, open_member: OpenFile) -> Checkpoint:
     """Index a DeepSpeed checkpoint.
 
     Args:
@@ -219,8 +219,8 @@ def _step_folder(path: str) -> str:
         step = path_inside(pointer, path, path)
         if not os.path.isdir(step):
             raise CheckpointNotFoundError(
-                f"The checkpoint's 'latest' names {pointer!r}, which is not there. Copy that folder, or give another "
-                "step's."
+                f"The checkpoint's 'latest' names {pointer!r}, which is not there. Copy that folder, or give the "
+                "path of another step."
             )
         return step
     steps = sorted(name for name in names if re.fullmatch(r"global_step\d+", name))
@@ -246,7 +246,7 @@ def _refuse_model_parallel(names: Sequence[str]) -> None:
     else:
         return
     raise CheckpointFormatError(
-        f"The checkpoint was saved {kind}. How the parts make up the model only the training code knows: gather the "
+        f"The checkpoint was saved {kind}. Only the training code knows how the parts make up the model: gather the "
         "model there and save its state_dict(), or use the converter of the framework that trained it "
         "(Megatron-DeepSpeed: tools/convert_checkpoint/deepspeed_to_transformers.py).",
         found="DeepSpeed folder of a model-parallel run",

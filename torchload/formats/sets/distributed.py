@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +35,7 @@ from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, Cor
 from torchload.formats.locate import path_inside, source_of_file
 from torchload.formats.pickles.unpickle import read_pickle
 from torchload.formats.sets.items import Item, ItemBox, ItemReader
+from torchload.formats.sets.members import OpenMember
 from torchload.formats.sets.tiling import MAX_ELEMENTS, MisfitError, of_boxes
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ MAX_PATH_PARTS = 64
 MAX_DIMENSIONS = 64
 
 
-def open_folder(path: str, budget: Budget | None = None) -> Checkpoint:
+def open_folder(path: str, open_member: OpenMember) -> Checkpoint:
     """Index a folder that `torch.distributed.checkpoint.save` wrote; any number of ranks, no process group needed.
 
     Args:
         path: The folder.
-        budget: What the load may cost that this is a part of.
+        open_member: Whose budget this is a part of.
 
     Returns:
         A checkpoint whose root is nested as the saved object was. Tensors are entries of one box for each chunk.
@@ -63,23 +64,23 @@ def open_folder(path: str, budget: Budget | None = None) -> Checkpoint:
         CorruptCheckpointError: The index contradicts itself or the files, or names something outside the folder.
         CheckpointFormatError: ``.metadata`` is something else.
     """
-    budget = budget or Budget()
-    index = _Index(budget)
+    index = _Index(open_member.budget)
     names = sorted(filter(METADATA_NAME.fullmatch, os.listdir(path)))
     if not names:
         raise CheckpointNotFoundError(
-            "The checkpoint has files of torch.distributed.checkpoint, but not the .metadata that says what is in "
-            "them. It is written last: the save was cut short, or the file, which a leading dot hides, was not copied "
-            "along."
+            "The checkpoint has files of torch.distributed.checkpoint, but not the file .metadata that says what is "
+            "in them. It is written last, and its name begins with a dot, which hides it: either the save did not end, "
+            "or the file was not copied."
         )
     for name in names[:1] if ".metadata" in names else names:
         index.add(os.path.join(path, name))
-    files = _open_files(path, index.file_names(), budget)
-    try:
-        return index.checkpoint(path, files)
-    except BaseException:
-        _close(files)
-        raise
+    with ExitStack() as stack:
+        files: dict[str, Source] = {}
+        for name, file in _located(path, index.file_names()).items():
+            files[name] = stack.enter_context(closing(source_of_file(file, open_member.budget)))
+        checkpoint = index.checkpoint(path, files)
+        stack.pop_all()
+    return checkpoint
 
 
 class _Place(NamedTuple):
@@ -124,7 +125,7 @@ class _Index:
         fields = self._fields(_read_metadata(file, self.budget), "Metadata")
         described, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
         if not isinstance(described, dict) or not isinstance(stored, dict):
-            raise self.refuse("its .metadata lacks the list of tensors or that of their places")
+            raise self.refuse("its .metadata lacks the list of tensors or the list of their places")
         places = self._places(stored)
         self.chunks_left += 1000 + 2 * (len(described) + len(stored))
         for name, description in described.items():
@@ -136,7 +137,7 @@ class _Index:
             elif kind == "BytesStorageMetadata":
                 self.values.setdefault(name, self._place_of(places, name, None))
             else:
-                raise self.refuse(f"its .metadata describes {_short(name)} as {kind or 'nothing known'}")
+                raise self.refuse(f"its .metadata describes {_short(name)} as {kind or 'something unknown'}")
         paths = fields.get("planner_data")
         if isinstance(paths, dict):
             self.paths.update((name, keys) for name, keys in paths.items() if _is_path(keys))
@@ -232,7 +233,7 @@ class _Index:
             # Only in a safetensors file, where sizes are those of the data alone, do items begin at the same byte.
             begin = (place.file_name, place.offset)
             if begin in self.taken and place.size != math.prod(size) * dtype.itemsize:
-                raise self.refuse(f"a chunk of {_short(name)} is said to lie where another one lies")
+                raise self.refuse(f"its .metadata says that a chunk of {_short(name)} lies where another one lies")
             self.taken.add(begin)
             boxes.append(ItemBox(reader, self._item(name, place, files), dtype, size, origin))
         try:
@@ -261,7 +262,7 @@ class _Index:
             paths = {}  # deeper than any object is; each level costs a container
         for name, entry in entries.items():
             if not _insert(root, paths.get(name, (name,)), entry) and not _insert(root, (name,), entry):
-                raise self.refuse(f"two values stand at {_short(name)}")
+                raise self.refuse(f"two values have the name {_short(name)}")
         return _with_lists(root)
 
     def refuse(self, problem: str) -> CorruptCheckpointError:
@@ -273,17 +274,15 @@ class _Index:
 
 
 def _read_metadata(file: str, budget: Budget) -> Any:
-    source = source_of_file(file, budget)
-    try:
+    with closing(source_of_file(file, budget)) as source:
         if source.size > MAX_METADATA_BYTES:
             raise CorruptCheckpointError(f"{file} has {source.size:,} bytes; no index is that large.", path=file)
         data = source.read(0, source.size)
-    finally:
-        source.close()
     return read_pickle(data, name=file, budget=budget)
 
 
-def _open_files(path: str, names: list[str], budget: Budget) -> dict[str, Source]:
+def _located(path: str, names: list[str]) -> dict[str, str]:
+    """Name in the index → path; all are there."""
     located = {name: path_inside(name, path, path) for name in names}
     missing = [name for name, file in located.items() if not os.path.exists(file)]
     if missing:
@@ -291,19 +290,7 @@ def _open_files(path: str, names: list[str], budget: Budget) -> dict[str, Source
             f"{len(missing)} of the {len(names)} files of the checkpoint are missing: {listed(missing, 20)}. Copy them "
             "into the folder; every rank of the job that saved wrote its own."
         )
-    files: dict[str, Source] = {}
-    try:
-        for name, file in located.items():
-            files[name] = source_of_file(file, budget)
-    except BaseException:
-        _close(files)
-        raise
-    return files
-
-
-def _close(files: dict[str, Source]) -> None:
-    for source in files.values():
-        source.close()
+    return located
 
 
 # --- names ---
@@ -326,16 +313,12 @@ def _with_lists(root: Container) -> Container:
     """What was a list becomes one again: containers whose keys are 0, 1, 2, … as numbers."""
     holders: list[Container] = [root]
     for holder in holders:
-        holders.extend(_containers(holder))
+        holders.extend(value for value in holder.values() if type(value) is Container)
     for holder in reversed(holders):
         for key, value in holder.items():
             if type(value) is Container and value and list(value) == list(range(len(value))):
                 holder[key] = list(value.values())
     return root
-
-
-def _containers(holder: Container) -> Iterator[Container]:
-    return (value for value in holder.values() if type(value) is Container)
 
 
 def _is_path(keys: Any) -> bool:

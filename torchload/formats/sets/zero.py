@@ -48,7 +48,7 @@ class Zero:
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             _refuse("its model states lack 'param_shapes'")
         if STAGE_3[0] not in states[0] and STAGE_2[0] not in states[0]:
-            _refuse("its optimizer's files have no float32 weights where any known version keeps them")
+            _refuse("its optimizer's files have no float32 weights in any place that is known")
         self.groups: list[dict[str, Shape]] = groups
         self.states = states
         self.is_stage3 = STAGE_3[0] in states[0]
