@@ -112,7 +112,7 @@ class Wanted:
         return all(is_bare(name) for name in self.shapes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Selection:
     """The chosen sub-tree and how its names correspond to the model's. Who knows better makes another (`replace`).
 

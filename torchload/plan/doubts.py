@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torchload.core.budget import Allowance
-from torchload.core.checkpoint import Checkpoint, TensorEntry
+from torchload.core.checkpoint import Checkpoint
 from torchload.core.text import group_names, plural
 from torchload.match import Selection
 from torchload.match.globs import Globs
@@ -16,7 +16,7 @@ from torchload.model.unwrapping import bare_names
 from torchload.plan.constants import differing_constants
 from torchload.plan.options import Options
 from torchload.plan.promises import unkept_globs, unkept_rules
-from torchload.plan.quantized import elsewhere_says, is_float8, quantized_problem
+from torchload.plan.quantized import float8_sources, quantized_problem
 
 __all__ = ["Doubts", "unkept"]
 
@@ -69,19 +69,9 @@ class Doubts:
         self.warnings += differing_constants(target, selection, Allowance(checkpoint.size_bytes))
 
     def _look_at_quantized(self) -> None:
-        selection = self._selection
-        plain = [
-            source
-            for name, source in selection.pairs.items()
-            if isinstance(leaf := selection.leaves[source], TensorEntry)
-            and is_float8(leaf.dtype)
-            and (slot := self._target.by_name.get(name)) is not None
-            and not is_float8(slot.tensor.dtype)
-        ]
-        elsewhere = elsewhere_says(self._checkpoint, selection) if plain else None
-        if (problem := quantized_problem(self._target, selection, elsewhere)) is not None:
+        if (problem := quantized_problem(self._target, self._selection, self._checkpoint)) is not None:
             self.problems.append(problem)
-        elif plain and self._options.dtype != "auto":
+        elif self._options.dtype != "auto" and (plain := float8_sources(self._target, self._selection)):
             self.warnings.append(
                 f"{plural(len(plain), 'tensor')} of the file {'is' if len(plain) == 1 else 'are'} 8-bit floats, and no "
                 f"scale for them was found: cast as they are ({_listed(plain)})"

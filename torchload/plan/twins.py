@@ -15,8 +15,9 @@ from torchload.core.in_memory import entry_of
 from torchload.core.text import quoted
 from torchload.match import Selection
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
-from torchload.plan import hooks
+from torchload.plan import custom_loaders
 from torchload.plan.compare import Difference, compare_values
+from torchload.plan.plain import plain
 from torchload.transfer import map_entry
 
 __all__ = ["Twins", "compare_extra_states", "load_twins"]
@@ -44,13 +45,13 @@ def load_twins(target: Target, selection: Selection) -> Twins:
     """
     found = Twins()
     for hooked, slots in own_loaders(target):
-        if not hooks.is_given(hooked, selection) or any(slot.tensor.is_meta for slot in slots):
+        if not custom_loaders.is_given(hooked, selection) or any(slot.tensor.is_meta for slot in slots):
             continue
-        given = hooks.offered([hooked], selection)
+        given = custom_loaders.offered([hooked], selection)
         found.sources += given.values()
         try:
             twin = copy.deepcopy(hooked.module)
-            hooks.load_itself(twin, hooked.prefix, selection, map_entry)
+            custom_loaders.load_itself(twin, hooked.prefix, selection, map_entry)
         except (MemoryError, OSError):
             raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - whatever the module's own code raises
@@ -89,7 +90,7 @@ def compare_extra_states(target: Target, selection: Selection) -> list[Differenc
         if source is None or (own and name.startswith(own)):
             continue
         try:
-            theirs, ours = hooks.plain(selection.leaves[source], map_entry), module.get_extra_state()
+            theirs, ours = plain(selection.leaves[source], map_entry), module.get_extra_state()
         except (MemoryError, OSError):
             raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - the module's own code, or a value that only code could build
