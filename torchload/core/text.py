@@ -13,6 +13,7 @@ __all__ = [
     "format_seconds",
     "group_names",
     "listed",
+    "listing",
     "plural",
     "printable",
     "printable_lines",
@@ -120,6 +121,17 @@ def as_glob(name: str) -> str:
         "it's [[]0]"
     """
     return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def listing(names: Iterable[str], most: int = 8) -> str:
+    """Names on one line: grouped, and cut where there are many.
+
+    Example:
+        >>> listing(["fc.weight", "fc.bias", "conv.weight", "out"], 2)
+        'fc.{weight, bias}, conv.weight and 1 more'
+    """
+    groups = group_names(names)
+    return ", ".join(groups[:most]) + (f" and {len(groups) - most:,} more" if len(groups) > most else "")
 
 
 def format_bytes(count: int) -> str:

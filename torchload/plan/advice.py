@@ -244,9 +244,11 @@ def likeness(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
         if (file := _first(fused, unexpected)) and (model := _first(split, missing)):
             sentences.append(f"The file has {file}, fused; the model has {model}, split. Split it first.")
     if (file := _first(_EXPERT, unexpected)) and (model := _first(_STACKED, missing)):
-        sentences.append(f"The file has experts one by one ({file}), the model has them stacked ({model}). Stack them.")
+        sentences.append(
+            f"The file has experts one by one ({file}), the model has them stacked ({model}). Stack them first."
+        )
     if (file := _first(_STACKED, unexpected)) and (model := _first(_EXPERT, missing)):
-        sentences.append(f"The file has experts stacked ({file}), the model one by one ({model}). Take them apart.")
+        sentences.append(f"The file has experts stacked ({file}), the model one by one ({model}). Split them first.")
     for side, whose in ((missing, "model"), (unexpected, "file")):
         if adapter := _first(r"\.base_layer\.", side):
             sentences.append(

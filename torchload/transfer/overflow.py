@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from torchload.core.copies import Copy
-from torchload.core.text import as_glob, group_names, short_dtype
+from torchload.core.text import as_glob, listing, short_dtype
 from torchload.errors import CastOverflowError
 
 __all__ = [
@@ -113,8 +113,8 @@ def overflow_error(copy: Copy, overflowing: Mapping[str, float]) -> CastOverflow
         overflowing: Name → largest finite magnitude; of `copy`, and of all others that the same load would spoil.
     """
     source_dtype, target_dtype = short_dtype(copy.dtype), short_dtype(copy.target.dtype)
-    others = group_names(name for name in overflowing if name != copy.name)
-    also = f"; nor {'does' if len(overflowing) == 2 else 'do'} {_few(others)}" if others else ""
+    others = listing((name for name in overflowing if name != copy.name), _SHOWN)
+    also = f"; nor {'does' if len(overflowing) == 2 else 'do'} {others}" if others else ""
     return CastOverflowError(
         f"{copy.name} does not fit {target_dtype}: its largest value, {overflowing[copy.name]:.6g} in {source_dtype}, "
         f"would become infinite (the limit is {torch.finfo(copy.target.dtype).max:.6g}){also}. Load in a wider dtype "
@@ -127,13 +127,6 @@ def overflow_error(copy: Copy, overflowing: Mapping[str, float]) -> CastOverflow
 
 
 _SHOWN = 6
-
-
-def _few(phrases: list[str]) -> str:
-    left = len(phrases) - _SHOWN
-    return ", ".join(phrases[:_SHOWN]) + (f" and what is in {left} more places" if left > 0 else "")
-
-
 _WIDER = (torch.bfloat16, torch.float32, torch.float64)
 
 
