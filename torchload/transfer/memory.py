@@ -42,8 +42,8 @@ move_much = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, 
 )
 """The same for much data: other threads run meanwhile."""
 
-_LEAST_CACHED_BYTES = 512 << 10
-"""With less, what Python does for each read shows."""
+_LEAST_CACHED_BYTES = 256 << 10
+"""With less, what Python does for each block shows."""
 _MOST_CACHED_BYTES = 1 << 20
 _COMPARED_BYTES = 1 << 20  # at a time, where it takes copies
 
@@ -151,9 +151,13 @@ def replace_pages(address: int, nbytes: int) -> bool:
 
 @lru_cache(maxsize=1)
 def cached_bytes() -> int:
-    """How much of a source stays in a core's own cache (L2), together with what becomes of it: half its size."""
+    """How much of a source stays in a core's own cache (L2) while it is cast and looked at: a quarter of the cache.
+
+    With 2 MiB (Xeon), 512 KiB are cast to float16 in 56 us and looked at in 10; twice as much in 111 and 27; four times
+    in 222 and 80.
+    """
     with contextlib.suppress(OSError, ValueError), open("/sys/devices/system/cpu/cpu0/cache/index2/size") as file:
-        return min(max(int(file.read().strip().removesuffix("K")) << 9, _LEAST_CACHED_BYTES), _MOST_CACHED_BYTES)
+        return min(max(int(file.read().strip().removesuffix("K")) << 8, _LEAST_CACHED_BYTES), _MOST_CACHED_BYTES)
     return _LEAST_CACHED_BYTES
 
 
