@@ -20,7 +20,7 @@ from torchload.match import Selection
 from torchload.model.shards import empty_part, held_numel, is_sharded, refresh_shards
 from torchload.model.swap import Exchange
 from torchload.model.target import Slot, Target
-from torchload.plan import hooks
+from torchload.plan import custom_loaders
 from torchload.plan.pairing import copies_of
 from torchload.plan.plan import Assignment, Check, Conversion, LoadPlan, Way
 from torchload.transfer import allocate, map_entries, map_entry, read_entries, run
@@ -140,27 +140,27 @@ def _hand_over(plan: LoadPlan, target: Target, selection: Selection, undo: Undo,
     """Let modules load themselves, and take their extra state; all that refuse are named at once."""
     read = map_entry if plan.mmap else _read_entry
     own = tuple(hooked.prefix for hooked, _ in plan.own_loaders)
-    refusals: list[hooks.RefusedError] = []
+    refusals: list[custom_loaders.RefusedError] = []
     for name, module in target.extra_state.items():
         if name in selection.pairs and not (own and name.startswith(own)):
             changes.by_themselves.append(name)
             with _collecting(refusals):
-                hooks.set_extra_state(name, module, selection.leaves[selection.pairs[name]], read, undo)
+                custom_loaders.set_extra_state(name, module, selection.leaves[selection.pairs[name]], read, undo)
     for hooked, slots in plan.own_loaders:
-        if hooks.is_given(hooked, selection):
+        if custom_loaders.is_given(hooked, selection):
             changes.by_themselves += [name for slot in slots for name in slot.names if slot.persistent]
             with _collecting(refusals):
-                hooks.run_own_loader(hooked, slots, selection, read, undo)
+                custom_loaders.run_own_loader(hooked, slots, selection, read, undo)
     if refusals:
         problems = [str(refusal) for refusal in refusals]
         raise IncompatibleCheckpointError("\n  ".join(problems), problems=problems) from refusals[0].__cause__
 
 
 @contextlib.contextmanager
-def _collecting(refusals: list[hooks.RefusedError]) -> Iterator[None]:
+def _collecting(refusals: list[custom_loaders.RefusedError]) -> Iterator[None]:
     try:
         yield
-    except hooks.RefusedError as refusal:
+    except custom_loaders.RefusedError as refusal:
         refusals.append(refusal)
 
 

@@ -17,7 +17,7 @@ from torchload.match.paths import last
 from torchload.match.tables import Standing, container_standing
 from torchload.model.target import Target, own_loaders
 from torchload.model.unwrapping import bare_names
-from torchload.plan import hooks
+from torchload.plan import custom_loaders, hooks
 from torchload.plan.borrowed import Borrowed
 from torchload.plan.explain import incompatible
 from torchload.plan.quantized import quantized_problem
@@ -161,7 +161,7 @@ def _left_to_own_loaders(target: Target, selection: Selection) -> Selection:
                 missing=[name for name in selection.missing if not name.startswith(hooked.prefix)],
                 claimed=selection.claimed | leftover,
             )
-        elif filled := hooks.filled_by_itself(hooked, slots, selection, map_entry):
+        elif filled := custom_loaders.filled_by_itself(hooked, slots, selection, map_entry):
             missing = [name for name in selection.missing if name not in filled]
             selection = replace(selection, missing=missing)
     return selection
