@@ -257,6 +257,21 @@ def test_numbers_that_a_distributed_checkpoint_made_text_of(tmp_path):
     assert new.param_groups[0]["lr"] == pytest.approx(0.001)
 
 
+def test_milestones_are_numbers_again_where_there_are_none_here(tmp_path):
+    model = nn.Linear(3, 3)
+    old = torch.optim.SGD(model.parameters(), 0.1)
+    first = lr_scheduler.MultiStepLR(old, [2])
+    state = {"model": model.state_dict(), "optimizer": old.state_dict(), "scheduler": first.state_dict()}
+    save_folder(state, checkpoint_id=tmp_path / "x")
+    new = torch.optim.SGD(model.parameters(), 0.1)
+    second = lr_scheduler.MultiStepLR(new, [])
+    smart_resume(model, tmp_path / "x", new, second)
+    for _ in range(2):
+        new.step()
+        second.step()
+    assert new.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
 # --- beside the weights ---
 
 

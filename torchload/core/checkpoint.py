@@ -183,7 +183,7 @@ class Copies:
             self._spare_bytes = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Quantized:
     """A quantized tensor: integers, and what number each of them stands for.
 
@@ -204,7 +204,7 @@ class Quantized:
     axis: int | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class OpaqueTensor:
     """A tensor that the file holds in a form torchload can't read into a dense tensor.
 

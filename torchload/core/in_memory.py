@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from torchload.core.budget import Budget
 from torchload.core.checkpoint import Box, Extent, TensorEntry
 from torchload.core.source import Source
 
@@ -27,9 +28,7 @@ class TensorSource(Source):
         with torch.inference_mode(False):
             self._bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.address = storage.data_ptr()
-        self.name = name
-        self.size = storage.nbytes()
-        self.base = 0
+        super().__init__(name, storage.nbytes(), Budget())
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))

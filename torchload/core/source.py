@@ -39,10 +39,11 @@ class Source(ABC):
 
     __slots__ = ("base", "budget", "name", "size")
 
-    name: str
-    size: int
-    base: int
-    budget: Budget
+    def __init__(self, name: str, size: int, budget: Budget) -> None:
+        self.name = name
+        self.size = size
+        self.base = 0
+        self.budget = budget
 
     @property
     def fd(self) -> int | None:
@@ -114,14 +115,11 @@ class FileSource(Source):
         return source
 
     def _describe(self, name: str, budget: Budget | None) -> None:
-        self.name = name
-        self.base = 0
         status = os.fstat(self._descriptor.number)
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise CheckpointFormatError(f"{name} is not a regular file.", path=name, found="special file")
-        self.size = status.st_size
-        self.budget = _grown(budget, self.size)
+        super().__init__(name, status.st_size, _grown(budget, status.st_size))
         self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     @property
@@ -217,10 +215,7 @@ class MemorySource(Source):
             budget: That of the source which they were read from; without one, these bytes are a file of their own.
         """
         self.view = memoryview(data).cast("B").toreadonly()
-        self.name = name
-        self.size = self.view.nbytes
-        self.base = 0
-        self.budget = budget or _grown(None, self.size)
+        super().__init__(name, self.view.nbytes, budget or _grown(None, self.view.nbytes))
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
@@ -237,10 +232,7 @@ class UnpackedSource(Source):
         self._unpack = unpack
         self._unpacked: list[bytes | bytearray] = []
         self._lock = threading.Lock()
-        self.name = name
-        self.size = size
-        self.base = 0
-        self.budget = budget
+        super().__init__(name, size, budget)
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
@@ -259,15 +251,13 @@ class StreamSource(Source):
     def __init__(self, stream: Any, name: str, budget: Budget | None = None) -> None:
         self._stream = stream
         self._lock = threading.Lock()
-        self.name = name
-        self.base = 0
         position = stream.tell()
         try:
             end = stream.seek(0, os.SEEK_END)
-            self.size = stream.tell() if end is None else end
+            size = stream.tell() if end is None else end
         finally:
             stream.seek(position)
-        self.budget = _grown(budget, self.size)
+        super().__init__(name, size, _grown(budget, size))
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))

@@ -215,7 +215,7 @@ class _Choice:
         return [
             candidate
             for candidate in weights
-            if candidate.standing is Standing.AVERAGE or not any(lags_behind(candidate, other) for other in weights)
+            if candidate.averaged or not any(lags_behind(candidate, other) for other in weights)
         ]
 
     def _exact(self, left: list[Selection]) -> list[Selection]:
@@ -225,10 +225,10 @@ class _Choice:
 
     def _average(self, left: list[Selection]) -> list[Selection]:
         """Averages before the raw weights of the same network, and raw weights before an average that began nowhere."""
-        raw = [candidate for candidate in left if candidate.standing is not Standing.AVERAGE]
+        raw = [candidate for candidate in left if not candidate.averaged]
         averages: list[Selection] = []
         for candidate in left:
-            if candidate.standing is not Standing.AVERAGE:
+            if not candidate.averaged:
                 continue
             if raw and (counter := self._never_updated(candidate)):
                 self._notes.append(

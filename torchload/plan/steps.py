@@ -17,7 +17,7 @@ from torchload.match.paths import last
 from torchload.match.tables import Standing, container_standing
 from torchload.model.target import Target, own_loaders
 from torchload.model.unwrapping import bare_names
-from torchload.plan import hooks
+from torchload.plan import custom_loaders, hooks
 from torchload.plan.borrowed import Borrowed
 from torchload.plan.explain import incompatible
 from torchload.plan.quantized import quantized_problem
@@ -37,7 +37,7 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
         try:
             wider = _wanted(target, Globs([*skip.patterns, *more]))
             found = _chosen(target, checkpoint, wider, True, **different)
-            return found.fits and quantized_problem(target, found, None) is None
+            return found.fits and quantized_problem(target, found) is None
         except TorchLoadError:
             return False
 
@@ -48,7 +48,7 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
         unmatched = _unmatched(checkpoint, choice.get("key"), wanted) if nothing else None
         if unmatched is None:
             raise
-        problem = quantized_problem(target, unmatched, None)
+        problem = quantized_problem(target, unmatched)
         problems = [problem] if problem else []
         raise incompatible(target, replace(unmatched, attempt=attempt), problems) from None
     if not strict:
@@ -161,7 +161,7 @@ def _left_to_own_loaders(target: Target, selection: Selection) -> Selection:
                 missing=[name for name in selection.missing if not name.startswith(hooked.prefix)],
                 claimed=selection.claimed | leftover,
             )
-        elif filled := hooks.filled_by_itself(hooked, slots, selection, map_entry):
+        elif filled := custom_loaders.filled_by_itself(hooked, slots, selection, map_entry):
             missing = [name for name in selection.missing if name not in filled]
             selection = replace(selection, missing=missing)
     return selection

@@ -11,7 +11,7 @@ import torch
 
 from torchload.core.checkpoint import TensorEntry
 from torchload.core.text import quoted
-from torchload.plan.hooks import plain
+from torchload.plan.plain import plain
 from torchload.transfer import map_entry
 
 __all__ = ["RandomState", "plan_random_states"]

@@ -90,9 +90,7 @@ _PART_BYTES = 1 << 18
 _TEXT_COST = 48  # at least
 _REPLACEMENT_COST = 400  # a dict or a set with the stand-in that it was
 # The opcodes of a run: one and its argument, or several that have none.
-_OPCODE = re.compile(
-    rb"([GJKMhjqr]|[^GJKMhjqr]+)(?:(?<=[Kqh]).|(?<=[Jjr]).{4}|(?<=M)..|(?<=G).{8}|(?<=[^GJKMhjqr]))", re.DOTALL
-)
+_OPCODE = rb"(?s:([GJKMhjqr]|[^GJKMhjqr]+)(?:(?<=[Kqh]).|(?<=[Jjr]).{4}|(?<=M)..|(?<=G).{8}|(?<=[^GJKMhjqr])))"
 
 
 class Blob(NamedTuple):
@@ -315,7 +313,7 @@ def _without_arguments(code: bytes | memoryview) -> bytearray:
     while True:
         run = match(code, position)
         if run is not None:
-            opcodes += b"".join(_OPCODE.findall(run[0]))
+            opcodes += b"".join(re.findall(_OPCODE, run[0]))
             position = run.end()
         opcode = code[position]
         if opcode in _LENGTH_WIDTHS:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from torchload.core.checkpoint import Checkpoint, Container, TensorEntry
@@ -89,8 +89,9 @@ class _Ranks:
         notes: list[str] = []
         if optimizer_files:
             try:
-                root[MASTER_KEY] = self.consolidated([root], optimizer_files, module, notes)
-                if any(entry.dtype is not root[MASTER_KEY][name].dtype for name, entry in _weights(root, module)):
+                masters = root[MASTER_KEY] = self.consolidated([root], optimizer_files, module, notes)
+                weights = [name for name in masters if isinstance(module.get(name), TensorEntry)]
+                if any(module[name].dtype is not masters[name].dtype for name in weights):
                     notes.append(f"float32 originals of the weights are in the optimizer's files: key={MASTER_KEY!r}")
             except TorchLoadError as error:  # the module itself is there, whatever these files are
                 self.members.close(1)
@@ -199,12 +200,6 @@ class _Ranks:
         return self.members.joined(
             self.path, f"DeepSpeed folder ({plural(len(self.members.opened), 'file')})", root, notes
         )
-
-
-def _weights(root: Any, module: Container) -> Iterator[tuple[str, TensorEntry]]:
-    return (
-        (name, entry) for name, entry in module.items() if isinstance(entry, TensorEntry) and name in root[MASTER_KEY]
-    )
 
 
 def _by_rank(names: Sequence[str], pattern: re.Pattern[str]) -> dict[int, str]:

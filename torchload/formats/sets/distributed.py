@@ -322,7 +322,11 @@ def _with_lists(root: Container) -> Container:
 
 
 def _is_path(keys: Any) -> bool:
-    return isinstance(keys, tuple) and 0 < len(keys) <= MAX_PATH_PARTS and all(map(_is_key, keys))
+    return (
+        isinstance(keys, tuple)
+        and 0 < len(keys) <= MAX_PATH_PARTS
+        and all(type(key) is str or (type(key) is int and 0 <= key < 1 << 31) for key in keys)
+    )
 
 
 # --- small things ---
@@ -339,10 +343,6 @@ def _is_shape(value: Any) -> TypeGuard[Shape]:
         and len(value) <= MAX_DIMENSIONS
         and all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in value)
     )
-
-
-def _is_key(key: Any) -> bool:
-    return type(key) is str or (type(key) is int and 0 <= key < 1 << 31)
 
 
 def _place_key(name: str, origin: Shape | None) -> str:

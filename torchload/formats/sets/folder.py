@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.text import listed, printable
@@ -19,7 +19,7 @@ from torchload.formats.locate import UNFINISHED_SUFFIXES
 from torchload.formats.sets import rank_files
 from torchload.formats.sets.members import OpenMember
 
-__all__ = ["Choice", "choose", "describe"]
+__all__ = ["Choice", "choose"]
 
 _MAX_ENTRIES = 20_000  # directory entries looked at
 
@@ -208,11 +208,6 @@ def choose(path: str, is_checkpoint: Callable[[str], bool], holds_weights: Calla
     if 1 < len(groups) <= _MOST_OPENED:
         groups = [group for group in groups if len(group) > 1 or holds_weights(os.path.join(path, group[0]))] or groups
     return _only(path, groups)
-
-
-def describe(checkpoint: Checkpoint, path: str, choice: Choice) -> Checkpoint:
-    """The checkpoint under the folder's name, with the notes of its choice."""
-    return replace(checkpoint, path=path, notes=(*choice.notes, *checkpoint.notes))
 
 
 def _entries(path: str) -> tuple[set[str], set[str]]:

@@ -21,7 +21,7 @@ from torchload.errors import (
     CorruptCheckpointError,
 )
 from torchload.formats.locate import pointer_text
-from torchload.formats.sets.members import Members, OpenFile
+from torchload.formats.sets.members import Members, OpenFile, may_be_same
 from torchload.formats.sets.tiling import MisfitError, assemble
 
 __all__ = ["is_megatron", "is_rank_set", "is_single_part", "open_megatron", "open_part", "open_rank_set"]
@@ -133,7 +133,7 @@ class _Merger:
                 metadata=first.metadata,
                 origin=first.origin,
             )
-        if isinstance(first, TensorEntry) and not all(_may_be_same(first, tree) for tree in trees[1:]):
+        if isinstance(first, TensorEntry) and not all(may_be_same(first, tree) for tree in trees[1:]):
             return OpaqueTensor("a tensor that differs from rank to rank", first.shape)
         return first
 
@@ -153,17 +153,6 @@ class _Merger:
             ) from None
         self.joined.append(name)
         return entry
-
-
-def _may_be_same(first: TensorEntry, other: Any) -> bool:
-    """Whether two ranks may hold the same tensor, judged by the checksums that the files record."""
-    if not isinstance(other, TensorEntry) or (other.dtype, other.shape) != (first.dtype, first.shape):
-        return False
-    for box, twin in zip(first.boxes, other.boxes):
-        sums = box.extent.crc32, twin.extent.crc32
-        if first.nbytes == box.extent.nbytes == twin.extent.nbytes and None not in sums and sums[0] != sums[1]:
-            return False
-    return True
 
 
 def _refuse_plain(path: str, names: Sequence[str]) -> CheckpointFormatError | AmbiguousCheckpointError:
