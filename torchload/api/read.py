@@ -15,7 +15,7 @@ from torchload.core.copies import Copy
 from torchload.core.public import CheckpointLike, public
 from torchload.core.quantized import quantized_tensor
 from torchload.core.sharing import Layout, Run, shared_runs
-from torchload.core.text import group_names, printable
+from torchload.core.text import listing, printable
 from torchload.errors import Boundary, CastOverflowError, IncompatibleCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.match import Leaf, as_mapping
@@ -121,18 +121,14 @@ def _tensors(chosen: StateDict) -> dict[str, TensorEntry]:
         if isinstance(leaf, OpaqueTensor) and leaf.quantized is None
     }
     if opaque:
-        names = group_names(opaque)
-        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         raise IncompatibleCheckpointError(
             f"The checkpoint holds tensors that can't be read as dense ones ({', '.join(sorted(set(opaque.values())))}"
-            f"): {', '.join(names[:6])}{more}.",
+            f"): {listing(opaque)}.",
             problems=[f"{name} is {reason}" for name, reason in opaque.items()],
         )
     if lost := _lost(chosen.container):
-        names = [repr(printable(name)) for name in lost]
         raise IncompatibleCheckpointError(
-            "The checkpoint holds tensors inside objects, where torchload can't tell what they are: "
-            f"{', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}.",
+            f"The checkpoint holds tensors inside objects, where torchload can't tell what they are: {listing(lost)}.",
             problems=[f"{name} is an object of {kind} that holds tensors" for name, kind in lost.items()],
         )
     return {name: leaf for name, leaf in chosen.leaves.items() if isinstance(leaf, TensorEntry)}

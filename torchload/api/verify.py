@@ -14,7 +14,7 @@ from torchload.core.checkpoint import OpaqueTensor, TensorEntry, entries_in
 from torchload.core.collector import collector_paused
 from torchload.core.public import CheckpointLike, public
 from torchload.core.shown import Shown
-from torchload.core.text import format_bytes, format_seconds, group_names, plural, short_dtype
+from torchload.core.text import format_bytes, format_seconds, listing, plural, short_dtype
 from torchload.errors import Boundary
 from torchload.formats import open_checkpoint
 from torchload.match import Selection
@@ -91,7 +91,7 @@ class VerifyReport(Shown):
         if len(self.differing) > _SHOWN:
             lines.append(("…", f"and {len(self.differing) - _SHOWN:,} more"))
         lines += [
-            (label, _listing(names))
+            (label, listing(names))
             for label, names in (("missing", self.missing_keys), ("unused", self.unexpected_keys))
             if names
         ]
@@ -231,8 +231,3 @@ def _incomparable(name: str, slot: Slot, leaf: object, selection: Selection) -> 
     if is_hollow(slot.tensor):
         return f"the model has a {type(slot.tensor).__name__} there, without memory that could be compared"
     return None
-
-
-def _listing(names: list[str]) -> str:
-    groups = group_names(names)
-    return ", ".join(groups[:_SHOWN]) + (f" and {len(groups) - _SHOWN:,} more" if len(groups) > _SHOWN else "")

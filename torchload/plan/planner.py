@@ -20,7 +20,7 @@ from torchload.model.placement import check_room
 from torchload.model.shards import held_numel, home_of, is_hollow, is_ordinary, is_sharded
 from torchload.model.target import Slot, Target, own_loaders
 from torchload.model.unwrapping import bare_names
-from torchload.plan.doubts import Doubts
+from torchload.plan.doubts import doubts_about
 from torchload.plan.dtypes import final_dtype, impossible_cast
 from torchload.plan.explain import incompatible
 from torchload.plan.numbers import Verdict, judge_numbers
@@ -280,9 +280,8 @@ class _Planner:
             problems.append(_misplaced(unused))
         for name, claims in list(selection.alignment.ambiguous.items())[:5]:
             problems.append(f"{name} could be any of {', '.join(claims[:4])}; use rename= or prefix= to decide")
-        doubts = Doubts(target, self.checkpoint, selection, self.options)
-        problems += doubts.problems
-        self.plan.warnings += doubts.warnings
+        doubts, self.plan.warnings = doubts_about(target, self.checkpoint, selection, self.options)
+        problems += doubts
         lacking = selection.missing or selection.mismatched or selection.unexpected
         if (not self.options.strict or self.plan.is_tentative) and self._almost_nothing():
             problems.append(

@@ -84,31 +84,26 @@ def _is_alike(value: Any, slot: Slot) -> bool:
 def compare_extra_states(target: Target, selection: Selection) -> list[Difference]:
     """Compare the extra state of modules with the file's; what a module makes of it counts."""
     own = tuple(hooked.prefix for hooked, _ in own_loaders(target))
-    found = []
-    for name, module in target.extra_state.items():
-        source = selection.pairs.get(name)
-        if source is None or (own and name.startswith(own)):
-            continue
-        try:
-            theirs, ours = plain(selection.leaves[source], map_entry), module.get_extra_state()
-        except (MemoryError, OSError):
-            raise  # a failure to read says nothing about what is in the file
-        except Exception as error:  # noqa: BLE001 - the module's own code, or a value that only code could build
-            found.append(Difference(name, source, 0, 0, reason=quoted(error)))
-            continue
+    found = [
+        _compare_extra_state(name, module, selection.pairs[name], selection)
+        for name, module in target.extra_state.items()
+        if name in selection.pairs and not (own and name.startswith(own))
+    ]
+    return [difference for difference in found if difference is not None]
+
+
+def _compare_extra_state(name: str, module: nn.Module, source: str, selection: Selection) -> Difference | None:
+    failed = ""
+    try:
+        theirs, ours = plain(selection.leaves[source], map_entry), module.get_extra_state()
         if compare_values(name, source, theirs, ours) is None:
-            continue
-        try:
-            twin = copy.deepcopy(module)
-            twin.set_extra_state(theirs)
-            theirs = twin.get_extra_state()
-        except (MemoryError, OSError):
-            raise  # a failure to read says nothing about what is in the file
-        except Exception as error:  # noqa: BLE001 - the module's own code
-            found.append(
-                Difference(name, source, 0, 0, reason=f"a copy of the module did not take it: {quoted(error)}")
-            )
-            continue
-        if (difference := compare_values(name, source, theirs, ours)) is not None:
-            found.append(difference)
-    return found
+            return None
+        failed = "a copy of the module did not take it: "
+        twin = copy.deepcopy(module)
+        twin.set_extra_state(theirs)
+        theirs = twin.get_extra_state()
+    except (MemoryError, OSError):
+        raise  # a failure to read says nothing about what is in the file
+    except Exception as error:  # noqa: BLE001 - the module's own code, or a value that only code could build
+        return Difference(name, source, 0, 0, reason=f"{failed}{quoted(error)}")
+    return compare_values(name, source, theirs, ours)

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torchload.core.checkpoint import contiguous_strides
 from torchload.core.ranks import Ranks
 from torchload.core.sharing import Layout, shared_runs
-from torchload.core.text import group_names, printable, short_dtype
+from torchload.core.text import listing, printable, short_dtype
 from torchload.match.globs import Globs
 from torchload.model.elsewhere import is_placeholder
 from torchload.model.shards import is_hollow, is_sharded
@@ -170,12 +170,7 @@ def _unsavable(tensors: Sequence[tuple[str, torch.Tensor]], ranks: Ranks) -> lis
     for name, tensor in tensors:
         if (reason := _why_not(tensor, ranks)) is not None:
             reasons.setdefault(reason, []).append(name)
-    lines = []
-    for reason, names in reasons.items():
-        groups = group_names(names)
-        more = f" and {len(groups) - 6} more" if len(groups) > 6 else ""
-        lines.append(f"{reason}: {', '.join(groups[:6])}{more}")
-    return lines
+    return [f"{reason}: {listing(names)}" for reason, names in reasons.items()]
 
 
 def _why_not(tensor: torch.Tensor, ranks: Ranks) -> str | None:
