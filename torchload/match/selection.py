@@ -14,7 +14,7 @@ from torchload.match.names import Alignment
 from torchload.match.paths import joined, last
 from torchload.match.tables import BENIGN_MISSING, Standing
 
-__all__ = ["Selection", "Wanted", "is_bare"]
+__all__ = ["Selection", "Wanted", "is_bare", "mismatched"]
 
 
 _NO_GLOBS = Globs()
@@ -32,6 +32,20 @@ def is_bare(name: str) -> bool:
     """
     *above, leaf = name.split(".")
     return leaf in _EVERY_LAYERS and all(segment.isdecimal() for segment in above)
+
+
+def mismatched(
+    shapes: Mapping[str, Shape | None], pairs: Mapping[str, str], leaves: Mapping[str, Leaf]
+) -> dict[str, tuple[Shape, Shape]]:
+    """Model name → (shape in the file, shape in the model) where these differ; one element will do for a scalar."""
+    found: dict[str, tuple[Shape, Shape]] = {}
+    for name, shape in shapes.items():
+        if shape is not None and (source := pairs.get(name)) is not None:
+            leaf = leaves[source]
+            in_file = leaf.shape if type(leaf) is TensorEntry else shape_of(leaf)
+            if in_file not in (shape, None) and not (shape == () and in_file == (1,)):
+                found[name] = (in_file, shape)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from torchload.core.checkpoint import TensorEntry
 from torchload.core.in_memory import entry_of
 from torchload.errors import IncompatibleCheckpointError
 from torchload.match import Selection
+from torchload.match.selection import mismatched
 from torchload.model.target import HookedModule, Target
 from torchload.model.walk import paths_of
 from torchload.plan.custom_loaders import metadata_below, offered
@@ -108,18 +109,12 @@ def _revised(
         else:
             unexpected.append(source)
     consumed = {source for source in entries.values() if source not in used}
-    mismatched = {}
-    for name, source in pairs.items():
-        slot, entry = target.by_name.get(name), leaves[source]
-        if slot is not None and isinstance(entry, TensorEntry) and slot.shape is not None:
-            ours = slot.shape
-            if entry.shape != ours and not (ours == () and entry.shape == (1,)):
-                mismatched[name] = (entry.shape, ours)
+    shapes = {name: slot.shape for name, slot in target.by_name.items()}
     return replace(
         selection,
         leaves=leaves,
         pairs=pairs,
-        mismatched=mismatched,
+        mismatched=mismatched(shapes, pairs, leaves),
         unexpected=[name for name in selection.unexpected if name not in consumed and name not in used]
         + [name for name in unexpected if name not in selection.unexpected and name not in selection.outside],
     )
