@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 from torchload import inspect_checkpoint, read_state_dict, smart_load, verify_weights
 from torchload.errors import (
@@ -128,6 +129,27 @@ def test_a_namedtuple_of_tensors_keeps_them(tmp_path: Path) -> None:
     found = read_state_dict(tmp_path / "m.pth", key="")
     assert list(found) == ["w", "pair.0", "pair.1"]
     assert found["pair.1"].tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("sort", [True, False])
+def test_a_packed_sequence_has_the_names_of_its_fields(tmp_path: Path, sort: bool) -> None:
+    packed = pack_sequence([torch.randn(3, 2), torch.randn(2, 2)], enforce_sorted=sort)
+    for value, prefix in ((packed, ""), ({"batch": packed}, "batch.")):
+        torch.save(value, tmp_path / "m.pth")
+        found = read_state_dict(tmp_path / "m.pth", key="")
+        expected = {name: tensor for name, tensor in packed._asdict().items() if tensor is not None}
+        assert list(found) == [prefix + name for name in expected]
+        assert all(torch.equal(found[prefix + name], tensor) for name, tensor in expected.items())
+
+
+def test_what_operators_return_and_tuples_with_gaps(tmp_path: Path) -> None:
+    values = torch.randn(2, 3)
+    largest = torch.max(values, 0)
+    torch.save({"largest": largest, "pair": Pair(torch.ones(1), None)}, tmp_path / "m.pth")  # type: ignore[arg-type]
+    found = read_state_dict(tmp_path / "m.pth", key="")
+    assert list(found) == ["largest.0", "largest.1", "pair.0"]
+    assert torch.equal(found["largest.0"], largest.values)
+    assert torch.equal(found["largest.1"], largest.indices)
 
 
 class Early:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from torchload import errors, read_state_dict
+from torchload import errors, read_state_dict, smart_load, verify_weights
 
 
 def state(shift=0.0):
@@ -246,10 +247,46 @@ def test_what_is_no_dense_tensor_is_named(tmp_path):
         read_state_dict(path)
 
 
-def test_lazy_conjugates_are_refused_by_name_with_what_to_do(tmp_path):
-    lazy = torch.tensor([1 + 2j, 3j]).conj()
-    for value in (lazy, lazy.imag):
-        with pytest.raises(errors.IncompatibleCheckpointError, match=r"resolve_conj\(\)\.resolve_neg\(\).*: lazy\."):
-            read_state_dict(saved(tmp_path, {"lazy": value}))
-        path = saved(tmp_path, {"lazy": value.resolve_conj().resolve_neg()})
-        assert torch.equal(read_state_dict(path)["lazy"], value)
+LAZY = {
+    "conjugated": torch.tensor([[1 + 2j, 3j], [4 - 1j, 5]]).conj(),
+    "conjugated and transposed": torch.tensor([[1 + 2j, 3j], [4 - 1j, 5]]).mH,
+    "one row": torch.tensor([[1 + 2j, 3j], [4 - 1j, 5]], dtype=torch.complex128).conj()[1],
+    "negated": torch.tensor([[1 + 2j, 3j], [4 - 1j, 5]]).conj().imag,
+    "negated whole numbers": torch._neg_view(torch.arange(6).view(2, 3)).t(),
+    "negated scalar": torch._neg_view(torch.tensor(2.5)),
+    "negated and expanded": torch._neg_view(torch.arange(3.0)).expand(2, 3),
+    "both": torch._neg_view(torch.tensor([1 + 2j, 3j]).conj()),
+    "nothing": torch.zeros(0, dtype=torch.complex64).conj(),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", LAZY)
+def test_what_torch_conjugates_or_negates_when_it_must(tmp_path, kind, zipped):
+    path = tmp_path / "x.pth"
+    torch.save({"lazy": LAZY[kind]}, path, _use_new_zipfile_serialization=zipped)
+    expected = torch.load(path)["lazy"]
+    found = read_state_dict(path)["lazy"]
+    assert (found.is_conj(), found.is_neg()) == (False, False)
+    assert found.dtype is expected.dtype
+    assert torch.equal(found, expected.resolve_conj().resolve_neg())
+    model = nn.Module()
+    model.lazy = nn.Parameter(torch.zeros_like(found), requires_grad=False)
+    smart_load(model, path, verify=True)
+    assert torch.equal(model.lazy, expected)
+    assert verify_weights(model, path).ok
+
+
+def test_a_lazy_conjugate_of_another_byte_order(tmp_path):
+    lazy = LAZY["conjugated and transposed"]
+    torch.save({"lazy": lazy}, tmp_path / "little.pth")
+    swapped = bytearray()
+    with zipfile.ZipFile(tmp_path / "little.pth") as old, zipfile.ZipFile(tmp_path / "big.pth", "w") as new:
+        for info in old.infolist():
+            data = old.read(info)
+            if "/data/" in info.filename:
+                swapped += b"".join(data[at : at + 4][::-1] for at in range(0, len(data), 4))
+                data = bytes(swapped)
+            new.writestr(info.filename, b"big" if info.filename.endswith("byteorder") else data)
+    assert len(swapped) == 32
+    assert torch.equal(read_state_dict(tmp_path / "big.pth")["lazy"], lazy)

@@ -298,7 +298,7 @@ def test_tensors_that_are_not_dense_say_what_they_are() -> None:
         "csr": values.to_sparse_csr(),
         "quantized": torch.quantize_per_tensor(values, 0.1, 0, torch.qint8),
         "meta": torch.empty(2, 5, device="meta"),
-        "conjugated": torch.ones(2, dtype=torch.complex64).conj(),
+        "negated": torch._neg_view(torch.zeros(2, dtype=torch.bool)),
         "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
         "lazy": nn.UninitializedParameter(),
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torchload.core.budget import Allowance
-from torchload.core.checkpoint import Shape
+from torchload.core.checkpoint import Shape, TensorEntry
 from torchload.core.wrappers import WRAPPER_STATE, WRAPPERS
 from torchload.match.company import is_copy_of
 from torchload.match.containers import Leaf, Place, shape_of
@@ -32,6 +33,27 @@ class _View:
 
     added: str
     node: Node
+
+
+class _Views:
+    """Views of the model, each made when it is first come to: as a rule the whole fits."""
+
+    def __init__(self, views: Iterator[_View]) -> None:
+        self._coming = views
+        self._made: list[_View] = []
+
+    def __iter__(self) -> Iterator[_View]:
+        for count in itertools.count():
+            if count == len(self._made):
+                if (view := next(self._coming, None)) is None:
+                    return
+                self._made.append(view)
+            yield self._made[count]
+
+    @property
+    def whole(self) -> _View:
+        """The model's names as they are."""
+        return next(iter(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +87,13 @@ class Search:
             least: How many tensors it has to have.
             parts: Whether to try it on parts of the model too.
         """
-        views = _model_views(self.wanted, parts)
+        views = _Views(_model_views(self.wanted, parts))
         is_bare = self.wanted.is_bare
         own: dict[tuple[str, ...], Selection] = {}
         for place in self.places:
             if len(place.leaves) >= least and not _is_left_over(place, own):
                 for candidate in self._in(place, views, least, is_bare=is_bare):
-                    if self._is_own(candidate):
+                    if len(self.places) > 1 and self._is_own(candidate):
                         own[place.segments] = candidate
                     yield candidate
 
@@ -81,7 +103,7 @@ class Search:
             return False
         return not replace(self.wanted, optional=frozenset()).lacks(candidate.pairs)[0]
 
-    def _in(self, place: Place, views: list[_View], least: int, *, is_bare: bool) -> Iterator[Selection]:
+    def _in(self, place: Place, views: _Views, least: int, *, is_bare: bool) -> Iterator[Selection]:
         """The candidates in one container."""
         original: Mapping[str, str] = {}
         leaves = place.leaves
@@ -92,7 +114,7 @@ class Search:
         judge = _Judge(self, place, leaves, original)
         if self.prefix is None and "model" in place.inner:  # OpenNMT: 'model' and 'generator' together are the model
             self.allowance.spend(0, _BYTES_PER_LEAF * len(leaves))
-            alignment = align(tree, views[0].node, lift=("model",))
+            alignment = align(tree, views.whole.node, lift=("model",))
             if ("file", "model") in alignment.dropped:
                 yield judge("", tree, alignment, "")
         searched = len(self.places) > 1  # not chosen by key, which hides what is above
@@ -103,7 +125,7 @@ class Search:
             for view in views:
                 if view.added and last(joined(place.path if searched else "", below)) == last(view.added):
                     continue  # the file has the prefix too: the same pair one level down, seen without its siblings
-                if len(node.names) < len(view.node.names) * _SHARE and view is not views[0]:
+                if len(node.names) < len(view.node.names) * _SHARE and view is not views.whole:
                     continue
                 if self.prefix is None and not self.guess and not _may_be_meant(tree, below, view, is_bare=is_bare):
                     continue
@@ -113,11 +135,11 @@ class Search:
                     self.allowance.spend(len(spelled), sum(map(len, spelled)) + _BYTES_PER_LEAF * len(leaves))
                     candidate = judge(below, node, alignment, view.added)
                     yield candidate
-                    if self._is_own(candidate) and not candidate.fits:
-                        return
                     if candidate.fits:
                         spare -= len(candidate.pairs)
                         break
+                    if self._is_own(candidate):
+                        return
             if spare < least:
                 break
 
@@ -179,25 +201,24 @@ def _is_alone(tree: Node, below: str) -> bool:
     return True
 
 
-def _model_views(wanted: Wanted, parts: bool) -> list[_View]:
+def _model_views(wanted: Wanted, parts: bool) -> Iterator[_View]:
     """The model's names, whole and below a prefix that all of them share (the file may lack it).
 
     A name outside the prefix counts as below it if it is tied to one there (GPT-2's ``lm_head`` beside
     ``transformer``), or need not be filled.
     """
-    node = tree_of(name for name in wanted.shapes if name not in wanted.skipped)
-    views = [_View("", node)]
+    node = Node({name: name for name in wanted.shapes if name not in wanted.skipped})
+    yield _View("", node)
     path = ""
     while (label := _only_child(node, wanted)) is not None:
         node = node.children[label]
         path = joined(path, label)
-        views.append(_View(path, node))
+        yield _View(path, node)
     if parts:  # a part of the model may be what the file has: a base model without its head
         least = max(2, len(node.names) * _SHARE)
-        views += [
-            _View(joined(path, label), inner) for label, inner in node.children.items() if len(inner.names) >= least
-        ]
-    return views
+        for label, inner in node.children.items():
+            if len(inner.names) >= least:
+                yield _View(joined(path, label), inner)
 
 
 def _only_child(node: Node, wanted: Wanted) -> str | None:
@@ -269,24 +290,19 @@ class _Judge:
 def _mismatched(wanted: Wanted, pairs: Mapping[str, str], leaves: Mapping[str, Leaf]) -> dict[str, tuple[Shape, Shape]]:
     mismatched: dict[str, tuple[Shape, Shape]] = {}
     for name, shape in wanted.shapes.items():
-        if name in pairs:
-            found = shape_of(leaves[pairs[name]])
-            if shape is not None and found is not None and shape != found and not (shape == () and found == (1,)):
+        if shape is not None and (source := pairs.get(name)) is not None:
+            leaf = leaves[source]
+            found = leaf.shape if type(leaf) is TensorEntry else shape_of(leaf)
+            if found not in (shape, None) and not (shape == () and found == (1,)):
                 mismatched[name] = (found, shape)
     return mismatched
 
 
 def needed_tensors(wanted: Wanted) -> int:
     """How many tensors a candidate must have at least to fill the model."""
-    needed = {
-        wanted.ties.get(name, name)
-        for name in wanted.shapes
-        if name not in wanted.skipped
-        and name not in wanted.views
-        and name not in wanted.optional
-        and not wanted.may_lack(name)
-        and last(name) not in WRAPPER_STATE
-    }
+    missing, _ = wanted.lacks({})
+    ends = tuple(WRAPPER_STATE)
+    needed = {wanted.ties.get(name, name) for name in missing if not name.endswith(ends) and name not in wanted.views}
     return len(needed) or 1
 
 

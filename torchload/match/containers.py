@@ -51,10 +51,19 @@ def as_mapping(value: Any) -> Mapping[Any, Any] | None:
     return None
 
 
+# Fields of tuples of tensors. Of other namedtuples a file has the values alone: only their code says what they are.
+_FIELDS = {"torch.nn.utils.rnn.PackedSequence": ("data", "batch_sizes", "sorted_indices", "unsorted_indices")}
+
+
 def _positions(record: Record) -> Mapping[Any, Any]:
     """What an object was made of, where that is tensors and nothing else, as a namedtuple of them is."""
     made_of = record.args if record.state is None and not record.items else ()
-    return dict(enumerate(made_of)) if all(isinstance(part, (TensorEntry, OpaqueTensor)) for part in made_of) else {}
+    if len(made_of) == 2 and made_of[1] == {} and isinstance(made_of[0], tuple):
+        made_of = made_of[0]  # what torch's operators return, such as `torch.return_types.max`
+    if not all(part is None or isinstance(part, (TensorEntry, OpaqueTensor)) for part in made_of):
+        return {}
+    fields = _FIELDS.get(record.name, ())
+    return dict(zip(fields, made_of)) if len(fields) == len(made_of) else dict(enumerate(made_of))
 
 
 def shape_of(leaf: Leaf) -> Shape | None:
@@ -129,7 +138,7 @@ class _Search:
             segments, inside = self._known[identity]
             has_leaves = False
             for name, value in inside.items():
-                if _is_leaf(name, value, self._whole):
+                if type(value) is TensorEntry or _is_leaf(name, value, self._whole):
                     has_leaves = True
                     continue
                 if id(value) not in self._known and (found := self._enter(value, segments, name)):
@@ -249,8 +258,8 @@ def _flatten(
         allowance.spend(len(inside), len(inside) * len(prefix) + characters)
         allowance.check(max(len(inside), len(leaves)), len(prefix) + longest)
         for name, value in inside.items():
-            if _is_leaf(name, value, whole):
-                leaves.setdefault(f"{prefix}{name}", value)
+            if type(value) is TensorEntry or _is_leaf(name, value, whole):
+                leaves.setdefault(name if not prefix and type(name) is str else f"{prefix}{name}", value)
             elif id(value) in containers and not _is_above(id(value), above):
                 deeper.append((f"{prefix}{name}.", containers[id(value)][1], (id(value), above)))
         allowance.check(len(leaves), 0)

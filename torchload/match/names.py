@@ -150,7 +150,7 @@ def align(source: Node, model: Node, *, lift: Iterable[str] = ()) -> Alignment:
 def _at_root(result: Alignment, source: Node, model: Node, lift: frozenset[str]) -> None:
     work: list[tuple[Node, Node]] = []
     liftable = WRAPPERS.keys() | lift
-    if not _may_agree(source, model, liftable):
+    if source.names.keys() != model.names.keys() and not _may_agree(source, model, liftable):
         return
     extra, theirs = _pair_children(result, source, model, work, liftable)
     if not work and not result.pairs:
@@ -187,7 +187,7 @@ def _pair_children(
         The source's children that have no counterpart, and the model's children among which they lack one.
     """
     if source.names.keys() == model.names.keys():
-        result.pairs.update((name, source.names[rest]) for rest, name in model.names.items())
+        result.pairs.update({name: source.names[rest] for rest, name in model.names.items()})
         return {}, {}
     if source.is_tensor and model.is_tensor:
         result.pairs[model.names[""]] = source.names[""]

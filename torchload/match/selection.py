@@ -74,7 +74,8 @@ class Wanted:
             for name in self.shapes
             if name not in pairs and name not in passed and self.ties.get(name, name) not in filled
         ]
-        return [name for name in lacking if not self.may_lack(name)], [name for name in lacking if self.may_lack(name)]
+        harmless = {name: None for name in lacking if name in self.buffers and self.may_lack(name)}
+        return [name for name in lacking if name not in harmless], list(harmless)
 
     def seen(self, pairs: dict[str, str], leaves: dict[str, Leaf]) -> tuple[dict[str, str], dict[str, Leaf]]:
         """Pairs and leaves with those of views, which follow from what the tensors hold that they are views of.

@@ -11,7 +11,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -56,12 +56,30 @@ class Slot:
     places: list[tuple[nn.Module, str]]
     is_parameter: bool
     persistent: bool = False
-    twins: list[torch.Tensor] = field(default_factory=list)
+    twins: tuple[torch.Tensor, ...] = ()
 
     @property
     def name(self) -> str:
         """The first of its names."""
         return self.names[0]
+
+    def shows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor that begins where this one does is the same, or its twin."""
+        mine = self.tensor
+        if mine is tensor:
+            return True
+        return (mine.dtype, mine.shape, mine.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
+
+    def meet(self, other: Slot) -> None:
+        """Take note of another place where it is registered; real names count, not that of a transient alias."""
+        self.places += other.places
+        if not any(other.tensor is tensor for tensor in (self.tensor, *self.twins)):
+            self.twins = (*self.twins, other.tensor)
+        if other.persistent and not self.persistent:
+            self.names.clear()
+            self.persistent = True
+        if other.persistent or not self.persistent:
+            self.names += other.names
 
     @property
     def is_shared(self) -> bool:
@@ -88,7 +106,7 @@ class Slot:
                 lazy tensor to be without contents again.
         """
         self.tensor = self._show(self.tensor, data)
-        self.twins = [self._show(twin, data) for twin in self.twins]
+        self.twins = tuple(self._show(twin, data) for twin in self.twins)
 
     def _show(self, tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
         if is_lazy(data):
@@ -190,32 +208,27 @@ def describe_model(model: nn.Module) -> Target:
     """
     show_shards(model)
     target = Target(model)
-    memory = _Memory(target.slots)
-    by_name, slot_for = target.by_name, memory.slot_for
+    memory = _Memory()
+    kinds: dict[type[nn.Module], _Kind] = {}
     lives_elsewhere: dict[str, list[str]] = {}
     for prefix, module in paths_of(model):
+        kind = kinds.get(type(module)) or kinds.setdefault(type(module), _Kind.of(type(module)))
         if (what := elsewhere(module)) is not None:
             lives_elsewhere.setdefault(what, []).append(prefix.rstrip("."))
-        transient = module._non_persistent_buffers_set
-        for table in (module._parameters, module._buffers):
+        for table, is_parameter in ((module._parameters, True), (module._buffers, False)):
             for attribute, tensor in table.items():
                 if tensor is None:
                     continue
-                slot = slot_for(tensor, table is module._parameters)
-                slot.places.append((module, attribute))
-                if attribute in transient:
-                    if not slot.persistent:
-                        slot.names.append(prefix + attribute)
-                    continue  # its real names count, not that of a transient alias
-                if not slot.persistent:
-                    slot.names.clear()
-                    slot.persistent = True
-                name = prefix + attribute
-                slot.names.append(name)
-                by_name[name] = slot
-        _note_hooks(target, prefix, module)
+                name, place = prefix + attribute, (module, attribute)
+                persistent = is_parameter or attribute not in module._non_persistent_buffers_set
+                shape = tuple(tensor.shape) if type(tensor) in _ORDINARY or not is_lazy(tensor) else None
+                slot = memory.slot(Slot([name], tensor, shape, [place], is_parameter, persistent))
+                if persistent:
+                    target.by_name[name] = slot
+        _note_hooks(target, prefix, module, kind)
     if lives_elsewhere:
         raise refusal(model, lives_elsewhere)
+    target.slots = memory.slots
     target.views = memory.views()
     return target
 
@@ -223,40 +236,30 @@ def describe_model(model: nn.Module) -> Target:
 class _Memory:
     """What memory a model has, and which of its tensors lie in it."""
 
-    def __init__(self, slots: list[Slot]) -> None:
-        self._slots = slots
-        self._by_address: dict[int, Slot] = {}
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+        self._by_place: dict[int, Slot] = {}  # an address, or below 0 the identity of what has no memory of its own
         self._beside: list[Slot] = []  # where another one begins
-        self._by_object: dict[int, Slot] = {}  # of what has no memory of its own
 
-    def slot_for(self, tensor: torch.Tensor, is_parameter: bool) -> Slot:
-        """The slot of a tensor: the one that it has already, that of its twin in memory, or a new one."""
-        address = _address(tensor)
-        if address and (found := self._by_address.get(address)) is not None:
-            for known in (found, *(slot for slot in self._beside if _address(slot.tensor) == address)):
-                if known.tensor is tensor or any(twin is tensor for twin in known.twins):
+    def slot(self, new: Slot) -> Slot:
+        """The slot of a tensor: a new one, or that which it, or its twin in memory, has already."""
+        place = _address(new.tensor) or -id(new.tensor)
+        if (first := self._by_place.setdefault(place, new)) is not new:
+            for known in (first, *(slot for slot in self._beside if _address(slot.tensor) == place)):
+                if known.shows(new.tensor):
+                    known.meet(new)
                     return known
-                if _same_view(known.tensor, tensor):
-                    known.twins.append(tensor)
-                    return known
-        elif not address and (found := self._by_object.get(id(tensor))) is not None:
-            return found
-        shape = tuple(tensor.shape) if address or not is_lazy(tensor) else None
-        slot = Slot([], tensor, shape, [], is_parameter)
-        self._slots.append(slot)
-        if not address:
-            self._by_object[id(tensor)] = slot
-        elif self._by_address.setdefault(address, slot) is not slot:
-            self._beside.append(slot)
-        return slot
+            self._beside.append(new)
+        self.slots.append(new)
+        return new
 
     def views(self) -> dict[str, list[View]]:
         """Which tensors of the state dict lie in the memory of others, in another shape or as a part of it."""
-        starts = sorted(self._by_address)
-        ends = [start + self._by_address[start].tensor.nbytes for start in starts]
+        starts = sorted(start for start in self._by_place if start > 0)
+        ends = [start + self._by_place[start].tensor.nbytes for start in starts]
         if not (self._beside or any(map(operator.gt, ends, starts[1:]))):
             return {}  # nearly always, and quickly seen
-        slots = [slot for slot in self._slots if slot.persistent and _address(slot.tensor)]
+        slots = [slot for slot in self.slots if slot.persistent and _address(slot.tensor)]
         layouts = [_layout(slot.tensor) for slot in slots]
         found: dict[str, list[View]] = {}
         for run in shared_runs(layouts):
@@ -269,20 +272,34 @@ class _Memory:
         return found
 
 
-def _note_hooks(target: Target, prefix: str, module: nn.Module) -> None:
-    cls = type(module)
-    if cls.set_extra_state is not nn.Module.set_extra_state:
+class _Kind(NamedTuple):
+    """What a class of modules does itself when it is loaded."""
+
+    has_extra_state: bool
+    loads_itself: bool
+    saves_itself: bool
+
+    @classmethod
+    def of(cls, kind: type[nn.Module]) -> _Kind:
+        loader = kind._load_from_state_dict
+        return cls(
+            has_extra_state=kind.set_extra_state is not nn.Module.set_extra_state,
+            loads_itself=all(loader is not base._load_from_state_dict for base in (nn.Module, *_HARMLESS_OVERRIDES)),
+            saves_itself=kind._save_to_state_dict is not nn.Module._save_to_state_dict,
+        )
+
+
+def _note_hooks(target: Target, prefix: str, module: nn.Module, kind: _Kind) -> None:
+    if kind.has_extra_state:
         target.extra_state[prefix + "_extra_state"] = module
-    if any(_name(hook) not in _HARMLESS_HOOKS for hook in module._load_state_dict_pre_hooks.values()):
+    hooks = module._load_state_dict_pre_hooks
+    if hooks and any(_name(hook) not in _HARMLESS_HOOKS for hook in hooks.values()):
         target.pre_hooks.append(HookedModule(prefix, module))
     if module._load_state_dict_post_hooks:
         target.post_hooks.append(HookedModule(prefix, module))
-    own = cls._load_from_state_dict
-    if own is not nn.Module._load_from_state_dict and not any(
-        own is base._load_from_state_dict for base in _HARMLESS_OVERRIDES
-    ):
+    if kind.loads_itself:
         target.overrides.append(HookedModule(prefix, module))
-        if cls._save_to_state_dict is not nn.Module._save_to_state_dict:
+        if kind.saves_itself:
             target.own_state.update((prefix + name, shape) for name, shape in _own_state(module).items())
 
 
@@ -310,19 +327,16 @@ def _name(hook: Callable[..., object]) -> str:
 
 def _address(tensor: torch.Tensor) -> int:
     """Where a tensor's memory begins; 0 where it has none of its own (meta, lazy, empty, wrapper subclasses)."""
-    if type(tensor) not in _ORDINARY or tensor.layout is not torch.strided:
+    try:
+        return tensor.data_ptr() if type(tensor) in _ORDINARY else 0
+    except RuntimeError:  # of a layout that isn't strided
         return 0
-    return tensor.data_ptr()
 
 
 def _layout(tensor: torch.Tensor) -> Layout:
     start = tensor.untyped_storage().data_ptr()
     memory = (tensor.device, start)
     return Layout(memory, tensor.data_ptr() - start, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
-
-
-def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (one.dtype, one.shape, one.stride(), one.device) == (other.dtype, other.shape, other.stride(), other.device)
 
 
 def settle(slots: Iterable[Slot]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from torchload.core.checkpoint import Extent, TensorEntry, entries_in
-from torchload.core.copies import Copy
 from torchload.model.shards import is_sharded
 from torchload.plan.hooks import plain
 from torchload.plan.pairing import copies_of
@@ -42,7 +41,7 @@ def read_states(plans: Sequence[OptimizerPlan], places: Mapping[int, Place]) -> 
         ValueError: A group holds an object that would have to be built by running code.
         CastOverflowError, CorruptCheckpointError, OSError: As a transfer does.
     """
-    reading = _Reading()
+    wanted: list[tuple[TensorEntry, torch.Tensor]] = []
     built: list[dict[str, Any]] = []
     for plan in plans:
         groups = [plain(group, map_entry) for group in plan.groups]
@@ -52,43 +51,37 @@ def read_states(plans: Sequence[OptimizerPlan], places: Mapping[int, Place]) -> 
             if key in of_number:
                 parameter = plan.parameters[key]
                 place = places.get(id(parameter), (parameter.device, parameter.dtype))
-                state[key] = reading.value(values, "", parameter, place, of_number[key])
+                state[key] = _with_memory(values, "", parameter, place, of_number[key], wanted)
             else:
                 state[key] = plain(values, map_entry)
         built.append({"state": state, "param_groups": groups})
-    reading.run()
+    run([copy for entry, memory in wanted for copy in copies_of("optimizer state", entry, memory)])
     return built
 
 
-@dataclass(slots=True)
-class _Reading:
-    """Tensors that are to be read, all at once."""
-
-    wanted: list[tuple[TensorEntry, torch.Tensor]] = field(default_factory=list)
-
-    def value(self, value: Any, key: str, parameter: torch.Tensor, place: Place, group: Mapping[str, Any]) -> Any:
-        """A value of one parameter's state, with memory for its tensors."""
-        if isinstance(value, TensorEntry):
-            device, dtype = _place_of(value, key, place, group)
-            if is_sharded(parameter) and value.shape == tuple(parameter.shape):
-                memory = torch.empty_like(parameter.detach(), dtype=dtype)
-            else:
-                memory = allocate([(value.shape, dtype)], device)[0]
-            self.wanted.append((value, memory))
-            return memory
-        if isinstance(value, Mapping):
-            return {name: self.value(inner, str(name), parameter, place, group) for name, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self.value(inner, key, parameter, place, group) for inner in value)
-        return plain(value, map_entry)
-
-    def run(self) -> None:
-        """Read them."""
-        run(list(self._copies()))
-
-    def _copies(self) -> Iterator[Copy]:
-        for entry, memory in self.wanted:
-            yield from copies_of("optimizer state", entry, memory)
+def _with_memory(
+    value: Any,
+    key: str,
+    parameter: torch.Tensor,
+    place: Place,
+    group: Mapping[str, Any],
+    wanted: list[tuple[TensorEntry, torch.Tensor]],
+) -> Any:
+    """A value of one parameter's state, with memory for its tensors; `wanted` gets what is to be read into it."""
+    if isinstance(value, TensorEntry):
+        device, dtype = _place_of(value, key, place, group)
+        if is_sharded(parameter) and value.shape == tuple(parameter.shape):
+            memory = torch.empty_like(parameter.detach(), dtype=dtype)
+        else:
+            memory = allocate([(value.shape, dtype)], device)[0]
+        wanted.append((value, memory))
+        return memory
+    inside = partial(_with_memory, parameter=parameter, place=place, group=group, wanted=wanted)
+    if isinstance(value, Mapping):
+        return {name: inside(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(inside(inner, key) for inner in value)
+    return plain(value, map_entry)
 
 
 def _place_of(entry: TensorEntry, key: str, place: Place, group: Mapping[str, Any]) -> Place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,25 +16,6 @@ from torchload.transfer import map_entry
 
 __all__ = ["RandomState", "plan_random_states"]
 
-# What generates the numbers → what its state is called.
-_NAMES: dict[str, tuple[str, ...]] = {
-    "python": (
-        *("python", "random", "python_rng_state", "random_rng_state", "py_rng_state", "python_random_state"),
-        *("python_state", "random_state", "rng_python"),
-    ),
-    "numpy": (
-        *("numpy", "np", "numpy_rng_state", "np_rng_state", "numpy_random_state", "np_random_state", "numpy_state"),
-        *("numpy_random_seed", "rng_numpy"),
-    ),
-    "torch": (
-        *("torch", "cpu", "torch_rng_state", "cpu_rng_state", "rng_state", "torch_random_state", "torch_state"),
-        *("torch_manual_seed", "rng_torch"),
-    ),
-    "cuda": (
-        *("cuda", "cuda_rng_state", "cuda_rng_states", "cuda_rng_state_all", "torch_cuda_rng_state", "gpu_rng_state"),
-        *("torch_cuda_rng_state_all", "cuda_random_state", "cuda_state", "torch_cuda_manual_seed", "rng_cuda"),
-    ),
-}
 # Containers of those: Megatron and Composer have a list with one for each rank; `random` is a file beside the weights.
 _HOLDERS = ("rng_state", "rng_states", "rng", "random_states", "random_state", "rng_state_dict", "random")
 _WORDS, _NUMPY_WORDS = 625, 624  # of a Mersenne twister; python's counts its position
@@ -80,7 +61,7 @@ def plan_random_states(tree: Any, rank: int, ranks: int) -> tuple[list[RandomSta
             state = plain(value, lambda entry: map_entry(entry).clone())
             if not is_mine and ranks > 1:
                 raise ValueError("the file does not say which of the processes it belongs to")
-            get, put, state = _GENERATORS[kind](state)
+            get, put, state = _KINDS[kind].take(state)
         except (MemoryError, OSError):
             raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - each kind of generator has its own way to refuse
@@ -104,36 +85,11 @@ def _find(tree: Any, rank: int) -> Iterator[tuple[str, str, Any, bool]]:
 
 
 def _named(values: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
-    for kind, names in _NAMES.items():
-        for name in names:
-            if name in values and _FORMS[kind](values[name]):
+    for kind, row in _KINDS.items():
+        for name in row.names.split():
+            if name in values and row.is_state(values[name]):
                 yield kind, name, values[name]
 
-
-def _is_python(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and isinstance(value[1], (list, tuple))
-
-
-def _is_numpy(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return "bit_generator" in value
-    return isinstance(value, (list, tuple)) and len(value) == 5 and isinstance(value[0], str)
-
-
-def _is_torch(value: Any) -> bool:
-    return isinstance(value, TensorEntry) and value.dtype is torch.uint8 and len(value.shape) == 1
-
-
-def _is_cuda(value: Any) -> bool:
-    return _is_torch(value) or (isinstance(value, (list, tuple)) and bool(value) and all(map(_is_torch, value)))
-
-
-_FORMS: dict[str, Callable[[Any], bool]] = {
-    "python": _is_python,
-    "numpy": _is_numpy,
-    "torch": _is_torch,
-    "cuda": _is_cuda,
-}
 
 # Each of these takes a state and gives (what reads the generator, what sets it, the state in its form); it raises where
 # the generator would not take it.
@@ -159,9 +115,7 @@ def _numpy(state: Any) -> _Generator:
         state = (state["bit_generator"], inner["key"], inner["pos"], state["has_gauss"], state["gauss"])
     name, words, position, has_gauss, gauss = state
     if not isinstance(words, torch.Tensor) and not all(isinstance(word, int) for word in words):
-        raise ValueError(
-            "it has another form than numpy's"
-        )  # of texts numpy would make an array as wide as the longest
+        raise ValueError("it has another form than numpy's")  # numpy makes texts an array as wide as the longest
     key = words.numpy() if isinstance(words, torch.Tensor) else np.asarray(words)
     # numpy itself does not look at the position, and would read beyond the words.
     if name != "MT19937" or key.shape != (_NUMPY_WORDS,) or not (type(position) is int and 0 <= position <= len(key)):
@@ -193,9 +147,48 @@ def _cuda(state: Any) -> _Generator:
     return torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all, list(state)
 
 
-_GENERATORS: dict[str, Callable[[Any], _Generator]] = {
-    "python": _python,
-    "numpy": _numpy,
-    "torch": _torch,
-    "cuda": _cuda,
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == length
+
+
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, TensorEntry) and value.dtype is torch.uint8 and len(value.shape) == 1
+
+
+class _Kind(NamedTuple):
+    """What generates numbers: the names of its state, what that looks like, and what takes it."""
+
+    names: str
+    is_state: Callable[[Any], bool]
+    take: Callable[[Any], _Generator]
+
+
+_KINDS: dict[str, _Kind] = {
+    "python": _Kind(
+        "python random python_rng_state random_rng_state py_rng_state python_random_state python_state random_state "
+        "rng_python",
+        lambda value: _is_list(value, 3) and isinstance(value[1], (list, tuple)),
+        _python,
+    ),
+    "numpy": _Kind(
+        "numpy np numpy_rng_state np_rng_state numpy_random_state np_random_state numpy_state numpy_random_seed "
+        "rng_numpy",
+        lambda value: (
+            "bit_generator" in value if isinstance(value, Mapping) else _is_list(value, 5) and isinstance(value[0], str)
+        ),
+        _numpy,
+    ),
+    "torch": _Kind(
+        "torch cpu torch_rng_state cpu_rng_state rng_state torch_random_state torch_state torch_manual_seed rng_torch",
+        _is_bytes,
+        _torch,
+    ),
+    "cuda": _Kind(
+        "cuda cuda_rng_state cuda_rng_states cuda_rng_state_all torch_cuda_rng_state gpu_rng_state "
+        "torch_cuda_rng_state_all cuda_random_state cuda_state torch_cuda_manual_seed rng_cuda",
+        lambda value: (
+            all(map(_is_bytes, value)) and bool(value) if isinstance(value, (list, tuple)) else _is_bytes(value)
+        ),
+        _cuda,
+    ),
 }

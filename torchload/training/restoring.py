@@ -13,7 +13,7 @@ import torch
 
 from torchload.core.text import quoted
 from torchload.model.shards import is_sharded, local_region
-from torchload.model.target import Slot, Target
+from torchload.model.target import Target
 from torchload.plan import hooks
 from torchload.plan.plan import LoadPlan
 
@@ -99,10 +99,11 @@ def restorer(target: Target, plan: LoadPlan) -> Callable[[], None]:
     That is what modules do that load themselves, and all of a model with sharded tensors: FSDP owns the memory of its
     parts, and such a model is not loaded into fresh memory.
     """
-    shown = [(slot, slot.tensor.detach()) for slot in target.slots if _can_be_shown_again(slot)]
+    held = [slot for slot in target.slots if slot.shape is not None and not slot.tensor.is_meta]
+    shown = [(slot, slot.tensor.detach()) for slot in held if not is_sharded(slot.tensor)]
     parts: list[torch.Tensor] = []
     if any(is_sharded(slot.tensor) for slot in target.slots):
-        parts = [local_region(slot.tensor)[0] for slot in target.slots if _has_memory(slot)]
+        parts = [local_region(slot.tensor)[0] for slot in held]
     copies = [(part, part.detach().clone()) for part in parts]
     own = [hooks.restorer(hooked.module, slots) for hooked, slots in plan.own_loaders]
     extra = [(module, copy.deepcopy(module.get_extra_state())) for module in target.extra_state.values()]
@@ -120,11 +121,3 @@ def restorer(target: Target, plan: LoadPlan) -> Callable[[], None]:
             module.set_extra_state(state)
 
     return restore
-
-
-def _has_memory(slot: Slot) -> bool:
-    return slot.shape is not None and not slot.tensor.is_meta
-
-
-def _can_be_shown_again(slot: Slot) -> bool:
-    return _has_memory(slot) and not is_sharded(slot.tensor)

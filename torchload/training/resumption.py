@@ -46,8 +46,6 @@ from torchload.transfer import map_entry, verify_extents
 
 __all__ = ["Resumption"]
 
-_NOTHING = Moved(nbytes=0, read_bytes=0)
-
 
 @dataclass(slots=True, eq=False)
 class _Load:
@@ -56,8 +54,7 @@ class _Load:
     target: Target
     selection: Selection
     plan: LoadPlan
-    options: Options
-    moved: Moved = _NOTHING
+    moved: Moved = field(default_factory=partial(Moved, nbytes=0, read_bytes=0))
     seconds: float = 0.0
 
 
@@ -100,8 +97,7 @@ class Resumption:
             load = self._plan(model, average_of(root), skip, choice)
             self.notes.append("the file holds no raw weights; training goes on from the averaged ones")
         if key is None and prefix is None and load.selection.averaged and load.selection.rivals:
-            key, prefix = _split(load.selection.rivals[0], load.selection.key)
-            load = self._plan(model, raw, skip, {"key": key, "prefix": prefix, "rename": rename})
+            load = self._plan(model, raw, skip, {**choice, "key": load.selection.rivals[0]})
         if any(swap.is_in(root) and load.selection.segments[:1] == (swap.raw,) for swap in SWAPPED):
             load.selection = replace(load.selection, standing=Standing.PLAIN)  # the average's name, but not the average
         self.loads.append(load)
@@ -112,8 +108,14 @@ class Resumption:
             return
         module = ema if isinstance(ema, nn.Module) else module_within(ema)
         averages = average_of(self.checkpoint.root)
+        if module is None and not hasattr(ema, "load_state_dict"):
+            raise TypeError("ema must be a module, or hold one, or have a load_state_dict method")
+        if module is None and not averages:
+            self._absent("averaged weights", "ema")
+            return
         if module is None:
-            self._plan_foreign_average(ema, averages)
+            name, value = next(iter(averages.items()))
+            self._plan_state("averaged weights", ema, Found(str(name), value))
             return
         choice = {"key": None, "prefix": None, "rename": rename}
         try:
@@ -134,15 +136,6 @@ class Resumption:
         if hasattr(ema, "updates") and isinstance(updates, int):  # ultralytics
             self.steps.append(("updates", ema, updates))
 
-    def _plan_foreign_average(self, ema: Any, averages: Mapping[Any, Any]) -> None:
-        if not hasattr(ema, "load_state_dict"):
-            raise TypeError("ema must be a module, or hold one, or have a load_state_dict method")
-        if not averages:
-            self._absent("averaged weights", "ema")
-            return
-        name, value = next(iter(averages.items()))
-        self._plan_state("averaged weights", ema, Found(str(name), value))
-
     def _plan(
         self, model: nn.Module, root: Any, skip: Globs, choice: Mapping[str, Any], *, keeps_promises: bool = True
     ) -> _Load:
@@ -161,7 +154,7 @@ class Resumption:
         )
         selection = select_for(target, replace(self.checkpoint, root=root), skip, self.strict, **choice)
         plan = make_plan(target, self.checkpoint, selection, options)
-        return _Load(target, selection, plan, options)
+        return _Load(target, selection, plan)
 
     def plan_rest(self, optimizers: Any, schedulers: Any, scaler: Any) -> None:
         """Check the states of everything else."""
@@ -188,7 +181,7 @@ class Resumption:
             "scheduler",
             schedulers,
             state.schedulers,
-            lambda scheduler, found: not _lacking(scheduler, found.value),
+            lambda scheduler, found: not _lacking(_state_of(scheduler), found.value),
             lambda scheduler, name: owners.get(id(getattr(scheduler, "optimizer", None))) == name,
         ):
             self._plan_state("scheduler", scheduler, found)
@@ -252,11 +245,11 @@ class Resumption:
         except ValueError as error:
             self.problems.append(f"{label}: {error}")
             return
-        if lacking := _lacking(receiver, state):
+        live = _state_of(receiver)
+        if lacking := _lacking(live, state):
             self.problems.append(
                 f"{label}: the state lacks {', '.join(map(repr, lacking[:6]))}; it is of another kind of {what}"
             )
-        live = receiver.state_dict() if hasattr(receiver, "state_dict") else {}
         self.steps.append((what, receiver, like(state, live)))
         self.restored.append(label)
 
@@ -372,18 +365,11 @@ def _is_all(names: Sequence[str], model: nn.Module) -> bool:
     return set(names).issuperset(describe_model(model).by_name)
 
 
-def _split(path: str, key: str) -> tuple[str | None, str | None]:
-    """A candidate's path as container and prefix, given the container of its rival."""
-    if not key:
-        return None, path
-    if path.startswith(f"{key}."):
-        return key, path[len(key) + 1 :]
-    return path, None
+def _state_of(receiver: Any) -> Mapping[str, Any]:
+    return receiver.state_dict() if hasattr(receiver, "state_dict") else {}
 
 
-def _lacking(receiver: Any, state: Mapping[str, Any]) -> list[str]:
-    """What an object's state has and the file's lacks."""
-    live = receiver.state_dict() if hasattr(receiver, "state_dict") else {}
+def _lacking(live: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     return [name for name in live if name not in state and name not in _ADDED_LATER]
 
 

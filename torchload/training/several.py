@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice, permutations
+from operator import getitem
 from typing import Any
 
 from torchload.core.text import plural
@@ -84,18 +86,5 @@ def _listed(names: Mapping[Any, Any]) -> str:
 
 def _orders(fits: Sequence[Sequence[bool]]) -> list[tuple[int, ...]]:
     """The ways to give each row a column of its own that fits: none, the only one, or the first two."""
-    found: list[tuple[int, ...]] = []
-    for order in _completed(fits, ()):
-        found.append(order)
-        if len(found) == 2:
-            break
-    return found
-
-
-def _completed(fits: Sequence[Sequence[bool]], taken: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    if len(taken) == len(fits):
-        yield taken
-        return
-    for column, fit in enumerate(fits[len(taken)]):
-        if fit and column not in taken:
-            yield from _completed(fits, (*taken, column))
+    orders = permutations(range(len(fits)))
+    return list(islice((order for order in orders if all(map(getitem, fits, order))), 2))

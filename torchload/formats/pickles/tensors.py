@@ -15,6 +15,7 @@ import torch
 
 from torchload.core.checkpoint import Box, Extent, OpaqueTensor, Shape, TensorEntry, box_end_bytes, contiguous_strides
 from torchload.formats.pickles import arrays
+from torchload.formats.pickles.lazy import resolved
 from torchload.formats.pickles.partial import KNOWN_SUBCLASSES, one_part
 from torchload.formats.pickles.quantized import INTEGERS, quantized
 from torchload.formats.pickles.standins import AS_RECORD, Call, SetStandIn, StandInType, Storage
@@ -29,7 +30,6 @@ MAX_BYTES = 1 << 63
 MAX_LAYOUTS = 4096  # that are remembered
 _INT = frozenset((int,))
 
-_LAZY = "a lazily conjugated or negated tensor (save its .resolve_conj().resolve_neg() instead)"
 
 # Every dtype that torch can name, as far as this torch has it.
 _DTYPE_NAMES = (
@@ -201,22 +201,16 @@ def _shape_or_none(walk: Walk, value: Any) -> Shape | None:
 def _tensor(call: Call, walk: Walk) -> Any:
     args = call.args
     storage, offset, shape, strides = args[:4]
-    if len(args) > 6 and _is_flagged(args[6]):
-        return OpaqueTensor(_LAZY, _shape_or_none(walk, shape))
-    return _strided_tensor(walk, storage, None, offset, shape, strides)
+    tensor = _strided_tensor(walk, storage, None, offset, shape, strides)
+    return resolved(walk, tensor, args[6]) if len(args) > 6 else tensor
 
 
 def _tensor_with_dtype(call: Call, walk: Walk) -> Any:
     storage, offset, shape, strides, _, _, dtype, *rest = call.args
     if type(dtype) is not torch.dtype:
         walk.fail("has a dtype that this version of torch doesn't know")
-    if rest and _is_flagged(rest[0]):
-        return OpaqueTensor(_LAZY, _shape_or_none(walk, shape))
-    return _strided_tensor(walk, storage, dtype, offset, shape, strides)
-
-
-def _is_flagged(metadata: Any) -> bool:
-    return isinstance(metadata, dict) and any(metadata.get(flag) for flag in ("conj", "neg"))
+    tensor = _strided_tensor(walk, storage, dtype, offset, shape, strides)
+    return resolved(walk, tensor, rest[0]) if rest else tensor
 
 
 def as_parameter(entry: Any) -> Any:

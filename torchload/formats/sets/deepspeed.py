@@ -26,7 +26,7 @@ from torchload.errors import (
     TorchLoadError,
 )
 from torchload.formats.locate import path_inside, pointer_text
-from torchload.formats.sets.members import Members, OpenMember
+from torchload.formats.sets.members import Members, OpenFile
 from torchload.formats.sets.zero import ContradictionError, Zero
 
 __all__ = ["MASTER_KEY", "open_folder"]
@@ -40,7 +40,7 @@ _EXPERT_FILE = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_(?:model|optim
 _LAYER_FILE = re.compile(r"layer_\d+-model_\d+-model_states\.pt")
 
 
-def open_folder(path: str, open_member: OpenMember) -> Checkpoint:
+def open_folder(path: str, open_member: OpenFile) -> Checkpoint:
     """Index a DeepSpeed checkpoint.
 
     Args:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +35,7 @@ from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, Cor
 from torchload.formats.locate import path_inside, source_of_file
 from torchload.formats.pickles.unpickle import read_pickle
 from torchload.formats.sets.items import Item, ItemBox, ItemReader
+from torchload.formats.sets.members import OpenMember
 from torchload.formats.sets.tiling import MAX_ELEMENTS, MisfitError, of_boxes
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ MAX_PATH_PARTS = 64
 MAX_DIMENSIONS = 64
 
 
-def open_folder(path: str, budget: Budget | None = None) -> Checkpoint:
+def open_folder(path: str, open_member: OpenMember) -> Checkpoint:
     """Index a folder that `torch.distributed.checkpoint.save` wrote; any number of ranks, no process group needed.
 
     Args:
         path: The folder.
-        budget: What the load may cost that this is a part of.
+        open_member: Whose budget this is a part of.
 
     Returns:
         A checkpoint whose root is nested as the saved object was. Tensors are entries of one box for each chunk.
@@ -63,8 +64,7 @@ def open_folder(path: str, budget: Budget | None = None) -> Checkpoint:
         CorruptCheckpointError: The index contradicts itself or the files, or names something outside the folder.
         CheckpointFormatError: ``.metadata`` is something else.
     """
-    budget = budget or Budget()
-    index = _Index(budget)
+    index = _Index(open_member.budget)
     names = sorted(filter(METADATA_NAME.fullmatch, os.listdir(path)))
     if not names:
         raise CheckpointNotFoundError(
@@ -74,12 +74,13 @@ def open_folder(path: str, budget: Budget | None = None) -> Checkpoint:
         )
     for name in names[:1] if ".metadata" in names else names:
         index.add(os.path.join(path, name))
-    files = _open_files(path, index.file_names(), budget)
-    try:
-        return index.checkpoint(path, files)
-    except BaseException:
-        _close(files)
-        raise
+    with ExitStack() as stack:
+        files: dict[str, Source] = {}
+        for name, file in _located(path, index.file_names()).items():
+            files[name] = stack.enter_context(closing(source_of_file(file, open_member.budget)))
+        checkpoint = index.checkpoint(path, files)
+        stack.pop_all()
+    return checkpoint
 
 
 class _Place(NamedTuple):
@@ -273,17 +274,15 @@ class _Index:
 
 
 def _read_metadata(file: str, budget: Budget) -> Any:
-    source = source_of_file(file, budget)
-    try:
+    with closing(source_of_file(file, budget)) as source:
         if source.size > MAX_METADATA_BYTES:
             raise CorruptCheckpointError(f"{file} has {source.size:,} bytes; no index is that large.", path=file)
         data = source.read(0, source.size)
-    finally:
-        source.close()
     return read_pickle(data, name=file, budget=budget)
 
 
-def _open_files(path: str, names: list[str], budget: Budget) -> dict[str, Source]:
+def _located(path: str, names: list[str]) -> dict[str, str]:
+    """Name in the index → path; all are there."""
     located = {name: path_inside(name, path, path) for name in names}
     missing = [name for name, file in located.items() if not os.path.exists(file)]
     if missing:
@@ -291,19 +290,7 @@ def _open_files(path: str, names: list[str], budget: Budget) -> dict[str, Source
             f"{len(missing)} of the {len(names)} files of the checkpoint are missing: {listed(missing, 20)}. Copy them "
             "into the folder; every rank of the job that saved wrote its own."
         )
-    files: dict[str, Source] = {}
-    try:
-        for name, file in located.items():
-            files[name] = source_of_file(file, budget)
-    except BaseException:
-        _close(files)
-        raise
-    return files
-
-
-def _close(files: dict[str, Source]) -> None:
-    for source in files.values():
-        source.close()
+    return located
 
 
 # --- names ---
@@ -326,16 +313,12 @@ def _with_lists(root: Container) -> Container:
     """What was a list becomes one again: containers whose keys are 0, 1, 2, … as numbers."""
     holders: list[Container] = [root]
     for holder in holders:
-        holders.extend(_containers(holder))
+        holders.extend(value for value in holder.values() if type(value) is Container)
     for holder in reversed(holders):
         for key, value in holder.items():
             if type(value) is Container and value and list(value) == list(range(len(value))):
                 holder[key] = list(value.values())
     return root
-
-
-def _containers(holder: Container) -> Iterator[Container]:
-    return (value for value in holder.values() if type(value) is Container)
 
 
 def _is_path(keys: Any) -> bool:

@@ -11,14 +11,13 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from torchload.core.budget import Budget
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.text import listed, printable
 from torchload.errors import AmbiguousCheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from torchload.formats.locate import UNFINISHED_SUFFIXES
 from torchload.formats.sets import rank_files
+from torchload.formats.sets.members import OpenMember
 
 __all__ = ["Choice", "choose", "describe"]
 
@@ -65,18 +64,6 @@ _NUMBERED = re.compile(r"(?:shard-\d+-)?(?P<stem>.*?)(?P<number>\d{2,6})-of-(?P<
 _MOST_OPENED = 20  # files that are opened to see whether they hold weights
 
 
-class OpenMember(Protocol):
-    """Opens a file or a folder that is a part of a folder.
-
-    Attributes:
-        budget: What the whole load may cost.
-    """
-
-    budget: Budget
-
-    def __call__(self, path: str) -> Checkpoint: ...
-
-
 Opener = Callable[[str, OpenMember], Checkpoint]
 
 
@@ -113,7 +100,7 @@ def _any_match(pattern: str) -> Callable[[frozenset[str]], bool]:
 def _open_distributed(path: str, open_member: OpenMember) -> Checkpoint:
     from torchload.formats.sets import distributed
 
-    return distributed.open_folder(path, open_member.budget)
+    return distributed.open_folder(path, open_member)
 
 
 def _open_deepspeed(path: str, open_member: OpenMember) -> Checkpoint:
@@ -121,6 +108,8 @@ def _open_deepspeed(path: str, open_member: OpenMember) -> Checkpoint:
 
     return deepspeed.open_folder(path, open_member)
 
+
+_CONVERT = "Its weights belong to another framework; convert the model to PyTorch first."
 
 _WHOLE_FOLDERS: tuple[_WholeFolder, ...] = (
     _WholeFolder(
@@ -162,17 +151,17 @@ _WHOLE_FOLDERS: tuple[_WholeFolder, ...] = (
     _WholeFolder(
         "TensorFlow SavedModel",
         lambda names: bool({"saved_model.pb", "saved_model.pbtxt"} & names),
-        "Its weights belong to another framework; convert the model to PyTorch first.",
+        _CONVERT,
     ),
     _WholeFolder(
         "TensorFlow checkpoint",
         lambda names: "checkpoint" in names and _any_match(r".+\.index")(names),
-        "Its weights belong to another framework; convert the model to PyTorch first.",
+        _CONVERT,
     ),
     _WholeFolder(
         "Orbax (JAX) checkpoint",
         lambda names: bool({"_CHECKPOINT_METADATA", "manifest.ocdbt"} & names),
-        "Its weights belong to another framework; convert the model to PyTorch first.",
+        _CONVERT,
     ),
 )
 

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
+from torchload.core.budget import Budget
 from torchload.core.checkpoint import Checkpoint
 from torchload.errors import TorchLoadError
 
-__all__ = ["Members", "OpenMember", "naming"]
+__all__ = ["Members", "OpenFile", "OpenMember", "naming"]
 
-OpenMember = Callable[[str], Checkpoint]
+OpenFile = Callable[[str], Checkpoint]
+
+
+class OpenMember(Protocol):
+    """Opens a file or a folder that is a part of a set.
+
+    Attributes:
+        budget: What the whole load may cost.
+    """
+
+    budget: Budget
+
+    def __call__(self, path: str, /) -> Checkpoint: ...
 
 
 class Members:
@@ -21,7 +34,7 @@ class Members:
         opened: Those that are open, in the order in which they were opened.
     """
 
-    def __init__(self, open_member: OpenMember) -> None:
+    def __init__(self, open_member: OpenFile) -> None:
         self._open_member = open_member
         self.opened: list[Checkpoint] = []
 

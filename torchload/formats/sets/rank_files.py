@@ -21,7 +21,7 @@ from torchload.errors import (
     CorruptCheckpointError,
 )
 from torchload.formats.locate import pointer_text
-from torchload.formats.sets.members import Members, OpenMember
+from torchload.formats.sets.members import Members, OpenFile
 from torchload.formats.sets.tiling import MisfitError, assemble
 
 __all__ = ["is_megatron", "is_rank_set", "is_single_part", "open_megatron", "open_part", "open_rank_set"]
@@ -67,7 +67,7 @@ def _rank_set(names: Iterable[str]) -> dict[int, str] | None:
     return files if len(files) > 1 else None
 
 
-def open_rank_set(path: str, open_member: OpenMember) -> Checkpoint:
+def open_rank_set(path: str, open_member: OpenFile) -> Checkpoint:
     """Put together the files of all ranks of a job that saved sharded tensors.
 
     Args:
@@ -194,7 +194,7 @@ def is_megatron(names: Iterable[str]) -> bool:
     return any(name == _MEGATRON_POINTER or _MEGATRON_RANK.fullmatch(name) for name in names)
 
 
-def open_megatron(path: str, open_member: OpenMember) -> Checkpoint:
+def open_megatron(path: str, open_member: OpenFile) -> Checkpoint:
     """Open a Megatron-LM folder, if one rank had the whole model, or if it was saved in the distributed format.
 
     Args:
@@ -250,7 +250,7 @@ def is_single_part(names: Iterable[str]) -> bool:
     return any(map(_PART_FOLDER.fullmatch, names))
 
 
-def open_part(path: str, open_member: OpenMember) -> Checkpoint:
+def open_part(path: str, open_member: OpenFile) -> Checkpoint:
     """Open the model's own folder inside a folder of training states.
 
     Raises:

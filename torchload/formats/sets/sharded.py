@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torchload.core.text import listed, plural
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats.json_text import parse_object
 from torchload.formats.locate import path_inside
-from torchload.formats.sets.members import Members, OpenMember, naming
+from torchload.formats.sets.members import Members, OpenFile, naming
 from torchload.formats.sets.tiling import MisfitError, assemble
 
 __all__ = ["open_index", "open_list", "recognizes"]
@@ -43,7 +43,7 @@ def recognizes(head: bytes) -> bool:
     return head.lstrip()[:1] == b"{" and (b'"weight_map"' in head or b'"metadata"' in head)
 
 
-def open_index(source: Source, path: str, open_file: OpenMember) -> Checkpoint:
+def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
     """Open the shards that an index lists.
 
     Args:
@@ -91,7 +91,7 @@ def _index_in(source: Source, path: str) -> dict[str, Any]:
     return parse_object(data, "index", path)
 
 
-def open_list(paths: list[str], open_file: OpenMember) -> Checkpoint:
+def open_list(paths: list[str], open_file: OpenFile) -> Checkpoint:
     """Open files that together are one checkpoint.
 
     Args:
@@ -115,7 +115,7 @@ def open_list(paths: list[str], open_file: OpenMember) -> Checkpoint:
 def _merged(
     path: str,
     shards: Mapping[str, str],
-    open_file: OpenMember,
+    open_file: OpenFile,
     index: Mapping[str, Any],
     weight_map: Mapping[str, str],
 ) -> Checkpoint:
@@ -199,8 +199,13 @@ class _Merge:
                     f"The checkpoint is incomplete: of the tensor {key!r} only one slice is there. "
                     "Shards are missing; give all of them."
                 )
-        self.root.metadata = _merged_metadata(shards.values())
-        self._note_unlisted()
+        metadata: dict[str, Any] = {}
+        for shard in shards.values():
+            metadata.update(shard.root.metadata or {})
+        self.root.metadata = metadata or None
+        unlisted = [key for key in self.root if key not in weight_map] if weight_map else []
+        if unlisted:
+            self.notes.append(f"{len(unlisted)} entries of the shards are not in the index, such as {unlisted[0]!r}")
 
     def _resolve(self, key: Any, names: list[str]) -> Any:
         entries = [self.shards[name].root[key] for name in names]
@@ -235,13 +240,6 @@ class _Merge:
             f"{names[0]} and {names[1]} are not shards of one checkpoint: both hold {key!r}, with different "
             "values. Files saved by one process each (ranks of a parallel run) can't be joined by name."
         )
-
-    def _note_unlisted(self) -> None:
-        if not self.weight_map:
-            return
-        unlisted = [key for key in self.root if key not in self.weight_map]
-        if unlisted:
-            self.notes.append(f"{len(unlisted)} entries of the shards are not in the index, such as {unlisted[0]!r}")
 
 
 def _slice_origins(shard: Checkpoint) -> dict[str, Shape]:
@@ -278,38 +276,25 @@ def _same_data(left: TensorEntry, right: TensorEntry) -> bool:
     """Compares the bytes of two tensors of equal dtype and shape; different layouts count as different data."""
     if len(left.boxes) != len(right.boxes):
         return False
-    for ours, theirs in zip(left.boxes, right.boxes):
-        if (ours.shape, ours.strides, ours.origin) != (theirs.shape, theirs.strides, theirs.origin):
+    for one, other in zip(left.boxes, right.boxes):
+        if (one.shape, one.strides, one.origin) != (other.shape, other.strides, other.origin) or not one.is_contiguous:
             return False
-        size = min(ours.extent.nbytes - ours.start, theirs.extent.nbytes - theirs.start, left.nbytes)
-        if not ours.is_contiguous:
-            return False
+        size = min(one.extent.nbytes - one.start, other.extent.nbytes - other.start, left.nbytes)
         for done in range(0, size, _COMPARED_BYTES):
             count = min(_COMPARED_BYTES, size - done)
-            ours_bytes = ours.extent.source.read(ours.extent.offset + ours.start + done, count)
-            if ours_bytes != theirs.extent.source.read(theirs.extent.offset + theirs.start + done, count):
+            here, there = (box.extent.source.read(box.extent.offset + box.start + done, count) for box in (one, other))
+            if here != there:
                 return False
     return True
-
-
-def _merged_metadata(shards: Iterable[Checkpoint]) -> dict[str, Any] | None:
-    merged: dict[str, Any] = {}
-    for shard in shards:
-        merged.update(shard.root.metadata or {})
-    return merged or None
 
 
 def _size_note(index: Mapping[str, Any], root: Container) -> tuple[str, ...]:
     declared = index.get("metadata")
     declared = declared.get("total_size") if isinstance(declared, dict) else None
-    if not isinstance(declared, (int, float)):
+    if not isinstance(declared, (int, float)) or any(isinstance(entry, OpaqueTensor) for entry in root.values()):
         return ()
-    if any(isinstance(entry, OpaqueTensor) for entry in root.values()):
-        return ()
-    # Some writers count tied tensors once, others every name.
-    sizes = {entry.location: entry.nbytes for entry in root.values() if isinstance(entry, TensorEntry)}
-    every_name = sum(entry.nbytes for entry in root.values() if isinstance(entry, TensorEntry))
-    present = sum(sizes.values())
-    if declared in {present, every_name}:
+    entries = [entry for entry in root.values() if isinstance(entry, TensorEntry)]
+    present = sum({entry.location: entry.nbytes for entry in entries}.values())
+    if declared in {present, sum(entry.nbytes for entry in entries)}:  # some writers count tied tensors once
         return ()
     return (f"the index declares {json.dumps(declared)} bytes of tensors, the shards hold {present}",)
