@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from torchload.core.checkpoint import OpaqueTensor, TensorEntry, entries_in
 from torchload.core.collector import collector_paused
 from torchload.core.public import CheckpointLike, public
 from torchload.core.shown import Shown
-from torchload.core.text import format_bytes, format_seconds, group_names, plural, short_dtype
+from torchload.core.text import format_bytes, format_seconds, group_names, listed, plural, short_dtype
 from torchload.errors import Boundary
 from torchload.formats import open_checkpoint
 from torchload.match import Selection
@@ -91,7 +92,7 @@ class VerifyReport(Shown):
         if len(self.differing) > _SHOWN:
             lines.append(("…", f"and {len(self.differing) - _SHOWN:,} more"))
         lines += [
-            (label, _listing(names))
+            (label, listed(group_names(names)))
             for label, names in (("missing", self.missing_keys), ("unused", self.unexpected_keys))
             if names
         ]
@@ -167,11 +168,8 @@ def verify_weights(
         differing += [*compare(pairs), *twins.differing, *compare_extra_states(target, selection)]
     sources = [*twins.sources, *(pair.source for pair in pairs if pair.name not in twins.entries)]
     order = {name: position for position, name in enumerate(target.names)}
-    casts: dict[tuple[str, str], int] = {}
-    for pair in pairs:
-        if pair.entry.dtype is not pair.slot.tensor.dtype:
-            cast = (short_dtype(pair.entry.dtype), short_dtype(pair.slot.tensor.dtype))
-            casts[cast] = casts.get(cast, 0) + 1
+    dtypes = [(pair.entry.dtype, pair.slot.tensor.dtype) for pair in pairs]
+    casts = Counter((short_dtype(file), short_dtype(model)) for file, model in dtypes if file is not model)
     return VerifyReport(
         path=checkpoint.path,
         model=type(model).__name__,
@@ -231,8 +229,3 @@ def _incomparable(name: str, slot: Slot, leaf: object, selection: Selection) -> 
     if is_hollow(slot.tensor):
         return f"the model has a {type(slot.tensor).__name__} there, without memory that could be compared"
     return None
-
-
-def _listing(names: list[str]) -> str:
-    groups = group_names(names)
-    return ", ".join(groups[:_SHOWN]) + (f" and {len(groups) - _SHOWN:,} more" if len(groups) > _SHOWN else "")

@@ -12,10 +12,12 @@ from functools import lru_cache
 import torch
 
 from torchload.core.copies import Copy
+from torchload.core.text import short_dtype
 from torchload.errors import CastOverflowError
 
 __all__ = [
     "OverflowFoundError",
+    "does_not_fit",
     "largest_finite",
     "largest_of",
     "limit_of",
@@ -105,16 +107,24 @@ def largest_finite(source: torch.Tensor) -> float:
 
 def overflow_error(copy: Copy, largest: float) -> CastOverflowError:
     """The error for a tensor whose largest finite magnitude doesn't fit its target's dtype."""
-    source_dtype, target_dtype = (str(dtype).removeprefix("torch.") for dtype in (copy.dtype, copy.target.dtype))
-    wider = "float32" if source_dtype == "float64" and target_dtype != "float32" else source_dtype
+    source, target = copy.dtype, copy.target.dtype
+    wider = torch.float32 if source is torch.float64 and target is not torch.float32 else source
+    advice = (
+        f"Load it in a wider dtype (bfloat16 or {short_dtype(wider)}), or keep just this tensor in float32: "
+        f"keep_fp32=[{copy.name!r}]."
+    )
+    return does_not_fit(copy.name, largest, source, target, advice)
+
+
+def does_not_fit(name: str, largest: float, source: torch.dtype, target: torch.dtype, advice: str) -> CastOverflowError:
+    """The error for a tensor whose largest finite magnitude becomes infinite when it is cast."""
     return CastOverflowError(
-        f"{copy.name} does not fit {target_dtype}: its largest value, {largest:.6g} in {source_dtype}, would become "
-        f"infinite (the limit is {torch.finfo(copy.target.dtype).max:.6g}). Load it in a wider dtype (bfloat16 or "
-        f"{wider}), or keep just this tensor in float32: keep_fp32=[{copy.name!r}].",
-        tensor=copy.name,
+        f"{name} does not fit {short_dtype(target)}: its largest value, {largest:.6g} in {short_dtype(source)}, would "
+        f"become infinite (the limit is {torch.finfo(target).max:.6g}). {advice}",
+        tensor=name,
         largest=largest,
-        source_dtype=source_dtype,
-        target_dtype=target_dtype,
+        source_dtype=short_dtype(source),
+        target_dtype=short_dtype(target),
     )
 
 
