@@ -137,6 +137,11 @@ def incomplete(path: str, what: str) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"{path} is incomplete: {what}. {GET_IT_AGAIN}", path=path)
 
 
+def refused(path: str, what: str) -> CorruptCheckpointError:
+    """The error of a file that nobody honest writes; what it does follows its name."""
+    return CorruptCheckpointError(f"{path} {what}. It is damaged or made to do harm, and isn't read.", path=path)
+
+
 class AmbiguousCheckpointError(TorchLoadError, ValueError):
     """More than one part of the checkpoint fits the model equally well.
 

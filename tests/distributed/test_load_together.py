@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import threading
 import time
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -79,6 +81,35 @@ def _gathered(value: object) -> list:
     return answers
 
 
+class Own(nn.Module):
+    """A module that loads itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def _load_from_state_dict(self, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+        self.weight.data.copy_(state[prefix + "weight"])
+
+
+class OfNetworkError(OSError):
+    """Somebody's own, with something in it that no other process can have."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+class Remote:
+    """A file that is out of reach."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, nbytes: int) -> bytes:
+        raise OfNetworkError("no network")
+
+
 def fails_everywhere(
     kind: type[Exception],
     text: str,
@@ -121,13 +152,35 @@ def failed_together(rank: int, folder: Path) -> None:
             build(2),
             folder / (f"y{name[1:]}" if is_last else name),
         )
-        # Not the same plan.
+        # Not the same plan, though the same file.
         other = build(2).half() if is_last else build(2)
         fails_everywhere(errors.IncompatibleCheckpointError, "only replicas can", other, folder / name)
-    shutil.copy2(folder / "x.safetensors", folder / f"copy{rank}.safetensors")
-    model = build(2)
-    smart_load(model, folder / f"copy{rank}.safetensors", process_group=distributed.group.WORLD)
-    assert_equal_bits(snapshot(model), snapshot(build(1)))
+        for options in ({"skip": ["row"]}, {"verify": True}, {"atomic": True}):
+            fails_everywhere(
+                errors.IncompatibleCheckpointError,
+                "only replicas can",
+                build(2),
+                folder / name,
+                **(options if is_last else {}),
+            )
+    # Another file, of which modules take everything by themselves.
+    torch.save({"0.weight": torch.full((3,), float(rank))}, folder / f"own{rank}.pth")
+    fails_everywhere(
+        errors.IncompatibleCheckpointError, "the same file", nn.Sequential(Own()), folder / f"own{rank}.pth"
+    )
+    report = smart_load(nn.Sequential(Own()), folder / f"own{rank}.pth")
+    assert (report.nbytes, report.read_bytes) == (12, 12)
+
+    # An error that others don't know, and that can't be sent.
+    with open(folder / "x.pth", "rb") as file:
+        error = fails_everywhere(OSError, "no network", build(2), Remote(file) if is_last else file, same_type=False)
+        assert is_last or str(error) == f"OfNetworkError: no network (This happened on rank {last}.)"
+
+    for name, copy in (("x.safetensors", shutil.copy2), ("x.pth", shutil.copy)):  # it keeps the time; it doesn't
+        copy(folder / name, folder / f"copy{rank}.{name}")
+        model = build(2)
+        smart_load(model, folder / f"copy{rank}.{name}", process_group=distributed.group.WORLD)
+        assert_equal_bits(snapshot(model), snapshot(build(1)))
 
     # Only the data shows it, to the rank in whose share it lies.
     error = fails_everywhere(errors.CastOverflowError, "row", build(2), folder / "huge.pth", dtype=torch.float16)

@@ -131,6 +131,12 @@ def test_a_run_goes_on(tmp_path, framework, version, form):
     assert part.train(STEPS, STEPS + MORE) == pytest.approx(want, rel=1e-6)
 
 
+def test_the_local_state_of_the_first_fsdp_is_named(tmp_path):
+    path, _ = saved(tmp_path, "accelerate", 1, "LOCAL_STATE_DICT")
+    with pytest.raises(errors.AmbiguousCheckpointError, match=r"FSDP's local \(flat\) state, gather the model"):
+        Part(7).resume(path)
+
+
 @pytest.mark.parametrize("form", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_each_of_several_models_goes_on_with_what_is_its_own(tmp_path, form):
     path, losses = saved(tmp_path, "accelerate", 2, form, count=2)

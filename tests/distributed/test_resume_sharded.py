@@ -43,13 +43,23 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
     return parallelize_module(model, mesh, plan)
 
 
+def two_dimensional(model: nn.Module) -> nn.Module:
+    """FSDP2 over pairs of ranks that each hold the same part of what tensor parallelism cuts."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+    styles = {"0": ColwiseParallel(output_layouts=Replicate()), "3": RowwiseParallel(input_layouts=Replicate())}
+    parallelize_module(model, mesh["tensor"], styles)
+    for name in styles:
+        fully_shard(model.get_submodule(name), mesh=mesh["data"])
+    return fully_shard(model, mesh=mesh["data"])
+
+
 def skip_without_fsdp2() -> None:
     """Before torch 2.6 it runs on CUDA devices only."""
     if not hasattr(torch.distributed.fsdp, "fully_shard"):
         pytest.skip("FSDP2 came with torch 2.6")
 
 
-SHARDS: dict[str, Shard] = {"fsdp2": fsdp2, "tensor parallel": tensor_parallel}
+SHARDS: dict[str, Shard] = {"fsdp2": fsdp2, "tensor parallel": tensor_parallel, "both": two_dimensional}
 
 
 class ShardedRun(Run):
@@ -91,6 +101,8 @@ def write_layouts(run: Run, whole: Run, folder: Path) -> dict[str, tuple[Path, b
             torch.save(whole.optimizer.state_dict(), path / f"optimizer.{suffix}")
             torch.save(whole.scheduler.state_dict(), path / f"scheduler.{suffix}")
             (path / "trainer_state.json").write_text(json.dumps({"epoch": 1.5, "global_step": STOP}))
+        average_only = {"epoch": 2, "model": None, "ema": whole.model, "optimizer": whole.optimizer.state_dict()}
+        torch.save(average_only, folder / "ultralytics.pt")
         (folder / "accelerate sharded").mkdir()
         torch.save(whole.scheduler.state_dict(), folder / "accelerate sharded" / "scheduler.bin")
     distributed.barrier()
@@ -111,7 +123,8 @@ def write_layouts(run: Run, whole: Run, folder: Path) -> dict[str, tuple[Path, b
         "smart_save.pth",
         "smart_save",
     ]
-    return written | {name: (folder / name, True) for name in names} | {"gathered": (folder / "gathered.pth", True)}
+    written |= {name: (folder / name, True) for name in names}
+    return written | {"gathered": (folder / "gathered.pth", True), "ultralytics": (folder / "ultralytics.pt", False)}
 
 
 def _every_layout(kind: str, rank: int, folder: Path) -> None:
@@ -182,15 +195,21 @@ def copy_of(run: deepspeed.Run) -> deepspeed.Run:
     return again
 
 
-@pytest.mark.parametrize("kind", SHARDS)
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+CASES = [
+    ("fsdp2", 2),
+    ("tensor parallel", 2),
+    *(pytest.param(kind, 4, marks=pytest.mark.slow) for kind in SHARDS),
+]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), CASES)
 def test_training_goes_on_bit_for_bit_from_every_layout(tmp_path, kind, ranks):
-    if kind == "fsdp2":
+    if kind != "tensor parallel":
         skip_without_fsdp2()
     on_ranks(partial(_every_layout, kind), tmp_path, ranks)
 
 
-@pytest.mark.parametrize("kind", SHARDS)
+@pytest.mark.parametrize("kind", ["fsdp2", "tensor parallel"])
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_goes_on_from_deepspeeds_folders(tmp_path, kind, ranks):
     if kind == "fsdp2":

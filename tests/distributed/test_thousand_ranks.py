@@ -20,7 +20,7 @@ from torchload.model.placement import Placement
 from torchload.model.target import describe_model
 from torchload.plan.options import Options
 from torchload.plan.pairing import copies_of
-from torchload.plan.plan import make_plan
+from torchload.plan.planner import make_plan
 from torchload.plan.steps import select_for
 from torchload.transfer import cooperative
 

@@ -374,6 +374,10 @@ def test_a_child_that_is_called_module_is_no_wrapper(save):
         ({"skip": [3]}, TypeError, "skip is a list of globs"),
         ({"map_location": "cpu"}, TypeError, "give device="),
         ({"weights_only": True}, TypeError, "leave it out"),
+        ({"fp16": True}, TypeError, r"give dtype=torch\.float16"),
+        ({"exclude": ["fc"]}, TypeError, "give skip="),
+        ({"Skip": []}, TypeError, r"did you mean skip=\?"),
+        ({"learning": 1}, TypeError, "it takes model, path, "),
     ],
 )
 def test_arguments_that_no_file_could_make_right(save, arguments, kind, words):

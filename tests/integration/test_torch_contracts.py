@@ -190,7 +190,7 @@ def test_a_renamed_submodule(tmp_path: Path, how: str, strict: bool) -> None:
             self.backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
             self.fc = nn.Linear(4, 2)
             if how == "pre-hook":
-                self.register_load_state_dict_pre_hook(self.rename)
+                self._register_load_state_dict_pre_hook(self.rename, with_module=True)  # public since torch 2.5
 
         @staticmethod
         def rename(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
@@ -312,6 +312,48 @@ def test_only_mmap_shares_pages_with_the_file(tmp_path: Path, kind: Any, mmap: b
         torch.save({"epoch": 1}, path)  # the next save to the same name
         assert torch.equal(model[0].weight, trained[0].weight)
         assert kind is Keeps or torch.equal(model[0].amax, torch.ones(4096))
+
+
+KEPT = {
+    "itself": lambda tensor: tensor,
+    "a row of it": lambda tensor: tensor[1],
+    "transposed": lambda tensor: tensor.detach().t(),
+    "in a list": lambda tensor: [tensor, tensor[2:]],
+    "a copy": lambda tensor: tensor.clone(),
+}
+
+
+@linux
+@pytest.mark.parametrize("pops", [True, False])
+@pytest.mark.parametrize("renames", [True, False])
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+def test_what_a_pre_hook_keeps_is_private_memory(tmp_path: Path, keep: Any, renames: bool, pops: bool) -> None:
+    """Also where nothing fits without the hook, which is tried first with tensors without memory."""
+    kept: list[Any] = []
+
+    def hook(state: Any, prefix: str, *args: Any) -> None:
+        if (name := f"{prefix}extra") in state:
+            kept[:] = [keep(state.pop(name) if pops else state[name])]
+            state.setdefault(f"{prefix}extra", torch.zeros(64, 64)[:1])
+            del state[f"{prefix}extra"]
+        for old in [name for name in state if name.startswith(f"{prefix}old_")]:
+            state[prefix + old[len(prefix) + 4 :]] = state.pop(old)
+
+    path = tmp_path / "x.pth"
+    trained = randomise(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), 1)
+    state = {f"0.old_{name}" if renames else f"0.{name}": t for name, t in trained[0].state_dict().items()}
+    extra = torch.randn(64, 64)
+    torch.save({**state, "0.extra": extra, **{f"1.{name}": t for name, t in trained[1].state_dict().items()}}, path)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[0]._register_load_state_dict_pre_hook(hook)
+    smart_load(model, path)
+    assert_equal_bits(snapshot(model), snapshot(trained))
+    with open(path, "r+b") as file:  # the same file, changed in place and cut short
+        file.write(bytes(path.stat().st_size))
+        file.truncate(16)
+    expected = keep(extra)
+    for found, wanted in zip(kept[0], expected) if isinstance(expected, list) else [(kept[0], expected)]:
+        assert torch.equal(found, wanted)
 
 
 # --- shared memory ---

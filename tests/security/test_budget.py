@@ -86,7 +86,7 @@ def test_archives_in_an_archive_share_one_budget(tmp_path: Path) -> None:
     (tmp_path / "one.pth").write_bytes(one)
     assert contained(lambda: inspect_checkpoint(tmp_path / "one.pth")) == "done"
     (tmp_path / "many.zip").write_bytes(archive({f"m{n}.pth": one for n in range(10)}))
-    assert "would unfold" in contained(lambda: inspect_checkpoint(tmp_path / "many.zip"))
+    assert "would take more memory" in contained(lambda: inspect_checkpoint(tmp_path / "many.zip"))
 
 
 def test_shards_share_one_budget(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_shards_share_one_budget(tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.pth" for n in range(10)]
     for path in paths:
         path.write_bytes(one)
-    assert "would unfold" in contained(lambda: inspect_checkpoint(paths))
+    assert "would take more memory" in contained(lambda: inspect_checkpoint(paths))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -109,7 +109,7 @@ def test_items_of_a_distributed_checkpoint_share_one_budget(tmp_path: Path) -> N
         content += item
     (tmp_path / "__0_0.distcp").write_bytes(content)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
-    assert "would unfold" in contained(lambda: inspect_checkpoint(tmp_path))
+    assert "would take more memory" in contained(lambda: inspect_checkpoint(tmp_path))
 
 
 def test_compressed_weights_are_unpacked_when_they_are_read_and_only_so_many(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_compressed_weights_are_unpacked_when_they_are_read_and_only_so_many(tmp
     assert contained(lambda: inspect_checkpoint(tmp_path / "few.pt2")) == "done"
     assert read_state_dict(tmp_path / "few.pt2")["w1"].tolist() == [0.0, 0.0]
     (tmp_path / "many.pt2").write_bytes(exported(40))
-    assert "would unfold" in contained(lambda: inspect_checkpoint(tmp_path / "many.pt2"))
+    assert "would take more memory" in contained(lambda: inspect_checkpoint(tmp_path / "many.pt2"))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_views_in_an_optimizers_state_are_not_each_a_copy(tmp_path: Path) -> Non
 
     few, many = training(4), training(200)
     assert contained(lambda: resume(few)) == "done"
-    assert "would unfold" in contained(lambda: resume(many))
+    assert "would take more memory" in contained(lambda: resume(many))
 
 
 def test_one_storage_of_two_types_is_refused(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def _intercept(monkeypatch: pytest.MonkeyPatch, event: Callable[[int], None], *,
 
     monkeypatch.setattr(source_module, "read_at", reading)
     monkeypatch.setattr(Reader, "scatter", lambda *_: False)
+    monkeypatch.setattr(Reader, "pages", lambda *_: None)  # nor is anything read without a call
     return count
 
 

@@ -250,7 +250,7 @@ def test_one_file_of_the_folder_stands_for_all(tmp_path: Path, monkeypatch: pyte
         open_checkpoint("__7_0.distcp")
     (tmp_path / ".metadata").unlink()
     for path in (tmp_path, tmp_path / "__0_0.distcp"):
-        with pytest.raises(CheckpointNotFoundError, match="the save was cut short"):
+        with pytest.raises(CheckpointNotFoundError, match="the save did not end"):
             open_checkpoint(path)
 
 

@@ -124,7 +124,7 @@ def test_a_numbered_set_without_index_opens_when_complete(tmp_path: Path) -> Non
     [
         ([], "is an empty folder"),
         (["README.md", "config.json"], "the files README.md, config.json"),
-        (["optimizer.bin", "random_states_0.pkl"], r"states of training \(optimizer.bin, random_states_0.pkl\)"),
+        (["optimizer.bin", "random_states_0.pkl"], r"training states \(optimizer.bin, random_states_0.pkl\)"),
         (["checkpoint-500/", "checkpoint-1000/"], "the folders checkpoint-1000, checkpoint-500"),
         (["snapshots/0123abc/x", "refs/main"], "snapshots/0123abc"),
         (["model.safetensors.part"], "download of model.safetensors.part has not finished"),

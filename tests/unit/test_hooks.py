@@ -10,7 +10,7 @@ from tests.law import assert_equal_bits, randomise, snapshot
 from torchload import errors, smart_load, verify_weights
 from torchload.core.checkpoint import Container, OpaqueTensor, Record
 from torchload.core.undo import Undo
-from torchload.plan.hooks import plain
+from torchload.plan.plain import plain
 
 
 def test_undo_goes_backwards_and_only_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +77,37 @@ def test_a_process_that_python_started_may_have_siblings() -> None:
     process.start()
     assert queue.get() == (None, True)
     process.join()
+
+
+ONE_EACH = {
+    "torchrun": {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "WORLD_SIZE": "1"},
+    "mpirun": {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
+    "srun": {
+        "SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "1", "SLURM_LOCALID": "0",
+    },
+}  # fmt: skip
+
+
+def _join_and_tell(rank: int, folder: Path) -> None:
+    before = local_rank(), has_siblings()
+    store = distributed.FileStore(str(folder / "store"), 2)
+    distributed.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    (folder / f"told{rank}").write_text(repr((before, (local_rank(), has_siblings()))))
+    distributed.barrier()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("launcher", ONE_EACH)
+def test_a_launcher_of_one_tells_nothing_of_processes_that_its_own_spawns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    """One task on each node, which spawns a process for each GPU: all of these inherit its number."""
+    for name, value in {**ONE_EACH[launcher], "USE_LIBUV": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert (local_rank(), has_siblings()) == (0, False)
+    torch.multiprocessing.spawn(_join_and_tell, (tmp_path,), nprocs=2)
+    told = [(tmp_path / f"told{rank}").read_text() for rank in range(2)]
+    assert told == [repr(((None, True), (rank, True))) for rank in range(2)]
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from torchload.match.globs import Globs
 from torchload.model.placement import Placement
 from torchload.model.target import describe_model
 from torchload.plan.options import Options
-from torchload.plan.plan import Check, LoadPlan, Way, make_plan
+from torchload.plan.plan import Check, LoadPlan, Way
+from torchload.plan.planner import make_plan
 from torchload.plan.steps import select_for
 
 CPU = torch.device("cpu")

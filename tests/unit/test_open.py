@@ -258,3 +258,15 @@ def test_the_garbage_collector_is_left_as_it_was(path: Path, enabled: bool) -> N
         assert gc.isenabled() is enabled
     finally:
         gc.enable()
+
+
+def test_every_row_of_the_tables_names_functions_that_are_there() -> None:
+    """A reader is imported when a file needs it: a row that names none would show only then."""
+    from torchload.formats import files
+    from torchload.formats.files.archives import ARCHIVES
+
+    for kind in files.FORMATS:
+        for function in filter(None, (kind.function, kind.inside, kind.confirms)):
+            assert callable(getattr(files.reader(kind.module), function)), (kind, function)
+    for archive in ARCHIVES:
+        assert callable(getattr(files.reader(archive.module), archive.function)), archive

@@ -191,7 +191,7 @@ def test_what_no_generator_would_take_is_left_aside_with_a_note(tmp_path, kind):
     seed(2)
     report = smart_resume(run.model, tmp_path / "x.pth", run.optimizer)
     assert draw() == want
-    assert any(next(iter(ODD[kind])) in note and "left aside" in note for note in report.notes)
+    assert any(next(iter(ODD[kind])) in note and "not restored" in note for note in report.notes)
 
 
 def test_each_process_takes_its_own(tmp_path):

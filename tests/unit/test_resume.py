@@ -593,7 +593,7 @@ def test_a_scheduler_without_a_state_still_works(tmp_path, stopped):
 
 def test_what_was_not_asked_for_is_mentioned(tmp_path, stopped):
     report = smart_resume(new_model(1), tmp_path / "last.pth")
-    assert "pass optimizer= to restore it" in str(report)
+    assert "pass optimizer= for that" in str(report)
 
 
 def test_optimizers_keep_their_parameters(tmp_path, stopped):
@@ -638,6 +638,7 @@ def folder_state(run: Run, *, flat: bool) -> dict[str, Any]:
     from torch.distributed.checkpoint import state_dict as helpers
 
     options = helpers.StateDictOptions(flatten_optimizer_state_dict=flat)
+    run.optimizer.zero_grad()  # torch 2.4 takes an optimizer that keeps no state for one that hasn't begun
     return {
         "model": helpers.get_model_state_dict(run.model),
         "optimizer": helpers.get_optimizer_state_dict(run.model, run.optimizer, options=options),
@@ -676,8 +677,8 @@ def test_a_flat_state_that_does_not_fit_is_refused(tmp_path):
     before = run.everything()
     for parameters, complaint in (
         (run.model.parameters(), "other settings in the file"),
-        (run.model[0].parameters(), "parameters that it doesn't optimize"),
-        ([*run.model.parameters(), nn.Parameter(torch.zeros(2))], "has no settings of"),
+        (run.model[0].parameters(), "parameters that this optimizer lacks"),
+        ([*run.model.parameters(), nn.Parameter(torch.zeros(2))], "has no settings for"),
     ):
         with pytest.raises(errors.IncompatibleCheckpointError, match=complaint):
             smart_resume(run.model, tmp_path / "x", torch.optim.AdamW(parameters, amsgrad=True))

@@ -257,6 +257,21 @@ def test_numbers_that_a_distributed_checkpoint_made_text_of(tmp_path):
     assert new.param_groups[0]["lr"] == pytest.approx(0.001)
 
 
+def test_milestones_are_numbers_again_where_there_are_none_here(tmp_path):
+    model = nn.Linear(3, 3)
+    old = torch.optim.SGD(model.parameters(), 0.1)
+    first = lr_scheduler.MultiStepLR(old, [2])
+    state = {"model": model.state_dict(), "optimizer": old.state_dict(), "scheduler": first.state_dict()}
+    save_folder(state, checkpoint_id=tmp_path / "x")
+    new = torch.optim.SGD(model.parameters(), 0.1)
+    second = lr_scheduler.MultiStepLR(new, [])
+    smart_resume(model, tmp_path / "x", new, second)
+    for _ in range(2):
+        new.step()
+        second.step()
+    assert new.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
 # --- beside the weights ---
 
 
@@ -361,7 +376,7 @@ def test_a_state_that_lies_beside_is_not_advised_away(tmp_path):
     torch.save(nn.Sequential(nn.Linear(3, 3)).state_dict(), file.parent / "weights_2.pth")
     with pytest.raises(errors.IncompatibleCheckpointError) as caught:
         smart_resume(model, file, torch.optim.AdamW(model.parameters()))
-    assert "optimizer.pth lies beside it, and no name says whether it belongs to these weights" in str(caught.value)
+    assert "optimizer.pth lies beside it, and nothing says whether it belongs to these weights" in str(caught.value)
     weights, state = torch.load(file), torch.load(file.parent / "optimizer.pth")
     smart_resume(model, {"model": weights, "optimizer": state}, optimizer)  # what it advises
 

@@ -153,3 +153,11 @@ def test_truncation_says_how_much_is_there(tmp_path: Path, kept: int) -> None:
     if kept == -1:
         assert isinstance(caught.value, CorruptCheckpointError)
         assert f"incomplete: {len(data) - 1:,} of {len(data):,} bytes" in str(caught.value)
+
+
+def test_names_may_look_like_what_is_looked_for_in_the_text() -> None:
+    names = ["a:b", "layer-0", "1" * 60, "x,[{", '"quoted"', "ü", "\\u0061"]
+    checkpoint = opened(save({name: torch.full((2,), float(number)) for number, name in enumerate(names)}))
+    assert {name: dense(entry).tolist() for name, entry in checkpoint.root.items()} == {
+        name: [float(number)] * 2 for number, name in enumerate(names)
+    }

@@ -10,7 +10,7 @@ from tests.trees import tree, wanted
 from torchload.core.checkpoint import Container, Record
 from torchload.errors import AmbiguousCheckpointError, CorruptCheckpointError, IncompatibleCheckpointError
 from torchload.match import select
-from torchload.match.rename import renamer
+from torchload.match.rename import renamed_from
 from torchload.match.tables import BENIGN_MISSING, BENIGN_UNEXPECTED
 
 
@@ -362,7 +362,7 @@ def test_rename_by_pattern_and_by_function():
 
 def test_a_rename_that_makes_two_names_one_is_refused():
     with pytest.raises(AmbiguousCheckpointError, match="same name"):
-        renamer({"a|b": "c"}, {"a": 1, "b": 2})
+        renamed_from({"a|b": "c"}, ["a", "b"])
 
 
 def test_nothing_in_common_and_no_tensors_at_all():

@@ -20,7 +20,8 @@ from torchload.match.globs import Globs
 from torchload.model.placement import Placement
 from torchload.model.target import describe_model
 from torchload.plan.options import Options
-from torchload.plan.plan import LoadPlan, make_plan
+from torchload.plan.plan import LoadPlan
+from torchload.plan.planner import make_plan
 from torchload.plan.steps import select_for
 from torchload.transfer import run
 from torchload.transfer.pieces import DIRECT_BYTES, STAGED_BYTES

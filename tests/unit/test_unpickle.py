@@ -367,19 +367,30 @@ def test_every_protocol_of_torch(protocol: int) -> None:
 # --------------------------------------------------------------------------------------------- damage and late storages
 
 
-def declared(numel: int, offset: Any, shape: Any, strides: Any, storage: str = "FloatStorage") -> bytes:
-    """A pickle of one tensor, as torch writes it, whatever it says."""
+def declared(
+    numel: int,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    storage: str = "FloatStorage",
+    sound: tuple[int, ...] | None = None,
+) -> bytes:
+    """A pickle of one tensor, as torch writes it, whatever it says; perhaps after a vector of shape `sound`."""
 
     class Written:
+        def __init__(self, *arguments: Any) -> None:
+            self.arguments = arguments
+
         def __reduce__(self) -> Any:
-            return (torch._utils._rebuild_tensor_v2, (REFERENCE, offset, shape, strides, False, None))
+            return (torch._utils._rebuild_tensor_v2, (REFERENCE, *self.arguments, False, None))
 
     class Pickler(pickle._Pickler):  # the one in C may be asked as well
         def persistent_id(self, value: Any) -> Any:
             return ("storage", getattr(torch, storage), "0", "cpu", numel) if value is REFERENCE else None
 
     file = io.BytesIO()
-    Pickler(file, protocol=2).dump({"name.of.tensor": Written()})
+    before = {} if sound is None else {"sound": Written(0, sound, (1,))}
+    Pickler(file, protocol=2).dump({**before, "name.of.tensor": Written(offset, shape, strides)})
     return file.getvalue()
 
 
@@ -439,6 +450,14 @@ def test_the_same_tensor_inside_its_storage_is_not() -> None:
 def test_a_tensor_needs_somewhere_to_lie() -> None:
     with pytest.raises(CorruptCheckpointError, match=r"name\.of\.tensor"):
         read_pickle(declared(6, 0, (2,), (1,)), name="test")
+
+
+@pytest.mark.parametrize("shape", [(True,), (1.0,)])
+def test_a_sound_layout_excuses_none_that_is_equal_to_it(shape: Any) -> None:
+    source = MemorySource(bytes(24))
+    data = declared(6, 0, shape, (1,), sound=(1,))
+    with pytest.raises(CorruptCheckpointError, match="'name.of.tensor' has an impossible shape"):
+        read_pickle(data, lambda storage: Extent(source, 0, storage.nbytes), name="test")
 
 
 def test_a_storage_may_be_declared_twice_but_not_without_end() -> None:

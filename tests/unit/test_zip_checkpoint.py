@@ -60,6 +60,20 @@ def test_no_tensor_data_is_read(tmp_path: Path) -> None:
     assert sum(read) < 1 << 20
 
 
+def test_a_small_file_is_read_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.ones(3), "bias": torch.ones(2)}, path)
+    read: list[int] = []
+
+    class Counting(FileSource):
+        def readinto(self, offset: int, buffer: memoryview) -> None:
+            read.append(len(buffer))
+            super().readinto(offset, buffer)
+
+    assert list(archives.open(Counting(path), str(path)).root) == ["weight", "bias"]
+    assert len(read) == 1
+
+
 def test_checksums_that_were_not_computed_say_nothing() -> None:
     options = getattr(torch.serialization, "set_crc32_options", None)
     if options is None:

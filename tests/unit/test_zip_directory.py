@@ -146,3 +146,19 @@ def test_an_empty_archive_has_no_records() -> None:
     buffer = io.BytesIO()
     zipfile.ZipFile(buffer, "w").close()
     assert read_directory(MemorySource(buffer.getvalue())).records == {}
+
+
+@pytest.mark.parametrize("change", [b"PK\x07\x09", b"\0\0\0\0"], ids=["signature", "checksum"])
+def test_descriptors_are_compared_with_the_directory(change: bytes) -> None:
+    stream = Unseekable()
+    with zipfile.ZipFile(stream, "w") as archive:  # type: ignore[arg-type]
+        for name in ("a", "b"):
+            archive.writestr(name, b"data" + name.encode())
+    whole = bytes(stream.data)
+    first, last = whole.index(b"PK\x07\x08"), whole.rindex(b"PK\x07\x08")
+    assert list(read_directory(MemorySource(whole)).records) == ["a", "b"]
+    for descriptor in (first, last):
+        at = descriptor if change.startswith(b"PK") else descriptor + 4
+        damaged = whole[:at] + change + whole[at + 4 :]
+        with pytest.raises(CorruptCheckpointError, match="another size or checksum behind its data"):
+            read_directory(MemorySource(damaged))

@@ -29,7 +29,7 @@ from torchload.plan.arguments import check_arguments, check_choice, with_hints
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Changes, carry_out
 from torchload.plan.options import Options
-from torchload.plan.plan import make_plan
+from torchload.plan.planner import make_plan
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
 from torchload.transfer import Replicas, read_together, verify_extents

@@ -14,7 +14,7 @@ from torchload.core.collector import collector_paused
 from torchload.core.public import CheckpointLike, public
 from torchload.core.quantized import quantized_tensor
 from torchload.core.sharing import Layout, Run, shared_runs
-from torchload.core.text import group_names, listed, printable
+from torchload.core.text import listed, listing, printable
 from torchload.errors import Boundary, CastOverflowError, IncompatibleCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.match import Leaf, as_mapping
@@ -118,13 +118,12 @@ def _tensors(chosen: StateDict) -> dict[str, TensorEntry]:
     if opaque:
         raise IncompatibleCheckpointError(
             f"The checkpoint holds tensors that can't be read as dense ones ({', '.join(sorted(set(opaque.values())))}"
-            f"): {listed(group_names(opaque))}.",
+            f"): {listing(opaque)}.",
             problems=[f"{name} is {reason}" for name, reason in opaque.items()],
         )
     if lost := _lost(chosen.container):
         raise IncompatibleCheckpointError(
-            "The checkpoint holds tensors inside objects, where torchload can't tell what they are: "
-            f"{listed([repr(name) for name in lost])}.",
+            f"The checkpoint holds tensors inside objects, where torchload can't tell what they are: {listing(lost)}.",
             problems=[f"{name} is an object of {kind} that holds tensors" for name, kind in lost.items()],
         )
     return {name: leaf for name, leaf in chosen.leaves.items() if isinstance(leaf, TensorEntry)}

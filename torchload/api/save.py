@@ -13,6 +13,7 @@ from torch import nn
 from torchload.core.public import public
 from torchload.core.ranks import Ranks, attempt
 from torchload.model.unwrapping import unwrapped_state
+from torchload.plan.arguments import with_hints
 from torchload.writing.formats import format_of
 from torchload.writing.plan import Casting, SavePlan, make_save_plan
 from torchload.writing.report import SaveReport
@@ -27,6 +28,7 @@ _Optimizer = torch.optim.Optimizer
 
 
 @public
+@with_hints
 def smart_save(
     model: nn.Module,
     path: str | os.PathLike[str],

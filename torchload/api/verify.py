@@ -15,7 +15,7 @@ from torchload.core.checkpoint import OpaqueTensor, TensorEntry, entries_in
 from torchload.core.collector import collector_paused
 from torchload.core.public import CheckpointLike, public
 from torchload.core.shown import Shown
-from torchload.core.text import format_bytes, format_seconds, group_names, listed, plural, short_dtype
+from torchload.core.text import format_bytes, format_seconds, listing, plural, short_dtype
 from torchload.errors import Boundary
 from torchload.formats import open_checkpoint
 from torchload.match import Selection
@@ -92,7 +92,7 @@ class VerifyReport(Shown):
         if len(self.differing) > _SHOWN:
             lines.append(("…", f"and {len(self.differing) - _SHOWN:,} more"))
         lines += [
-            (label, listed(group_names(names)))
+            (label, listing(names))
             for label, names in (("missing", self.missing_keys), ("unused", self.unexpected_keys))
             if names
         ]

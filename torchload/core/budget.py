@@ -6,7 +6,7 @@ may. Both have a base that covers every small file, and grow with the files.
 
 from __future__ import annotations
 
-from torchload.errors import CorruptCheckpointError
+from torchload.errors import CorruptCheckpointError, refused
 
 __all__ = ["LONGEST_NAME", "Allowance", "Budget"]
 
@@ -43,7 +43,7 @@ class Budget:
         >>> budget.spend(100_000_000, "model.pth")
         >>> budget.spend(100_000_000, "model.pth")
         Traceback (most recent call last):
-        torchload.errors.CorruptCheckpointError: model.pth would unfold to ... Refused.
+        torchload.errors.CorruptCheckpointError: model.pth would take more memory than ...
     """
 
     __slots__ = ("left_bytes", "left_steps")
@@ -69,21 +69,13 @@ class Budget:
         """
         self.left_bytes -= nbytes
         if self.left_bytes < 0:
-            raise CorruptCheckpointError(
-                f"{name} would unfold to more than a checkpoint of this size can hold. It is damaged or made to do "
-                "harm. Refused.",
-                path=name,
-            )
+            raise refused(name, "would take more memory than a checkpoint of its size can need")
 
     def step(self, count: int, name: str) -> None:
         """Account for work that is repeated; arguments and errors as `spend`."""
         self.left_steps -= count
         if self.left_steps < 0:
-            raise CorruptCheckpointError(
-                f"{name} repeats a collection too often for a checkpoint of this size. It is damaged or made to do "
-                "harm. Refused.",
-                path=name,
-            )
+            raise refused(name, "repeats a list or dict more often than a checkpoint of its size can need")
 
 
 class Allowance:

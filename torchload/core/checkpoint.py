@@ -157,7 +157,7 @@ class Copies:
         >>> entry = TensorEntry(torch.float32, (1 << 30,), (Box(extent, 0, (1 << 30,), (0,), (0,)),))
         >>> Copies().add(entry)
         Traceback (most recent call last):
-        torchload.errors.CorruptCheckpointError: <memory> would unfold to ... Refused.
+        torchload.errors.CorruptCheckpointError: <memory> would take more memory than ...
     """
 
     __slots__ = ("_spare_bytes", "_storages")
@@ -184,7 +184,7 @@ class Copies:
             self._spare_bytes = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Quantized:
     """A quantized tensor: integers, and what number each of them stands for.
 
@@ -205,7 +205,7 @@ class Quantized:
     axis: int | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class OpaqueTensor:
     """A tensor that the file holds in a form torchload can't read into a dense tensor.
 
@@ -405,12 +405,8 @@ _REBUILT_FROM_ATTRIBUTES = frozenset(
 
 def _dense(shape: Shape, strides: Shape) -> bool:
     step = 1
-    for size, stride in _backwards(shape, strides):
+    for size, stride in zip(reversed(shape), reversed(strides)):
         if size != 1 and stride != step:
             return 0 in shape
         step *= size
     return True
-
-
-def _backwards(shape: Shape, strides: Shape) -> Iterator[tuple[int, int]]:
-    return zip(reversed(shape), reversed(strides))

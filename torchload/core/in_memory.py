@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from torchload.core.budget import Budget
 from torchload.core.checkpoint import Box, Extent, TensorEntry
 from torchload.core.source import Source
 
@@ -27,22 +28,13 @@ class TensorSource(Source):
         with torch.inference_mode(False):
             self._bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.address = storage.data_ptr()
-        self.name = name
-        self.size = storage.nbytes()
-        self.base = 0
+        super().__init__(name, storage.nbytes(), Budget())
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
         if len(buffer):
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(self._bytes[offset : offset + len(buffer)])
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        part = TensorSource.__new__(TensorSource)
-        part._bytes = self._bytes[offset : offset + size]
-        part.address = self.address + offset
-        part.name, part.size, part.base = name or self.name, size, 0
-        return part
+            start = self.base + offset
+            torch.frombuffer(buffer, dtype=torch.uint8).copy_(self._bytes[start : start + len(buffer)])
 
 
 class MemoryEntries:

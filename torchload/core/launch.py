@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,11 +30,9 @@ def local_rank() -> int | None:
     Where no launcher says so (`torch.multiprocessing.spawn`), the rank in the default process group stands for it: on
     one machine it is the same, and on several like ones it differs by a multiple of what each of them holds.
     """
-    for rank, _ in _LAUNCHERS:
-        if (number := _number(rank)) is not None:
-            return number
-    if "SLURM_STEP_ID" in os.environ and (number := _number("SLURM_LOCALID")) is not None:
-        return number
+    for rank, _ in _launched():
+        if rank is not None:
+            return rank
     group = _default_group()
     return None if group is None else int(group.get_rank())
 
@@ -44,16 +43,30 @@ def has_siblings() -> bool:
     What a launcher says of this machine decides. If none does, several ranks anywhere, or a process that Python's
     `multiprocessing` started, are taken for a sign.
     """
-    for _, size in _LAUNCHERS:
-        if (count := _number(size)) is not None:
+    for _, count in _launched():
+        if count is not None:
             return count > 1
-    if (count := _slurm_tasks_here()) is not None:
-        return count > 1
     group = _default_group()
     if group is not None and group.get_world_size() > 1:
         return True
     if any((_number(size) or 1) > 1 for size in ("WORLD_SIZE", "PMI_SIZE")):
         return True
+    return _is_child()
+
+
+def _launched() -> Iterator[tuple[int | None, int | None]]:
+    """What each launcher tells of this process: its number on this machine, and how many there are.
+
+    A launcher of one process tells nothing of those that this one starts in turn, though they inherit its variables:
+    one task on each node, which spawns a process for each GPU.
+    """
+    told = [(_number(rank), _number(size)) for rank, size in _LAUNCHERS]
+    if "SLURM_STEP_ID" in os.environ:
+        told.append((_number("SLURM_LOCALID"), _slurm_tasks_here()))
+    return ((rank, count) for rank, count in told if not (count == 1 and _is_child()))
+
+
+def _is_child() -> bool:
     return multiprocessing.parent_process() is not None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -80,9 +82,9 @@ class Ranks:
                     error = _left_alone(failure)
         if error is not None:
             raise error
-        for rank, (theirs, _) in enumerate(answers):
-            if theirs is not None:
-                raise _told_by(self.global_rank(rank), theirs)
+        for rank, (raised, _) in enumerate(answers):
+            if raised is not None:
+                raise _told_by(self.global_rank(rank), raised)
         return [said for _, said in answers]
 
     def exchange(self, everyones: list[torch.Tensor], mine: torch.Tensor) -> None:
@@ -135,19 +137,26 @@ def _left_alone(failure: RuntimeError) -> TorchLoadError:
 
 def _told_by(rank: int, error: BaseException) -> BaseException:
     """Another rank's error, as one of this rank, where nothing was written."""
+    where = f" (This happened on rank {rank}.)"
     if isinstance(error, TorchLoadError):
-        error.message += f" (This happened on rank {rank}.)"
-    elif hasattr(error, "add_note"):  # Python 3.11
-        error.add_note(f"(on rank {rank})")
+        error.message += where
+    elif isinstance(error, OSError) and error.strerror:
+        error.strerror += where
+    else:
+        error.args = (f"{error}{where}",)
     if hasattr(error, "written"):
         error.written = ()
     return error
 
 
 def _portable(error: BaseException | None) -> BaseException | None:
-    """An error that can be sent to another process."""
-    if error is None or isinstance(error, (OSError, TorchLoadError)):
-        return error
-    if type(error) in (TypeError, ValueError, RuntimeError):
-        return error
-    return RuntimeError(f"{type(error).__name__}: {error}")
+    """An error that can be sent to another process, which may not know classes of somebody's own."""
+    if error is None:
+        return None
+    if isinstance(error, TorchLoadError) or type(error).__module__ == OSError.__module__:
+        known = isinstance(error, (OSError, TorchLoadError)) or type(error) in (TypeError, ValueError, RuntimeError)
+        with contextlib.suppress(Exception):  # what it carries may be anything
+            if known and pickle.dumps(error):
+                return error
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return (OSError if isinstance(error, OSError) else RuntimeError)(text)

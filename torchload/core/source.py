@@ -12,6 +12,7 @@ import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from torchload.core.budget import Budget
@@ -32,16 +33,17 @@ class Source(ABC):
         name: What to call it in messages (a path, as a rule).
         size: Length in bytes, fixed when the source was opened.
         fd: File descriptor that holds the bytes, or ``None`` for memory.
-        base: Position of byte 0 in that descriptor.
+        base: Position of byte 0 in that descriptor, or in what else holds the bytes.
         budget: What reading its content may cost; that of the whole load.
     """
 
     __slots__ = ("base", "budget", "name", "size")
 
-    name: str
-    size: int
-    base: int
-    budget: Budget
+    def __init__(self, name: str, size: int, budget: Budget) -> None:
+        self.name = name
+        self.size = size
+        self.base = 0
+        self.budget = budget
 
     @property
     def fd(self) -> int | None:
@@ -56,9 +58,12 @@ class Source(ABC):
             OSError: The device failed.
         """
 
-    @abstractmethod
     def slice(self, offset: int, size: int, name: str | None = None) -> Source:
         """The `size` bytes from `offset`, as a source of its own over the same file."""
+        self._check(offset, size)
+        part = copy(self)
+        part.name, part.base, part.size = name or self.name, self.base + offset, size
+        return part
 
     def read(self, offset: int, size: int) -> bytes:
         """The `size` bytes from `offset`; raises like `readinto`."""
@@ -110,14 +115,11 @@ class FileSource(Source):
         return source
 
     def _describe(self, name: str, budget: Budget | None) -> None:
-        self.name = name
-        self.base = 0
         status = os.fstat(self._descriptor.number)
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise CheckpointFormatError(f"{name} is not a regular file.", path=name, found="special file")
-        self.size = status.st_size
-        self.budget = _grown(budget, self.size)
+        super().__init__(name, status.st_size, _grown(budget, status.st_size))
         self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     @property
@@ -137,15 +139,6 @@ class FileSource(Source):
                 )
             buffer = buffer[count:]
             position += count
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        part = FileSource.__new__(FileSource)
-        part.name = name or self.name
-        part._descriptor = self._descriptor
-        part.base, part.size, part.budget = self.base + offset, size, self.budget
-        part.identity = self.identity
-        return part
 
     def close(self) -> None:
         self._descriptor.close()
@@ -222,18 +215,12 @@ class MemorySource(Source):
             budget: That of the source which they were read from; without one, these bytes are a file of their own.
         """
         self.view = memoryview(data).cast("B").toreadonly()
-        self.name = name
-        self.size = self.view.nbytes
-        self.base = 0
-        self.budget = budget or _grown(None, self.size)
+        super().__init__(name, self.view.nbytes, budget or _grown(None, self.view.nbytes))
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
-        buffer[:] = self.view[offset : offset + len(buffer)]
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        return MemorySource(self.view[offset : offset + size], name or self.name, self.budget)
+        start = self.base + offset
+        buffer[:] = self.view[start : start + len(buffer)]
 
 
 class UnpackedSource(Source):
@@ -245,10 +232,7 @@ class UnpackedSource(Source):
         self._unpack = unpack
         self._unpacked: list[bytes | bytearray] = []
         self._lock = threading.Lock()
-        self.name = name
-        self.size = size
-        self.base = 0
-        self.budget = budget
+        super().__init__(name, size, budget)
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
@@ -257,12 +241,6 @@ class UnpackedSource(Source):
                 self._unpacked.append(self._unpack())
         start = self.base + offset
         buffer[:] = memoryview(self._unpacked[0])[start : start + len(buffer)]
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        part = UnpackedSource(self._unpack, size, name or self.name, self.budget)
-        part._unpacked, part._lock, part.base = self._unpacked, self._lock, self.base + offset
-        return part
 
 
 class StreamSource(Source):
@@ -273,15 +251,13 @@ class StreamSource(Source):
     def __init__(self, stream: Any, name: str, budget: Budget | None = None) -> None:
         self._stream = stream
         self._lock = threading.Lock()
-        self.name = name
-        self.base = 0
         position = stream.tell()
         try:
             end = stream.seek(0, os.SEEK_END)
-            self.size = stream.tell() if end is None else end
+            size = stream.tell() if end is None else end
         finally:
             stream.seek(position)
-        self.budget = _grown(budget, self.size)
+        super().__init__(name, size, _grown(budget, size))
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check(offset, len(buffer))
@@ -302,14 +278,6 @@ class StreamSource(Source):
                 )
             buffer[: len(chunk)] = chunk
             buffer = buffer[len(chunk) :]
-
-    def slice(self, offset: int, size: int, name: str | None = None) -> Source:
-        self._check(offset, size)
-        part = StreamSource.__new__(StreamSource)
-        part._stream, part._lock = self._stream, self._lock
-        part.name = name or self.name
-        part.base, part.size, part.budget = self.base + offset, size, self.budget
-        return part
 
 
 _TOO_MANY_FILES = (

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
 
 __all__ = [
+    "as_glob",
     "format_bytes",
     "format_seconds",
     "group_names",
     "listed",
+    "listing",
     "plural",
     "printable",
     "printable_lines",
@@ -108,6 +111,27 @@ def group_names(names: Iterable[str]) -> list[str]:
         dot = f"{module}." if module else ""
         lines.append(f"{dot}{leaves[0]}" if len(leaves) == 1 else f"{dot}{{{', '.join(leaves)}}}")
     return lines
+
+
+def as_glob(name: str) -> str:
+    """A name as a glob that matches it alone.
+
+    Example:
+        >>> as_glob("it's [0]")
+        "it's [[]0]"
+    """
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def listing(names: Iterable[str], most: int = 8) -> str:
+    """Names on one line: grouped, and cut where there are many.
+
+    Example:
+        >>> listing(["fc.weight", "fc.bias", "conv.weight", "out"], 2)
+        'fc.{weight, bias}, conv.weight and 1 more'
+    """
+    groups = group_names(names)
+    return ", ".join(groups[:most]) + (f" and {len(groups) - most:,} more" if len(groups) > most else "")
 
 
 def format_bytes(count: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torchload.core.budget import Budget
@@ -132,7 +133,7 @@ class _Opening:
             checkpoint = self.file(choice.files[0])
         else:
             checkpoint = sharded.open_list(list(choice.files), self.shard)
-        return folder.describe(checkpoint, path, choice)
+        return replace(checkpoint, path=path, notes=(*choice.notes, *checkpoint.notes))
 
     def are_parts(self, paths: Sequence[str]) -> bool:
         """Whether files open as one checkpoint, and none has a name that another one has."""

@@ -17,7 +17,7 @@ from typing import Any
 from torchload.core.budget import Budget
 from torchload.core.source import FileSource, MemorySource, Source, StreamSource
 from torchload.core.text import printable
-from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
+from torchload.errors import GET_IT_AGAIN, CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 
 __all__ = [
     "UNFINISHED_SUFFIXES",
@@ -41,7 +41,7 @@ _MEMBER_OF_FOLDER = re.compile(
     r"(?:__\d+)?\.metadata | __\d+_\d+\.distcp | (?:bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt", re.VERBOSE
 )
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<!\.pt)(?<!\.pth)(?<!\.bin)(?<!\.safetensors)")
+_HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<!\.pt)(?<!\.pth)(?<!\.bin)(?<!\.safetensors)"
 
 _SPECIAL_KINDS = (
     (stat.S_ISFIFO, "a FIFO (named pipe)"),
@@ -130,9 +130,8 @@ def source_of_file(path: str, budget: Budget | None = None) -> Source:
     source = FileSource(path, budget)
     if source.size == 0:
         source.close()
-        raise CorruptCheckpointError(
-            f"{path} is empty (0 bytes): the download or the save never wrote to it.", path=path, found="empty file"
-        )
+        problem = "is empty (0 bytes): the download or the save never wrote to it"
+        raise CorruptCheckpointError(f"{path} {problem}. {GET_IT_AGAIN}", path=path, found="empty file")
     return source
 
 
@@ -222,7 +221,7 @@ def _hint(path: str) -> str:
         existing = folder
         while existing and not os.path.isdir(existing) and existing != os.path.dirname(existing):
             existing = os.path.dirname(existing)
-        if _HUB_ID.fullmatch(path):
+        if re.fullmatch(_HUB_ID, path):
             return (
                 "If it is the id of a model on the Hugging Face hub, download it first and give the folder: "
                 f"huggingface_hub.snapshot_download({path!r})."

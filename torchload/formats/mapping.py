@@ -68,7 +68,8 @@ class _Tree:
         if id(value) in self._known:
             return self._known[id(value)][1]
         if levels == 0:
-            raise CheckpointFormatError(f"The mapping is nested more than {_DEEPEST} levels deep.", path=_NAME)
+            problem = f"The mapping is nested more than {_DEEPEST} levels deep. Give the part of it with the weights."
+            raise CheckpointFormatError(problem, path=_NAME)
         if isinstance(value, (nn.Module, Mapping)):
             return self._container(value, levels - 1)
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import tee
 
 from torchload.core.budget import Allowance
-from torchload.core.checkpoint import Shape, TensorEntry
 from torchload.core.wrappers import WRAPPER_STATE, WRAPPERS
 from torchload.match.company import is_copy_of
-from torchload.match.containers import Leaf, Place, shape_of
+from torchload.match.containers import Leaf, Place
 from torchload.match.leftovers import Leftovers
 from torchload.match.names import Alignment, Node, align, tree_of
 from torchload.match.paths import joined, last
 from torchload.match.rename import Rename, renamed_from
-from torchload.match.selection import Selection, Wanted
+from torchload.match.selection import Selection, Wanted, mismatched
 from torchload.match.tables import AVERAGED_WORDS, GENERIC, NEVER_THE_MODELS, container_standing, words_of
 from torchload.match.values import Read, is_mask
 
@@ -33,27 +32,6 @@ class _View:
 
     added: str
     node: Node
-
-
-class _Views:
-    """Views of the model, each made when it is first come to: as a rule the whole fits."""
-
-    def __init__(self, views: Iterator[_View]) -> None:
-        self._coming = views
-        self._made: list[_View] = []
-
-    def __iter__(self) -> Iterator[_View]:
-        for count in itertools.count():
-            if count == len(self._made):
-                if (view := next(self._coming, None)) is None:
-                    return
-                self._made.append(view)
-            yield self._made[count]
-
-    @property
-    def whole(self) -> _View:
-        """The model's names as they are."""
-        return next(iter(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +65,13 @@ class Search:
             least: How many tensors it has to have.
             parts: Whether to try it on parts of the model too.
         """
-        views = _Views(_model_views(self.wanted, parts))
+        views = _model_views(self.wanted, parts)  # each made when it is first come to: as a rule the whole fits
         is_bare = self.wanted.is_bare
         own: dict[tuple[str, ...], Selection] = {}
         for place in self.places:
             if len(place.leaves) >= least and not _is_left_over(place, own):
-                for candidate in self._in(place, views, least, is_bare=is_bare):
+                views, again = tee(views)
+                for candidate in self._in(place, again, least, is_bare=is_bare):
                     if len(self.places) > 1 and self._is_own(candidate):
                         own[place.segments] = candidate
                     yield candidate
@@ -103,18 +82,20 @@ class Search:
             return False
         return not replace(self.wanted, optional=frozenset()).lacks(candidate.pairs)[0]
 
-    def _in(self, place: Place, views: _Views, least: int, *, is_bare: bool) -> Iterator[Selection]:
+    def _in(self, place: Place, views: Iterator[_View], least: int, *, is_bare: bool) -> Iterator[Selection]:
         """The candidates in one container."""
         original: Mapping[str, str] = {}
         leaves = place.leaves
         if self.rename is not None:
             original = renamed_from(self.rename, leaves)
             leaves = {new: leaves[old] for new, old in original.items()}
+        views, again = tee(views)
+        whole = next(again)
         tree = tree_of(leaves, self.allowance)
         judge = _Judge(self, place, leaves, original)
         if self.prefix is None and "model" in place.inner:  # OpenNMT: 'model' and 'generator' together are the model
             self.allowance.spend(0, _BYTES_PER_LEAF * len(leaves))
-            alignment = align(tree, views.whole.node, lift=("model",))
+            alignment = align(tree, whole.node, lift=("model",))
             if ("file", "model") in alignment.dropped:
                 yield judge("", tree, alignment, "")
         searched = len(self.places) > 1  # not chosen by key, which hides what is above
@@ -122,10 +103,11 @@ class Search:
         for below, node in _nodes(tree, least, place.inner if self.rename is None else frozenset()):
             if self.prefix is not None and not _is_prefix(below, self.prefix.rstrip(".")):
                 continue
-            for view in views:
+            views, again = tee(views)
+            for view in again:
                 if view.added and last(joined(place.path if searched else "", below)) == last(view.added):
                     continue  # the file has the prefix too: the same pair one level down, seen without its siblings
-                if len(node.names) < len(view.node.names) * _SHARE and view is not views.whole:
+                if len(node.names) < len(view.node.names) * _SHARE and view is not whole:
                     continue
                 if self.prefix is None and not self.guess and not _may_be_meant(tree, below, view, is_bare=is_bare):
                     continue
@@ -264,11 +246,11 @@ class _Judge:
             leaves=leaves,
             pairs=pairs,
             missing=missing,
-            mismatched=_mismatched(wanted, pairs, leaves),
+            mismatched=mismatched(wanted.shapes, pairs, leaves),
             unexpected=leftovers.unexpected,
             outside=leftovers.outside,
             ignored=[*harmless, *leftovers.ignored],
-            constants=tuple(leftovers.constants),
+            constants=leftovers.constants,
             alignment=alignment,
             standing=container_standing(*segments),
             crossed=not prefix
@@ -285,17 +267,6 @@ class _Judge:
         if read is not None and id(leaf) not in masks:
             masks[id(leaf)] = is_mask(leaf, read, self.search.allowance)
         return masks.get(id(leaf), False)
-
-
-def _mismatched(wanted: Wanted, pairs: Mapping[str, str], leaves: Mapping[str, Leaf]) -> dict[str, tuple[Shape, Shape]]:
-    mismatched: dict[str, tuple[Shape, Shape]] = {}
-    for name, shape in wanted.shapes.items():
-        if shape is not None and (source := pairs.get(name)) is not None:
-            leaf = leaves[source]
-            found = leaf.shape if type(leaf) is TensorEntry else shape_of(leaf)
-            if found not in (shape, None) and not (shape == () and found == (1,)):
-                mismatched[name] = (found, shape)
-    return mismatched
 
 
 def needed_tensors(wanted: Wanted) -> int:

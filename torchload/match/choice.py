@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 from torchload.core.budget import Allowance
@@ -18,7 +19,7 @@ from torchload.match.names import is_path
 from torchload.match.rename import Rename
 from torchload.match.selection import Selection, Wanted
 from torchload.match.tables import Standing, container_standing
-from torchload.match.values import Read, hold_same_values, was_never_updated
+from torchload.match.values import Read, each_once, was_never_updated
 
 __all__ = ["select"]
 
@@ -48,7 +49,7 @@ def select(
         wanted: The model.
         key: Dotted path of the container to use, or of a prefix in one; ``None`` searches all of them.
         prefix: Prefix of the names to use; ``None`` searches all of them.
-        rename: Applied to the names of each container before anything else (see `renamer`).
+        rename: Applied to the names of each container before anything else (see `renamed_from`).
         strict: Whether only a whole fit will do. Otherwise the candidate that fills most is chosen, but never one that
             fills less than a whole fit.
         size_bytes: Length of the checkpoint's files, which bounds what its names may cost.
@@ -201,10 +202,10 @@ class _Choice:
         used = [set(candidate.pairs.values()) for candidate in left]
         return [
             candidate
-            for candidate, ours in zip(left, used)
+            for candidate, taken in zip(left, used)
             if not any(
-                candidate.key == other.key and candidate is not other and ours < theirs
-                for other, theirs in zip(left, used)
+                candidate.key == other.key and candidate is not other and taken < others
+                for other, others in zip(left, used)
             )
         ]
 
@@ -214,7 +215,7 @@ class _Choice:
         return [
             candidate
             for candidate in weights
-            if candidate.standing is Standing.AVERAGE or not any(lags_behind(candidate, other) for other in weights)
+            if candidate.averaged or not any(lags_behind(candidate, other) for other in weights)
         ]
 
     def _exact(self, left: list[Selection]) -> list[Selection]:
@@ -224,10 +225,10 @@ class _Choice:
 
     def _average(self, left: list[Selection]) -> list[Selection]:
         """Averages before the raw weights of the same network, and raw weights before an average that began nowhere."""
-        raw = [candidate for candidate in left if candidate.standing is not Standing.AVERAGE]
+        raw = [candidate for candidate in left if not candidate.averaged]
         averages: list[Selection] = []
         for candidate in left:
-            if candidate.standing is not Standing.AVERAGE:
+            if not candidate.averaged:
                 continue
             if raw and (counter := self._never_updated(candidate)):
                 self._notes.append(
@@ -252,17 +253,7 @@ class _Choice:
 
     def _not_equal(self, left: list[Selection]) -> list[Selection]:
         """Each set of values once."""
-        found: list[Selection] = []
-        for candidate in left:
-            if not any(self._is_equal(candidate, other) for other in found):
-                found.append(candidate)
-        return found
-
-    def _is_equal(self, one: Selection, other: Selection) -> bool:
-        if self._search.read is None or one.pairs.keys() != other.pairs.keys():
-            return False
-        pairs = ((one.leaves[source], other.leaves[other.pairs[name]]) for name, source in one.pairs.items())
-        return hold_same_values(pairs, self._search.read, self._reading)
+        return each_once(left, lambda candidate: candidate.filled, self._search.read, self._reading)
 
     def _incomplete_averages(self, chosen: Selection) -> Iterator[str]:
         """What to say of averages that only lack buffers: somebody may have meant one of them."""
@@ -346,7 +337,7 @@ def _distinct(fitting: list[Selection]) -> list[Selection]:
 
 def _data(candidate: Selection) -> tuple[object, ...]:
     """Identity of the data that a candidate would load, whatever it is called."""
-    leaves = [candidate.leaves[source] for _, source in sorted(candidate.pairs.items())]
+    leaves = (leaf for _, leaf in sorted(candidate.filled.items(), key=itemgetter(0)))
     return tuple(leaf.location if isinstance(leaf, TensorEntry) else id(leaf) for leaf in leaves)
 
 
@@ -368,10 +359,11 @@ def _nothing(
         hint = f"Its names begin with: {cut(tops)}."
     else:
         what = "not one name in common with this model" + (" after rename=" if is_renamed else "")
-        theirs, ours = (
-            [printable(name, _SHOWN) for name in list(names)[:4]] for names in (largest.leaves, wanted.shapes)
+        in_file, in_model = (
+            ", ".join([*(printable(name, _SHOWN) for name in islice(names, 4)), "…"])
+            for names in (largest.leaves, wanted.shapes)
         )
-        hint = f"The file has {', '.join(theirs)}, …; the model has {', '.join(ours) + ', …' if ours else 'no tensors'}"
+        hint = f"The file has {in_file}; the model has {in_model if wanted.shapes else 'no tensors'}"
     return IncompatibleCheckpointError(
         f"The checkpoint has {what}.\n  {hint}",
         missing_keys=wanted.shapes,

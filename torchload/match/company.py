@@ -7,10 +7,11 @@ meant. Whether two are of one network is told by what is left of their names wit
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torchload.core.wrappers import WRAPPERS
-from torchload.match.containers import Leaf, as_mapping
+from torchload.match.containers import as_mapping
+from torchload.match.selection import Selection
 from torchload.match.tables import (
     AVERAGED_WORDS,
     SWAPPED,
@@ -19,40 +20,15 @@ from torchload.match.tables import (
     words_of,
 )
 
-__all__ = ["Candidate", "is_average_of", "is_copy_of", "lags_behind", "standing_in_company"]
-
-
-class Candidate(Protocol):
-    """What may be meant, as far as its name and its company tell."""
-
-    @property
-    def segments(self) -> tuple[str, ...]: ...
-
-    @property
-    def key(self) -> str: ...
-
-    @property
-    def leaves(self) -> Mapping[str, Leaf]: ...
+__all__ = ["is_average_of", "is_copy_of", "lags_behind", "standing_in_company"]
 
 
 # Words that say that something is weights, and not whose.
 _NOBODYS = frozenset(
     {
         *("state", "dict", "dicts", "model", "models", "net", "network", "module", "params", "param", "parameters"),
-        *(
-            "weight",
-            "weights",
-            "sd",
-            "online",
-            "raw",
-            "shadow",
-            "copy",
-            "pytorch",
-            "base",
-            "bare",
-            "current",
-            "backbone",
-        ),
+        *("weight", "weights", "sd", "online", "raw", "shadow", "copy", "pytorch", "base", "bare", "current"),
+        "backbone",
     }
 )
 _ALIASES = {"g": "generator", "netg": "generator", "d": "discriminator", "netd": "discriminator"}
@@ -60,7 +36,7 @@ _HEADS = frozenset({"projector", "projection_head", "proj_head", "dino_head", "i
 _DINOS = frozenset({"mlp", "last_layer"})  # inside DINO's, which is called `head`
 
 
-def standing_in_company(candidate: Candidate, others: Sequence[Candidate], root: Any) -> Standing:
+def standing_in_company(candidate: Selection, others: Sequence[Selection], root: Any) -> Standing:
     """What a name means in its file."""
     for swap in SWAPPED:
         if candidate.segments[:1] in ((swap.average,), (swap.raw,)) and swap.is_in(root):
@@ -77,7 +53,7 @@ def standing_in_company(candidate: Candidate, others: Sequence[Candidate], root:
     return standing
 
 
-def is_average_of(average: Candidate, raw: Candidate, *, only: bool = False) -> bool:
+def is_average_of(average: Selection, raw: Selection, *, only: bool = False) -> bool:
     """Whether an average is of the same network as some raw weights.
 
     Args:
@@ -85,10 +61,10 @@ def is_average_of(average: Candidate, raw: Candidate, *, only: bool = False) -> 
         raw: The raw weights.
         only: Whether there are no other raw weights: then a name that says nothing of the network will do.
     """
-    ours, theirs = _subject(average.segments), _subject(raw.segments)
-    if "teacher" in ours:
-        ours = (ours - {"teacher"}) | {"student"}
-    return ours == theirs or (only and not (ours and theirs))
+    averaged, trained = _subject(average.segments), _subject(raw.segments)
+    if "teacher" in averaged:
+        averaged = (averaged - {"teacher"}) | {"student"}
+    return averaged == trained or (only and not (averaged and trained))
 
 
 def _subject(segments: Iterable[str]) -> frozenset[str]:
@@ -124,21 +100,20 @@ def follows(label: str, other: str) -> bool:
         >>> follows("encoder_k", "encoder_q"), follows("momentum_encoder", "encoder"), follows("target", "online")
         (True, True, True)
     """
-    ours, theirs = words_of(label), words_of(other)
-    if "k" in ours and tuple("q" if word == "k" else word for word in ours) == theirs:
+    words, followed_words = words_of(label), words_of(other)
+    if "k" in words and tuple("q" if word == "k" else word for word in words) == followed_words:
         return True
-    rest = [word for word in ours if word not in _LAGGING]
-    followed = (list(theirs), [word for word in theirs if word not in _LEADING])
-    return len(rest) < len(ours) and _LAGGING.isdisjoint(theirs) and rest in followed
+    rest = [word for word in words if word not in _LAGGING]
+    followed = (list(followed_words), [word for word in followed_words if word not in _LEADING])
+    return len(rest) < len(words) and _LAGGING.isdisjoint(followed_words) and rest in followed
 
 
-def lags_behind(candidate: Candidate, other: Candidate) -> bool:
+def lags_behind(candidate: Selection, other: Selection) -> bool:
     """Whether one of two sets of weights is a copy that follows the other during training."""
-    ours = [segment for segment in candidate.segments if segment not in WRAPPERS]
-    theirs = [segment for segment in other.segments if segment not in WRAPPERS]
-    if len(ours) != len(theirs):
+    path, other_path = _without_wrappers(candidate), _without_wrappers(other)
+    if len(path) != len(other_path):
         return False
-    apart = [(here, there) for here, there in zip(ours, theirs) if here != there]
+    apart = [(here, there) for here, there in zip(path, other_path) if here != there]
     if len(apart) != 1:
         return False
     here, there = apart[0]
@@ -146,7 +121,7 @@ def lags_behind(candidate: Candidate, other: Candidate) -> bool:
     return follows(here, there) or (within and here == "teacher" and there == "model")
 
 
-def _stands_beside(candidate: Candidate, segment: str, sibling: str, root: Any) -> bool:
+def _stands_beside(candidate: Selection, segment: str, sibling: str, root: Any) -> bool:
     """Whether a file has `sibling` where a candidate's path has `segment`, as a container or as a prefix of names."""
     position = candidate.segments.index(segment)
     inside = len(_key_segments(candidate))
@@ -158,7 +133,7 @@ def _stands_beside(candidate: Candidate, segment: str, sibling: str, root: Any) 
     return isinstance(root, Mapping) and sibling in root
 
 
-def _key_segments(candidate: Candidate) -> tuple[str, ...]:
+def _key_segments(candidate: Selection) -> tuple[str, ...]:
     """The part of a candidate's path that leads to its container."""
     for count in range(len(candidate.segments) + 1):
         if ".".join(candidate.segments[:count]) == candidate.key:
@@ -169,12 +144,13 @@ def _key_segments(candidate: Candidate) -> tuple[str, ...]:
 # --- self-distillation ---
 
 
-def _is_self_distilled(candidate: Candidate, others: Sequence[Candidate], root: Any) -> bool:
+def _is_self_distilled(candidate: Selection, others: Sequence[Selection], root: Any) -> bool:
     """Whether a teacher is the average of the student beside it (DINO, iBOT, mean teacher), and not another network.
 
     A teacher that was trained before says nothing of the kind, even if it is of the student's make.
     """
-    student = next((other for other in others if _swapped_name(candidate) == _without_wrappers(other)), None)
+    name = tuple("student" if segment == "teacher" else segment for segment in _without_wrappers(candidate))
+    student = next((other for other in others if _without_wrappers(other) == name), None)
     if student is None:
         return False
     if _has_mark(root):
@@ -184,11 +160,7 @@ def _is_self_distilled(candidate: Candidate, others: Sequence[Candidate], root: 
     )
 
 
-def _swapped_name(candidate: Candidate) -> tuple[str, ...]:
-    return tuple("student" if name == "teacher" else name for name in _without_wrappers(candidate))
-
-
-def _without_wrappers(candidate: Candidate) -> tuple[str, ...]:
+def _without_wrappers(candidate: Selection) -> tuple[str, ...]:
     return tuple(name for name in candidate.segments if name not in WRAPPERS)
 
 
@@ -218,7 +190,7 @@ def _has_projection_head(names: Iterable[str]) -> bool:
     return any(not _HEADS.isdisjoint(parts) or ("head" in parts and not _DINOS.isdisjoint(parts)) for parts in segments)
 
 
-def _all_below(candidate: Candidate, role: str) -> Iterable[str]:
+def _all_below(candidate: Selection, role: str) -> Iterable[str]:
     """Every name below the segment `role` of a candidate's path."""
     inside = _key_segments(candidate)
     if role in inside:

@@ -152,10 +152,10 @@ def _at_root(result: Alignment, source: Node, model: Node, lift: frozenset[str])
     liftable = WRAPPERS.keys() | lift
     if source.names.keys() != model.names.keys() and not _may_agree(source, model, liftable):
         return
-    extra, theirs = _pair_children(result, source, model, work, liftable)
+    extra, in_model = _pair_children(result, source, model, work, liftable)
     if not work and not result.pairs:
         return  # nothing in common: not the same module, and no use in naming what it lacks
-    _note_leftover(result, extra, theirs)
+    _note_leftover(result, extra, in_model)
     while work:
         pair = work.pop()
         _note_leftover(result, *_pair_children(result, *pair, work, WRAPPERS.keys()))
@@ -165,16 +165,16 @@ def _may_agree(source: Node, model: Node, liftable: Collection[str]) -> bool:
     """Whether a look at the labels leaves a chance: most pairs of sub-trees have nothing to do with each other."""
     if source.is_tensor and model.is_tensor:
         return True
-    ours, theirs = source.chain, model.chain
+    in_file, in_model = source.chain, model.chain
     return (
-        any(here.keys() & there.keys() for here in ours.levels for there in theirs.levels)
-        or any(here.keys() & liftable for here in (*ours.levels, *theirs.levels))
-        or (ours.has_tensors and theirs.has_tensors)
+        any(here.keys() & there.keys() for here in in_file.levels for there in in_model.levels)
+        or any(here.keys() & liftable for here in (*in_file.levels, *in_model.levels))
+        or (in_file.has_tensors and in_model.has_tensors)
     )
 
 
-def _note_leftover(result: Alignment, extra: dict[str, Node], theirs: dict[str, Node]) -> None:
-    here = _path_of(theirs) if theirs else ""
+def _note_leftover(result: Alignment, extra: dict[str, Node], in_model: dict[str, Node]) -> None:
+    here = _path_of(in_model) if in_model else ""
     result.leftover.update((name, here + local) for local, name in _joined(extra).items())
 
 
@@ -192,17 +192,17 @@ def _pair_children(
     if source.is_tensor and model.is_tensor:
         result.pairs[model.names[""]] = source.names[""]
     if source.names.keys() <= model.names.keys() or source.names.keys() >= model.names.keys():
-        ours, theirs = source.children, model.children  # names that are the model's to the letter are never others
+        in_file, in_model = source.children, model.children  # names that are the model's to the letter are never others
     else:
-        ours, theirs = _agree(result, source.chain, model.chain)
-    extra = {label: ours[label] for label in ours if label not in theirs}
-    lacking = {label: theirs[label] for label in theirs if label not in ours}
-    work.extend((ours[label], theirs[label]) for label in ours if label in theirs)
+        in_file, in_model = _agree(result, source.chain, model.chain)
+    extra = {label: in_file[label] for label in in_file if label not in in_model}
+    lacking = {label: in_model[label] for label in in_model if label not in in_file}
+    work.extend((in_file[label], in_model[label]) for label in in_file if label in in_model)
     if extra and lacking:
         _lift(result, extra, lacking, work, liftable, "file")
         _lift(result, lacking, extra, work, liftable, "model")
         _rename(result, extra, lacking)
-    return extra, theirs
+    return extra, in_model
 
 
 @dataclass(slots=True)
@@ -239,20 +239,20 @@ class _Chain:
 def _agree(result: Alignment, source: _Chain, model: _Chain) -> tuple[dict[str, Node], dict[str, Node]]:
     """The level of each chain at which the children agree best, as deep as possible."""
     _, i, j = max(
-        (len(ours.keys() & theirs.keys()), i, j)
-        for i, ours in enumerate(source.levels)
-        for j, theirs in enumerate(model.levels)
+        (len(in_file.keys() & in_model.keys()), i, j)
+        for i, in_file in enumerate(source.levels)
+        for j, in_model in enumerate(model.levels)
     )
     # What both sides have above the chosen levels belongs together (the state of the same wrapper), innermost first.
     passed = [(label, name) for depth, label, name in source.state if depth < i]
     for depth, label, name in reversed(model.state):
         if depth < j:
-            ours = next((name for kind, name in reversed(passed) if kind == label), None)
-            if ours is None:
+            in_file = next((name for kind, name in reversed(passed) if kind == label), None)
+            if in_file is None:
                 result.spare.append(name)
             else:
-                result.pairs[name] = ours
-                passed.remove((label, ours))
+                result.pairs[name] = in_file
+                passed.remove((label, in_file))
     result.wrapper_state += [name for _, name in passed]
     # A wrapper that both sides have was not dropped from either.
     dropped_here, dropped_there = source.labels[:i], model.labels[:j]
@@ -287,20 +287,15 @@ def _lift(
         if len(offered) > 1:
             claims = [name for _, node in offered for name in node.names.values()]
             aims = list(target.names.values())
-            ours, theirs = (claims, aims) if side == "file" else (aims, claims)
-            result.ambiguous.update((name, ours) for name in theirs)
+            in_file, in_model = (claims, aims) if side == "file" else (aims, claims)
+            result.ambiguous.update((name, in_file) for name in in_model)
             continue
         label, node = offered[0]
         work.append((node, target) if side == "file" else (target, node))
         result.dropped[side, label] = result.dropped.get((side, label), 0) + 1
         lifted.update(node.names.values())
     for label in {label for offered in offers.values() for label, _ in offered}:
-        _remove(holders, label, lifted)
-
-
-def _remove(children: dict[str, Node], label: str, names: Collection[str]) -> None:
-    """Take names away from one child of a node."""
-    children[label] = children[label].without(names)
+        holders[label] = holders[label].without(lifted)
 
 
 _PARAMETRIZED = "parametrizations"
@@ -313,24 +308,24 @@ _SPELLINGS = [
 
 def _rename(result: Alignment, extra: dict[str, Node], lacking: dict[str, Node]) -> None:
     """Pair what is left in one module where a known rule says that two spellings mean the same tensors."""
-    ours, theirs = _own_tensors(extra), _own_tensors(lacking)
-    if not (ours and theirs):
+    in_file, in_model = _own_tensors(extra), _own_tensors(lacking)
+    if not (in_file and in_model):
         return
     renamed: set[str] = set()
     for rule, here, there, pattern in _SPELLINGS:
-        for found in [match for local in ours if (match := pattern.fullmatch(local))]:
+        for found in [match for local in in_file if (match := pattern.fullmatch(local))]:
             parameter = found.groupdict().get("p", "")
             from_names = [name.format(p=parameter) for name in here]
             to_names = [name.format(p=parameter) for name in there]
-            if all(name in ours for name in from_names) and all(name in theirs for name in to_names):
+            if all(name in in_file for name in from_names) and all(name in in_model for name in to_names):
                 for from_name, to_name in zip(from_names, to_names):
-                    name = ours.pop(from_name)
-                    result.pairs[theirs.pop(to_name)] = name
+                    name = in_file.pop(from_name)
+                    result.pairs[in_model.pop(to_name)] = name
                     result.renamed[name] = rule.what
                     renamed.add(name)
     if renamed:
         for label in [label for label in extra if label == _PARAMETRIZED or extra[label].is_tensor]:
-            _remove(extra, label, renamed)
+            extra[label] = extra[label].without(renamed)
 
 
 def _own_tensors(children: Mapping[str, Node]) -> dict[str, str]:

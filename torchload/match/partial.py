@@ -63,10 +63,10 @@ def transposed(selection: Selection) -> list[str]:
     """Names of matrices that the file has the other way round; their square siblings would load transposed."""
     return [
         name
-        for name, (theirs, ours) in selection.mismatched.items()
-        if len(theirs) >= 2
-        and len(theirs) == len(ours)
-        and theirs != ours
-        and theirs[:2] == ours[1::-1]
-        and theirs[2:] == ours[2:]
+        for name, (in_file, in_model) in selection.mismatched.items()
+        if len(in_file) >= 2
+        and len(in_file) == len(in_model)
+        and in_file != in_model
+        and in_file[:2] == in_model[1::-1]
+        and in_file[2:] == in_model[2:]
     ]

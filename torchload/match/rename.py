@@ -4,61 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
 
 from torchload.errors import AmbiguousCheckpointError
 
-__all__ = ["Rename", "renamed_from", "renamer"]
+__all__ = ["Rename", "renamed_from"]
 
 Rename = Mapping[str, str] | Callable[[str], "str | None"]
 """Regular expression → replacement (applied in order, each with `re.sub`), or a callable; ``None`` drops the name."""
 
-Value = TypeVar("Value")
-
 
 def renamed_from(rename: Rename, names: Iterable[str]) -> dict[str, str]:
-    r"""New name → old name, in the same order, without what was dropped; raises as `renamer` does.
-
-    Example:
-        >>> renamed_from({r"^net\.": "backbone."}, ["net.fc.weight"])
-        {'backbone.fc.weight': 'net.fc.weight'}
-    """
-    return renamer(rename, {name: name for name in names})
-
-
-def renamer(rename: Rename, values: Mapping[str, Value]) -> dict[str, Value]:
-    r"""Apply a renaming to every name.
-
-    Args:
-        rename: What to do.
-        values: Name → anything.
-
-    Returns:
-        New name → the same thing, in the same order, without what was dropped.
+    r"""New name → old name, in the same order, without what was dropped.
 
     Raises:
         AmbiguousCheckpointError: Two names would become one.
 
     Example:
-        >>> renamer({r"^net\.": "backbone."}, {"net.fc.weight": 1})
-        {'backbone.fc.weight': 1}
+        >>> renamed_from({r"^net\.": "backbone."}, ["net.fc.weight"])
+        {'backbone.fc.weight': 'net.fc.weight'}
     """
     function = rename if callable(rename) else _substitution(rename)
-    renamed: dict[str, Value] = {}
     came_from: dict[str, str] = {}
-    for name, value in values.items():
+    for name in names:
         new = function(name)
         if new is None:
             continue
-        if new in renamed:
+        if new in came_from:
             raise AmbiguousCheckpointError(
                 f"rename gives {came_from[new]!r} and {name!r} the same name {new!r}. Make the rule more specific.",
                 candidates=(came_from[new], name),
                 argument="rename",
             )
-        renamed[new] = value
         came_from[new] = name
-    return renamed
+    return came_from
 
 
 def _substitution(table: Mapping[str, str]) -> Callable[[str], str]:

@@ -14,7 +14,7 @@ from torchload.match.names import Alignment
 from torchload.match.paths import joined, last
 from torchload.match.tables import BENIGN_MISSING, Standing
 
-__all__ = ["Selection", "Wanted", "is_bare"]
+__all__ = ["Selection", "Wanted", "is_bare", "mismatched"]
 
 
 _NO_GLOBS = Globs()
@@ -32,6 +32,20 @@ def is_bare(name: str) -> bool:
     """
     *above, leaf = name.split(".")
     return leaf in _EVERY_LAYERS and all(segment.isdecimal() for segment in above)
+
+
+def mismatched(
+    shapes: Mapping[str, Shape | None], pairs: Mapping[str, str], leaves: Mapping[str, Leaf]
+) -> dict[str, tuple[Shape, Shape]]:
+    """Model name → (shape in the file, shape in the model) where these differ; one element will do for a scalar."""
+    found: dict[str, tuple[Shape, Shape]] = {}
+    for name, shape in shapes.items():
+        if shape is not None and (source := pairs.get(name)) is not None:
+            leaf = leaves[source]
+            in_file = leaf.shape if type(leaf) is TensorEntry else shape_of(leaf)
+            if in_file not in (shape, None) and not (shape == () and in_file == (1,)):
+                found[name] = (in_file, shape)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +126,7 @@ class Wanted:
         return all(is_bare(name) for name in self.shapes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Selection:
     """The chosen sub-tree and how its names correspond to the model's. Who knows better makes another (`replace`).
 
@@ -144,18 +158,18 @@ class Selection:
     """
 
     key: str
-    prefix: str
     segments: tuple[str, ...]
     container: Mapping[Any, Any]
     leaves: dict[str, Leaf]
-    pairs: dict[str, str]
-    missing: list[str]
-    mismatched: dict[str, tuple[Shape, Shape]]
-    unexpected: list[str]
-    outside: list[str]
-    ignored: list[str]
-    alignment: Alignment
-    constants: tuple[str, ...] = ()
+    prefix: str = ""
+    pairs: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    alignment: Alignment = field(default_factory=Alignment)
+    constants: list[str] = field(default_factory=list)
     standing: Standing = Standing.PLAIN
     crossed: bool = False
     skipped: list[str] = field(default_factory=list)
@@ -172,6 +186,11 @@ class Selection:
     def path(self) -> str:
         """Container and prefix as one dotted path."""
         return joined(self.key, self.prefix)
+
+    @property
+    def filled(self) -> dict[str, Leaf]:
+        """Model name → what the file holds for it."""
+        return {name: self.leaves[source] for name, source in self.pairs.items()}
 
     @property
     def averaged(self) -> bool:

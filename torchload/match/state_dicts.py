@@ -8,7 +8,7 @@ name before an odd one of another layout is a guess, and told. Where that leaves
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchload.core.budget import Allowance
@@ -18,8 +18,9 @@ from torchload.core.wrappers import WRAPPERS
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError
 from torchload.match.company import is_average_of, lags_behind, standing_in_company
 from torchload.match.containers import Leaf, Place, find_places
+from torchload.match.selection import Selection
 from torchload.match.tables import NEVER_THE_MODELS, UNTOUCHED, USUAL_CONTAINERS, Standing
-from torchload.match.values import Read, hold_same_values, was_never_updated
+from torchload.match.values import Read, each_once, was_never_updated
 
 __all__ = ["StateDict", "find_state_dict"]
 
@@ -43,31 +44,6 @@ class StateDict:
     leaves: dict[str, Leaf]
     rivals: tuple[str, ...] = ()
     is_guess: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Candidate:
-    """A container among its siblings."""
-
-    place: Place
-    standing: Standing = Standing.PLAIN
-
-    @property
-    def key(self) -> str:
-        return self.place.path
-
-    @property
-    def segments(self) -> tuple[str, ...]:
-        return self.place.segments
-
-    @property
-    def leaves(self) -> dict[str, Leaf]:
-        return self.place.leaves
-
-    @property
-    def is_usual(self) -> bool:
-        """Whether it is called as containers of weights are."""
-        return self.standing is Standing.AVERAGE or self.segments[-1].lower() in USUAL_CONTAINERS
 
 
 def find_state_dict(root: Any, key: str | None = None, size_bytes: int = 0, read: Read | None = None) -> StateDict:
@@ -132,7 +108,7 @@ class _Descent:
         if not likely:
             return None
         left = self._by_company(likely)
-        usual = [candidate for candidate in left if candidate.is_usual]
+        usual = [candidate for candidate in left if _is_usual(candidate)]
         first = (usual or left)[0]
         loose = sum(is_tensor(value) for value in here.container.values())
         if loose and (here.path or not usual or loose >= len(first.leaves)):
@@ -143,13 +119,13 @@ class _Descent:
             raise _ambiguous(left)
         self.is_guess |= len(left) > 1
         self.rivals += [candidate.key for candidate in likely if candidate is not first]
-        return first.place
+        return self.by_segments[first.segments]
 
-    def _likely(self, here: Place) -> list[_Candidate]:
+    def _likely(self, here: Place) -> list[Selection]:
         """The containers that could be weights, each set of data once, with what their names mean here."""
         if is_optimizer_state(here.container):
             return []
-        likely: list[_Candidate] = []
+        likely: list[Selection] = []
         seen: set[frozenset[object]] = set()
         for label in map(str, here.container):
             place = self.by_segments.get((*here.segments, label))
@@ -161,22 +137,20 @@ class _Descent:
             )
             if data not in seen:
                 seen.add(data)
-                likely.append(_Candidate(place))
+                likely.append(Selection(place.path, place.segments, place.container, place.leaves))
         standings = [standing_in_company(candidate, likely, self._root) for candidate in likely]
         return [
-            _Candidate(candidate.place, standing)
+            replace(candidate, standing=standing)
             for candidate, standing in zip(likely, standings)
             if standing is not Standing.NOT_WEIGHTS
         ]
 
-    def _by_company(self, likely: list[_Candidate]) -> list[_Candidate]:
+    def _by_company(self, likely: list[Selection]) -> list[Selection]:
         """Without copies that lag, raw weights that have a whole average, averages that aren't whole, and equals."""
         left = [candidate for candidate in likely if not any(lags_behind(candidate, other) for other in likely)]
-        raw = [candidate for candidate in left if candidate.standing is not Standing.AVERAGE]
+        raw = [candidate for candidate in left if not candidate.averaged]
         averages = [
-            candidate
-            for candidate in left
-            if candidate.standing is Standing.AVERAGE and (not raw or self._stands_for_raw(candidate, raw))
+            candidate for candidate in left if candidate.averaged and (not raw or self._stands_for_raw(candidate, raw))
         ]
         only = len(raw) == 1
         raw = [
@@ -184,30 +158,26 @@ class _Descent:
             for one in raw
             if not any(is_average_of(average, one, only=only) and _covers(average, one) for average in averages)
         ]
-        found: list[_Candidate] = []
-        for candidate in [one for one in left if one in averages or one in raw]:
-            if not any(self._is_equal(candidate, other) for other in found):
-                found.append(candidate)
-        return found
+        kept = [one for one in left if one in averages or one in raw]
+        return each_once(kept, lambda candidate: candidate.leaves, self._read, self._allowance)
 
-    def _stands_for_raw(self, average: _Candidate, raw: list[_Candidate]) -> bool:
+    def _stands_for_raw(self, average: Selection, raw: list[Selection]) -> bool:
         """Whether averaged weights have all the tensors that some raw ones have, and were ever updated."""
-        if self._read is not None and was_never_updated(average.place.container, self._read):
+        if self._read is not None and was_never_updated(average.container, self._read):
             return False
         return any(_covers(average, one) for one in raw)
 
-    def _is_equal(self, one: _Candidate, other: _Candidate) -> bool:
-        if self._read is None or one.leaves.keys() != other.leaves.keys():
-            return False
-        pairs = ((leaf, other.leaves[name]) for name, leaf in one.leaves.items())
-        return hold_same_values(pairs, self._read, self._allowance)
+
+def _is_usual(candidate: Selection) -> bool:
+    """Whether it is called as containers of weights are."""
+    return candidate.averaged or candidate.segments[-1].lower() in USUAL_CONTAINERS
 
 
-def _covers(average: _Candidate, raw: _Candidate) -> bool:
+def _covers(average: Selection, raw: Selection) -> bool:
     return _signature(raw.leaves) <= _signature(average.leaves)
 
 
-def _alike(one: _Candidate, other: _Candidate) -> bool:
+def _alike(one: Selection, other: Selection) -> bool:
     """Whether two containers have one layout, so that either could be the weights of one model."""
     return _signature(one.leaves) == _signature(other.leaves)
 
@@ -221,7 +191,7 @@ def _signature(leaves: Mapping[str, Leaf]) -> set[tuple[str, object]]:
     return {(name, shape) for name, shape in bare if name not in UNTOUCHED}
 
 
-def _ambiguous(equals: list[_Candidate]) -> AmbiguousCheckpointError:
+def _ambiguous(equals: list[Selection]) -> AmbiguousCheckpointError:
     names = [candidate.key for candidate in equals]
     listing = "\n".join(
         f"    key={name!r}    {len(candidate.leaves):,} tensors" for name, candidate in zip(names[:_LISTED], equals)

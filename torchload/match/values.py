@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,14 +11,34 @@ from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Box, Shape, TensorEntry
 from torchload.match.tables import UNTOUCHED
 
-__all__ = ["Read", "hold_same_values", "is_mask", "rows_of", "was_never_updated"]
+__all__ = ["Read", "each_once", "hold_same_values", "is_mask", "rows_of", "was_never_updated"]
 
 Read = Callable[[TensorEntry], torch.Tensor]
 """Gives a tensor over the bytes of a file."""
 
+CandidateT = TypeVar("CandidateT")
+
 _PIECE_BYTES = 16 << 20
 _MOST_BYTES = 64 << 20  # of a tensor that can only be read as a whole
 _ROWS = 5
+
+
+def each_once(
+    candidates: Iterable[CandidateT],
+    leaves_of: Callable[[CandidateT], Mapping[str, Any]],
+    read: Read | None,
+    allowance: Allowance,
+) -> list[CandidateT]:
+    """The first of each that hold the same values under the same names; without `read`, no two are known to."""
+    found: list[tuple[CandidateT, Mapping[str, Any]]] = []
+    for candidate in candidates:
+        leaves = leaves_of(candidate)
+        alike = [known for _, known in found if read is not None and known.keys() == leaves.keys()]
+        if read is None or not any(
+            hold_same_values(((leaf, known[name]) for name, leaf in leaves.items()), read, allowance) for known in alike
+        ):
+            found.append((candidate, leaves))
+    return [candidate for candidate, _ in found]
 
 
 def hold_same_values(pairs: Iterable[tuple[Any, Any]], read: Read, allowance: Allowance) -> bool:

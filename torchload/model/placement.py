@@ -49,6 +49,11 @@ class Placement:
             if prefix and not any(name == prefix or name.startswith(prefix + ".") for name in names)
         ]
 
+    @property
+    def leaves_all(self) -> bool:
+        """Whether every tensor stays on the device that it is on."""
+        return self._everywhere is None and not self._by_prefix
+
     def of(self, name: str, now: torch.device) -> torch.device:
         """Where the tensor of this name goes, given where it is now."""
         if self._everywhere is not None:

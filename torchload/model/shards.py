@@ -31,11 +31,12 @@ _KEPT_REGIONS = 1000
 
 
 _regions: dict[Any, Region] = {}
+_ORDINARY, _STRIDED = (torch.Tensor, torch.nn.Parameter), torch.strided  # looked up once, not for each tensor
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:
     """Whether a tensor is certainly held whole: no subclass that could be a part of something."""
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return type(tensor) in _ORDINARY
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -56,7 +57,7 @@ def is_hollow(tensor: torch.Tensor) -> bool:
         >>> is_hollow(torch.zeros(2)), is_hollow(torch.eye(2).to_sparse())
         (False, True)
     """
-    if is_ordinary(tensor) and tensor.layout is torch.strided and tensor.data_ptr():  # nearly always
+    if type(tensor) in _ORDINARY and tensor.layout is _STRIDED and tensor.data_ptr():  # nearly always
         return False
     if tensor.device.type not in ("cpu", "cuda") or is_lazy(tensor) or is_sharded(tensor):
         return False

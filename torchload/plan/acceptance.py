@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torchload.core.text import group_names
+from torchload.core.text import listing
 from torchload.errors import IncompatibleCheckpointError
 from torchload.match import Selection
 from torchload.model.target import Target
@@ -51,10 +51,9 @@ class Acceptance:
             return
         if self._plan.keeps_old:
             raise incompatible(self._target, self.selection, [])
-        names = ", ".join(group_names([*missing, *unexpected])[:8])
         raise IncompatibleCheckpointError(
-            f"The checkpoint was loaded, but a load-state-dict post-hook of the model calls names missing or "
-            f"unexpected: {names}. With atomic=True the model would be as it was.",
+            "The checkpoint was loaded, but a load-state-dict post-hook of the model calls names missing or "
+            f"unexpected: {listing([*missing, *unexpected])}. With atomic=True the model would be as it was.",
             missing_keys=missing,
             unexpected_keys=unexpected,
         )

@@ -88,13 +88,10 @@ def _rewrites(selection: Selection) -> Iterator[str]:
     """How names were reconciled, in words."""
     total = len(selection.pairs)
     for side, label in selection.alignment.dropped:
-        segment = f".{label}."
-        if side == "file":
-            count = sum(segment in f".{source}" for source in selection.pairs.values())
-            yield f"removed {label + '.'!r} from {'every name' if count >= total else plural(count, 'name')}"
-        else:
-            count = sum(segment in f".{name}" for name in selection.pairs)
-            yield f"added {label + '.'!r} to {'every name' if count >= total else plural(count, 'name')}"
+        names = selection.pairs.values() if side == "file" else selection.pairs
+        count = sum(f".{label}." in f".{name}" for name in names)
+        done, to = ("removed", "from") if side == "file" else ("added", "to")
+        yield f"{done} {label + '.'!r} {to} {'every name' if count >= total else plural(count, 'name')}"
     if selection.added:
         yield f"added {selection.added + '.'!r} to every name"
     for rule in dict.fromkeys(selection.alignment.renamed.values()):

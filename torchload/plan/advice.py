@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from torchload.core.checkpoint import Shape
+from torchload.core.text import as_glob
 from torchload.match import Selection
 from torchload.match.paths import last
 from torchload.model.target import Target
@@ -203,22 +204,12 @@ def _globs(names: Iterable[str], others: Iterable[str]) -> list[str]:
         free = next((name[:end] for end in _ends(name) if name[:end] not in taken), name)
         leaf = last(name)
         if free != name:
-            globs[f"{_escaped(free)}.*"] = None
+            globs[f"{as_glob(free)}.*"] = None
         elif leaf not in leaves and "." in name:
-            globs[f"*.{_escaped(leaf)}"] = None
+            globs[f"*.{as_glob(leaf)}"] = None
         else:
-            globs[_escaped(name)] = None
+            globs[as_glob(name)] = None
     return list(globs)
-
-
-def _escaped(name: str) -> str:
-    """A name as a glob that matches it alone.
-
-    Example:
-        >>> _escaped("it's [0]")
-        "it's [[]0]"
-    """
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _ends(name: str) -> list[int]:
@@ -253,9 +244,11 @@ def likeness(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
         if (file := _first(fused, unexpected)) and (model := _first(split, missing)):
             sentences.append(f"The file has {file}, fused; the model has {model}, split. Split it first.")
     if (file := _first(_EXPERT, unexpected)) and (model := _first(_STACKED, missing)):
-        sentences.append(f"The file has experts one by one ({file}), the model has them stacked ({model}). Stack them.")
+        sentences.append(
+            f"The file has experts one by one ({file}), the model has them stacked ({model}). Stack them first."
+        )
     if (file := _first(_STACKED, unexpected)) and (model := _first(_EXPERT, missing)):
-        sentences.append(f"The file has experts stacked ({file}), the model one by one ({model}). Take them apart.")
+        sentences.append(f"The file has experts stacked ({file}), the model one by one ({model}). Split them first.")
     for side, whose in ((missing, "model"), (unexpected, "file")):
         if adapter := _first(r"\.base_layer\.", side):
             sentences.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -33,39 +33,51 @@ def agree_on(plan: LoadPlan, replicas: Replicas, path: str) -> None:
     """
     if replicas.count == 1:
         return
-    sources: dict[Source, int] = {}
-    extents: dict[Source, dict[int, Extent]] = {}
-    for item in plan.assignments:
-        for box in item.entry.boxes:
-            sources.setdefault(box.extent.source, len(sources))
-            extents.setdefault(box.extent.source, {})[id(box.extent)] = box.extent
-    files = [_identity(source, list(extents[source].values())) for source in sources]
     kinds = {item.device.type for item in plan.assignments}
-    answers = replicas.meet((path, files, _digest(plan, sources), kinds))
+    answers = replicas.meet((path, _files(plan), _digest(plan), kinds))
     names = [replicas.global_rank(rank) for rank in range(replicas.count)]
-    _compare_files(answers, names)
     _compare_plans(answers, names)
+    _compare_files(answers, names)
     replicas.send_from(set().union(*(kinds for *_, kinds in answers)))
 
 
+def _files(plan: LoadPlan) -> list[tuple[str, Any]]:
+    """What tells the files that data comes from apart from others, on any machine, and where in them it lies."""
+    files: dict[Source, tuple[int, list[Extent]]] = {}
+    places: list[object] = []
+    for entry in (*(item.entry for item in plan.assignments), *plan.given):
+        for box in entry.boxes:
+            number, extents = files.setdefault(box.extent.source, (len(files), []))
+            extents.append(box.extent)
+            places.append((number, box.extent.offset + box.start, box.shape, box.strides, box.origin, entry.dtype))
+    return [*(_identity(source, extents) for source, (_, extents) in files.items()), ("places", _sum(places))]
+
+
 def _identity(source: Source, extents: Sequence[Extent]) -> tuple[str, Any]:
-    """What tells a file from others on any machine: its checksums, or else its size and when it was last changed."""
-    if all(extent.crc32 is not None for extent in extents):
-        return "checksums", hash(tuple((extent.offset, extent.nbytes, extent.crc32) for extent in extents))
+    """What tells a file from others: its checksums, or else its size and when it was last changed."""
+    if all(extent.crc32 is not None for extent in extents if extent.nbytes):
+        return "checksums", _sum((extent.offset, extent.nbytes, extent.crc32) for extent in extents)
     identity = getattr(source, "identity", None)
     return ("nothing", None) if identity is None else ("size and time", identity[2:])
 
 
-def _digest(plan: LoadPlan, sources: dict[Source, int]) -> bytes:
-    """All that decides which bytes go where, in short."""
-    digest = hashlib.sha256()
-    for item in plan.assignments:
-        boxes = [
-            (sources[box.extent.source], box.extent.offset + box.start, box.shape, box.strides, box.origin)
-            for box in item.entry.boxes
+def _digest(plan: LoadPlan) -> bytes:
+    """All that decides where bytes go, and whether ranks send them to each other, in short."""
+    return _sum(
+        [
+            (plan.verify, len(plan.given)),
+            *(
+                (item.name, item.dtype, item.way.name, item.slot.shape and local_region(item.slot.tensor)[1])
+                for item in plan.assignments
+            ),
         ]
-        place = None if item.slot.shape is None else local_region(item.slot.tensor)[1]
-        digest.update(repr((item.name, item.entry.dtype, item.dtype, item.way.name, place, boxes)).encode())
+    )
+
+
+def _sum(values: Iterable[object]) -> bytes:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(repr(value).encode())
     return digest.digest()
 
 
@@ -101,7 +113,7 @@ def _compare_plans(answers: Sequence[Any], names: Sequence[int]) -> None:
     if other is not None:
         raise IncompatibleCheckpointError(
             f"Ranks {names[0]} and {names[other]} of process_group= load different tensors, different parts of them, "
-            "or into different dtypes: only replicas can read together. Of a sharded model, those are the ranks of the "
-            'mesh dimension that replicates: process_group=mesh.get_group("replicate"); without process_group= each '
-            "rank reads just its own part."
+            "into different dtypes, in another order, or in another way (device=, atomic=, verify=): only replicas can "
+            "read together. Of a sharded model, those are the ranks of the mesh dimension that replicates: "
+            'process_group=mesh.get_group("replicate"); without process_group= each rank reads just its own part.'
         )

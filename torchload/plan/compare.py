@@ -131,11 +131,10 @@ def compare_values(name: str, source: str, theirs: object, ours: object) -> Diff
     """
     if type(theirs) is type(ours) and type(ours).__eq__ is object.__eq__:
         theirs, ours = dict(getattr(theirs, "__dict__", {})), dict(getattr(ours, "__dict__", {}))
+    if isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)) and len(theirs) == len(ours):
+        theirs, ours = dict(enumerate(theirs)), dict(enumerate(ours))
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping) and theirs.keys() == ours.keys():
         parts = (compare_values(name, source, theirs[key], ours[key]) for key in theirs)
-        return next((part for part in parts if part is not None), None)
-    if isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)) and len(theirs) == len(ours):
-        parts = (compare_values(name, source, here, there) for here, there in zip(theirs, ours))
         return next((part for part in parts if part is not None), None)
     if not (isinstance(theirs, torch.Tensor) and isinstance(ours, torch.Tensor)):
         same = type(theirs) is type(ours) and _is_equal(theirs, ours)

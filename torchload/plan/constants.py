@@ -32,13 +32,17 @@ def differing_constants(target: Target, selection: Selection, allowance: Allowan
     for here, source in selection.transient.items():
         slot = next((slot for slot in own.get(last(here), []) if here in slot.names), None)
         if slot is not None and (difference := _difference(selection.leaves[source], [slot], allowance)):
-            yield f"{source} in the file is not what the model computes: {difference}. The model's is kept"
+            yield _kept(source, difference)
     for source in selection.constants:
         if last(source) in told:
             continue  # one layer speaks for the others
         if difference := _difference(selection.leaves[source], own.get(last(source), []), allowance):
             told.add(last(source))
-            yield f"{source} in the file is not what the model computes: {difference}. The model's is kept"
+            yield _kept(source, difference)
+
+
+def _kept(source: str, difference: str) -> str:
+    return f"{source} in the file is not what the model computes: {difference}. The model's value is kept"
 
 
 def _own_constants(target: Target) -> dict[str, list[Slot]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torchload.core.budget import Allowance
-from torchload.core.checkpoint import Checkpoint, TensorEntry
-from torchload.core.text import group_names, plural
+from torchload.core.checkpoint import Checkpoint
+from torchload.core.text import listing, plural
 from torchload.match import Selection
 from torchload.match.globs import Globs
 from torchload.match.partial import transposed
@@ -16,11 +16,9 @@ from torchload.model.unwrapping import bare_names
 from torchload.plan.constants import differing_constants
 from torchload.plan.options import Options
 from torchload.plan.promises import unkept_globs, unkept_rules
-from torchload.plan.quantized import elsewhere_says, is_float8, quantized_problem
+from torchload.plan.quantized import float8_sources, quantized_problem
 
-__all__ = ["Doubts", "unkept"]
-
-_LISTED = 8
+__all__ = ["doubts_about", "unkept"]
 
 
 def unkept(
@@ -46,77 +44,49 @@ def unkept(
     return problems, warnings
 
 
-class Doubts:
-    """Everything of the kind about one selection.
+def doubts_about(
+    target: Target, checkpoint: Checkpoint, selection: Selection, options: Options
+) -> tuple[list[str], list[str]]:
+    """Everything of the kind: what refuses the load, one sentence each, and what is worth a warning."""
+    problems, warnings = unkept(target, selection, options.skip, options.keep_fp32, options.rename)
+    if (problem := quantized_problem(target, selection, checkpoint)) is not None:
+        problems.append(problem)
+    elif options.dtype != "auto" and (plain := float8_sources(target, selection)):
+        warnings.append(
+            f"{plural(len(plain), 'tensor')} of the file {'is' if len(plain) == 1 else 'are'} 8-bit floats, with no "
+            f"scale beside them: the numbers are cast as they are ({listing(plain)})"
+        )
+    if turned := [name for name in transposed(selection) if name not in selection.aliases]:
+        problems.append(
+            f"{listing(turned)}: the file has the matrix the other way round (rows and columns exchanged). Square "
+            "matrices beside it would be loaded transposed; transpose all of them first"
+        )
+    problems += _unproved_aliases(target, selection, strict=options.strict)
+    if not options.strict and (parts := list(_left_as_it_is(selection))):
+        warnings.append(f"loaded in part (strict=False): {'; '.join(parts)}")
+    if not options.strict and selection.averaged:
+        warnings.append(f"took averaged weights, {selection.path!r}; key= chooses others")
+    warnings += differing_constants(target, selection, Allowance(checkpoint.size_bytes))
+    return problems, warnings
 
-    Attributes:
-        problems: What refuses the load, one sentence each.
-        warnings: What a careful person would want to know of it.
-    """
 
-    def __init__(self, target: Target, checkpoint: Checkpoint, selection: Selection, options: Options) -> None:
-        self._target, self._checkpoint, self._selection, self._options = target, checkpoint, selection, options
-        self.problems, self.warnings = unkept(target, selection, options.skip, options.keep_fp32, options.rename)
-        self._look_at_quantized()
-        if turned := [name for name in transposed(selection) if name not in selection.aliases]:
-            self.problems.append(
-                f"{_listed(turned)}: the file has the matrix the other way round. Square ones beside it would be "
-                "loaded transposed; transpose them all first"
-            )
-        self.problems += self._unproved_aliases()
-        if not options.strict:
-            self._look_at_parts()
-        self.warnings += differing_constants(target, selection, Allowance(checkpoint.size_bytes))
-
-    def _look_at_quantized(self) -> None:
-        selection = self._selection
-        plain = [
-            source
-            for name, source in selection.pairs.items()
-            if isinstance(leaf := selection.leaves[source], TensorEntry)
-            and is_float8(leaf.dtype)
-            and (slot := self._target.by_name.get(name)) is not None
-            and not is_float8(slot.tensor.dtype)
-        ]
-        elsewhere = elsewhere_says(self._checkpoint, selection) if plain else None
-        if (problem := quantized_problem(self._target, selection, elsewhere)) is not None:
-            self.problems.append(problem)
-        elif plain and self._options.dtype != "auto":
-            self.warnings.append(
-                f"{plural(len(plain), 'tensor')} of the file {'is' if len(plain) == 1 else 'are'} 8-bit floats, and no "
-                f"scale for them was found: cast as they are ({_listed(plain)})"
-            )
-
-    def _unproved_aliases(self) -> Iterator[str]:
-        """What shared memory in another shape when it was saved: only a model that shares it so tells how."""
-        for name, kept in self._selection.aliases.items():
-            if (slot := self._target.by_name.get(name)) is not None and slot.tensor.is_meta:
-                what = "build the model on a real device, where its own tensors share memory so"
-            elif self._options.strict:
-                what = "make it a view of that in the model, as it was when saved, or save with torch.save"
-            else:
-                continue
-            yield (
-                f"{name} is in the file only as another name of {kept!r}, with which it shared memory in another "
-                f"shape; the file doesn't say which part of it. To load it, {what}"
-            )
-
-    def _look_at_parts(self) -> None:
-        """What `strict=False` leaves as it is."""
-        selection = self._selection
-        if parts := list(_left_as_it_is(selection)):
-            self.warnings.append(f"loaded in part (strict=False): {'; '.join(parts)}")
-        if selection.averaged:
-            self.warnings.append(f"took averaged weights, {selection.path!r}; key= chooses others")
+def _unproved_aliases(target: Target, selection: Selection, *, strict: bool) -> Iterator[str]:
+    """What shared memory in another shape when it was saved: only a model that shares it so tells how."""
+    for name, kept in selection.aliases.items():
+        if (slot := target.by_name.get(name)) is not None and slot.tensor.is_meta:
+            what = "build the model on a real device, where its own tensors share memory so"
+        elif strict:
+            what = "make it a view of that in the model, as it was when saved, or save with torch.save"
+        else:
+            continue
+        yield (
+            f"{name} is in the file only as another name of {kept!r}, with which it shared memory in another shape; "
+            f"the file doesn't say which part of it. To load it, {what}"
+        )
 
 
 def _left_as_it_is(selection: Selection) -> Iterator[str]:
     if kept := [*selection.missing, *selection.mismatched]:
-        yield f"{plural(len(kept), 'tensor')} of the model kept initial values: {_listed(kept)}"
+        yield f"{plural(len(kept), 'tensor')} of the model kept initial values: {listing(kept)}"
     if unused := selection.unexpected:
-        yield f"{plural(len(unused), 'tensor')} of the file went unused: {_listed(unused)}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    groups = group_names(names)
-    return ", ".join(groups[:_LISTED]) + (f" and {len(groups) - _LISTED} more" if len(groups) > _LISTED else "")
+        yield f"{plural(len(unused), 'tensor')} of the file went unused: {listing(unused)}"

@@ -20,7 +20,7 @@ from torchload.match import Selection
 from torchload.model.shards import empty_part, held_numel, is_sharded, refresh_shards
 from torchload.model.swap import Exchange
 from torchload.model.target import Slot, Target
-from torchload.plan import hooks
+from torchload.plan import custom_loaders
 from torchload.plan.pairing import copies_of
 from torchload.plan.plan import Assignment, Check, Conversion, LoadPlan, Way
 from torchload.transfer import allocate, map_entries, map_entry, read_entries, run
@@ -109,7 +109,7 @@ def carry_out(
     try:
         _hand_over(plan, target, selection, undo, changes)
         fresh = _fresh_memory(plan.assignments)
-        read_bytes = _move(plan, fresh, progress if progress is not None else contextlib.nullcontext(), move, changes)
+        moved = _move(plan, fresh, progress if progress is not None else contextlib.nullcontext(), move, changes)
         shown = [(item.slot, fresh[id(item)]) for item in plan.assignments if id(item) in fresh]
         shown += [(item.slot, _converted(item)) for item in plan.conversions]
         refresh = partial(refresh_shards, target.model) if any(is_sharded(slot.tensor) for slot, _ in shown) else None
@@ -124,8 +124,7 @@ def carry_out(
             is_kept = not plan.is_tentative  # it came too late: all of the model is new, and stays so
             raise interrupt
         finish()
-        held = (held_numel(item.slot.tensor, item.entry.shape) * item.entry.dtype.itemsize for item in plan.assignments)
-        return Moved(sum(held) + sum(entry.nbytes for entry in plan.given), read_bytes)
+        return moved
     except BaseException as error:
         failures = [] if is_kept else undo.roll_back()
         if not (is_kept or failures):
@@ -141,27 +140,27 @@ def _hand_over(plan: LoadPlan, target: Target, selection: Selection, undo: Undo,
     """Let modules load themselves, and take their extra state; all that refuse are named at once."""
     read = map_entry if plan.mmap else _read_entry
     own = tuple(hooked.prefix for hooked, _ in plan.own_loaders)
-    refusals: list[hooks.RefusedError] = []
+    refusals: list[custom_loaders.RefusedError] = []
     for name, module in target.extra_state.items():
         if name in selection.pairs and not (own and name.startswith(own)):
             changes.by_themselves.append(name)
             with _collecting(refusals):
-                hooks.set_extra_state(name, module, selection.leaves[selection.pairs[name]], read, undo)
+                custom_loaders.set_extra_state(name, module, selection.leaves[selection.pairs[name]], read, undo)
     for hooked, slots in plan.own_loaders:
-        if hooks.is_given(hooked, selection):
+        if custom_loaders.is_given(hooked, selection):
             changes.by_themselves += [name for slot in slots for name in slot.names if slot.persistent]
             with _collecting(refusals):
-                hooks.run_own_loader(hooked, slots, selection, read, undo)
+                custom_loaders.run_own_loader(hooked, slots, selection, read, undo)
     if refusals:
         problems = [str(refusal) for refusal in refusals]
         raise IncompatibleCheckpointError("\n  ".join(problems), problems=problems) from refusals[0].__cause__
 
 
 @contextlib.contextmanager
-def _collecting(refusals: list[hooks.RefusedError]) -> Iterator[None]:
+def _collecting(refusals: list[custom_loaders.RefusedError]) -> Iterator[None]:
     try:
         yield
-    except hooks.RefusedError as refusal:
+    except custom_loaders.RefusedError as refusal:
         refusals.append(refusal)
 
 
@@ -184,43 +183,48 @@ def _move(
     progress: AbstractContextManager[Progress | None],
     move: Callable[..., int],
     changes: Changes,
-) -> int:
-    """Into fresh memory first, then in place with a cast, which may overflow, then as it is; returns bytes read."""
-    moved = [item for item in plan.assignments if item.way in (Way.IN_PLACE, Way.FRESH)]
-    phases: tuple[list[Assignment], list[Assignment], list[Assignment]] = ([], [], [])
-    for item in moved:
-        casts = item.entry.dtype is not item.dtype
-        phases[0 if item.way is Way.FRESH else 1 if casts else 2].append(item)
-    total = sum(item.entry.nbytes for item in moved)
-    done = 0
+) -> Moved:
+    """Into fresh memory first, then in place with a cast, which may overflow, then as it is."""
+    fresh_way, in_place = Way.FRESH, Way.IN_PLACE
+    new = [item for item in plan.assignments if item.way is fresh_way]
+    own = [item for item in plan.assignments if item.way is in_place]
+    cast = [item for item in own if item.entry.dtype is not item.dtype]
+    same = [item for item in own if item.entry.dtype is item.dtype] if cast else own
+    total, done = sum(map(_held_bytes, new)) + sum(map(_held_bytes, own)), 0
     with progress as tell:
 
         def report(now: int, _phase_bytes: int) -> None:
             if tell is not None:
                 tell(min(done + now, total), total)
 
-        for items in phases:
+        for items in (new, cast, same):
             with collector_paused():
+                memory = [fresh[id(item)] for item in new] if items is new else [item.slot.tensor for item in items]
                 copies = [
-                    copy
-                    for item in items
-                    for copy in copies_of(item.name, item.entry, fresh.get(id(item), item.slot.tensor))
+                    copy for item, place in zip(items, memory) for copy in copies_of(item.name, item.entry, place)
                 ]
             carried = partial(move, copies, check=plan.verify, progress=report if tell is not None else None)
-            done += _noting(partial(carried, notes=plan.notes), items, changes)
+            done += _noting(partial(carried, notes=plan.notes), [] if items is new else items, changes)
         report(total, total)
-    return done
+    unread = [item for item in plan.assignments if item.way is not fresh_way and item.way is not in_place]
+    given = sum(entry.nbytes for entry in plan.given)
+    return Moved(total + sum(map(_held_bytes, unread)) + given, read_bytes=done + (0 if plan.mmap else given))
+
+
+def _held_bytes(item: Assignment) -> int:
+    """What this process takes of a tensor, in the file's dtype."""
+    return held_numel(item.slot.tensor, item.entry.shape) * item.entry.dtype.itemsize
 
 
 def _noting(move: Callable[[], int], items: list[Assignment], changes: Changes) -> int:
-    """Carry out one phase, and note what it wrote to the model's own memory."""
-    slots = {item.name: item.slot for item in items if item.way is Way.IN_PLACE}
+    """Carry out one phase, and note which of `items` it wrote to: memory of the model's own."""
     before = len(changes.in_place)
-    changes.in_place += slots.values()  # until it is known better: an interrupt may come at any moment
+    changes.in_place += [item.slot for item in items]  # until it is known better: an interrupt may come at any moment
     try:
         return move()
     except BaseException as error:
         if (written := getattr(error, "written", None)) is not None:
+            slots = {item.name: item.slot for item in items}
             changes.in_place[before:] = [slots[name] for name in dict.fromkeys(written) if name in slots]
         raise
 

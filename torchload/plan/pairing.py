@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 
@@ -13,7 +13,7 @@ from torchload.model.shards import is_ordinary, local_region
 __all__ = ["copies_of"]
 
 
-def copies_of(name: str, entry: TensorEntry, memory: torch.Tensor) -> Iterator[Copy]:
+def copies_of(name: str, entry: TensorEntry, memory: torch.Tensor) -> Sequence[Copy]:
     """The copies that fill a tensor: one as a rule, several where the file or the tensor is sharded.
 
     Args:
@@ -22,18 +22,19 @@ def copies_of(name: str, entry: TensorEntry, memory: torch.Tensor) -> Iterator[C
         memory: Where to: of the entry's shape, as a whole.
     """
     if len(entry.boxes) == 1 and entry.boxes[0].shape == memory.shape and is_ordinary(memory):
-        yield Copy(name, entry.boxes[0], entry.dtype, memory)
-        return
+        return (Copy(name, entry.boxes[0], entry.dtype, memory),)
     local, region = local_region(memory)
     if region.shape == () and entry.shape == (1,):  # a scalar that was saved as one element
         local, region = local.view(1), Region((0,), (1,))
+    copies = []
     for box in entry.boxes:
         if (part := _intersection(box, region, entry.dtype.itemsize)) is not None:
             piece, where = part
             view = local
             for dimension, (start, size) in enumerate(zip(where, piece.shape)):
                 view = view.narrow(dimension, start, size)
-            yield Copy(name, piece, entry.dtype, view)
+            copies.append(Copy(name, piece, entry.dtype, view))
+    return copies
 
 
 def _intersection(box: Box, region: Region, itemsize: int) -> tuple[Box, Shape] | None:

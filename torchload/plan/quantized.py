@@ -16,7 +16,7 @@ from torchload.match import Selection, as_mapping
 from torchload.match.paths import joined, last
 from torchload.model.target import Target
 
-__all__ = ["elsewhere_says", "is_float8", "is_scale", "quantized_problem"]
+__all__ = ["float8_sources", "is_scale", "quantized_problem"]
 
 # Last segments of what stands beside quantized weights → (what the file is, what reads it).
 _SCALES: dict[str, tuple[str, str]] = {
@@ -45,12 +45,11 @@ _FLOAT8 = frozenset(
     for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
     if hasattr(torch, name)
 )
+_ORDINARY = frozenset(
+    {None, torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    | {torch.complex32, torch.complex64, torch.complex128}
+)
 _CONFIG_BYTES = 4 << 20
-
-
-def is_float8(dtype: torch.dtype) -> bool:
-    """Whether it is one of the 8-bit floats."""
-    return dtype in _FLOAT8
 
 
 def is_scale(name: str) -> bool:
@@ -63,27 +62,45 @@ def is_scale(name: str) -> bool:
     return last(name) in _SCALES or last(name) in _MAYBE
 
 
-def quantized_problem(target: Target, selection: Selection, elsewhere: str | None) -> str | None:
+def float8_sources(target: Target, selection: Selection) -> list[str]:
+    """What of the file is 8-bit floats, for places of the model that aren't."""
+    return [source for _, source, dtype in _suspects(target, selection) if dtype.is_floating_point]
+
+
+def _suspects(target: Target, selection: Selection) -> list[tuple[str, str, torch.dtype]]:
+    """(model name, checkpoint name, dtype in the file) of integers and 8-bit floats, for places of wider floats."""
+    leaves, slots = selection.leaves, target.by_name
+    odd = [pair for pair in selection.pairs.items() if getattr(leaves[pair[1]], "dtype", None) not in _ORDINARY]
+    return [
+        (name, source, leaf.dtype)
+        for name, source in odd
+        if isinstance(leaf := leaves[source], TensorEntry)
+        and (slot := slots.get(name)) is not None
+        and slot.tensor.dtype.is_floating_point
+        and not (leaf.dtype in _FLOAT8 and slot.tensor.dtype in _FLOAT8)
+    ]
+
+
+def quantized_problem(target: Target, selection: Selection, checkpoint: Checkpoint | None = None) -> str | None:
     """What stands against loading quantized weights as if they were numbers; ``None`` if there are none.
 
     Args:
         target: The model.
         selection: What was chosen for it.
-        elsewhere: Where else the file or its folder says that it is quantized (see `elsewhere_says`).
+        checkpoint: Where else to look for what says that they are quantized.
     """
-    found: dict[str, str] = {}
-    own: set[str] | None = None
     packed = [name for name in selection.unexpected if not _PACKED.isdisjoint(name.split("."))]
-    for name, source in selection.pairs.items():
-        slot, leaf = target.by_name.get(name), selection.leaves[source]
-        if slot is None or not isinstance(leaf, TensorEntry) or not slot.tensor.dtype.is_floating_point:
-            continue
-        is_integer = slot.is_parameter and not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
-        if not is_integer and not (is_float8(leaf.dtype) and not is_float8(slot.tensor.dtype)):
-            continue
-        own = set(target.names) if own is None else own
-        if _beside(name, own):
-            continue  # the model has scales of its own
+    suspects = _suspects(target, selection)
+    if not suspects and not packed:
+        return None
+    has_float8 = any(dtype.is_floating_point for *_, dtype in suspects)
+    elsewhere = _elsewhere(checkpoint, selection) if checkpoint is not None and has_float8 else None
+    found: dict[str, str] = {}
+    own = set(target.names)
+    for name, source, dtype in suspects:
+        is_integer = not dtype.is_floating_point
+        if (is_integer and not target.by_name[name].is_parameter) or _beside(name, own):
+            continue  # a buffer of numbers, or a model with scales of its own
         scale = _beside(source, selection.leaves)
         if is_integer or scale or elsewhere:
             found[source] = scale or ""
@@ -94,8 +111,8 @@ def quantized_problem(target: Target, selection: Selection, elsewhere: str | Non
     what, reader = _SCALES.get(known, ("quantized weights", "what wrote it"))
     told = f" (beside {scale!r})" if scale else f" ({elsewhere})" if elsewhere else ""
     first = next(iter(found), packed[0] if packed else "")
-    dtype = getattr(selection.leaves[first], "dtype", None)
-    kept = f", such as {first!r} ({short_dtype(dtype)})" if dtype is not None else ""
+    leaf = selection.leaves[first]
+    kept = f", such as {first!r} ({short_dtype(leaf.dtype)})" if isinstance(leaf, TensorEntry) else ""
     return (
         f"the file holds {what}{told}: {plural(len(found) or len(packed), 'tensor')}{kept}. Without their scales they "
         f"are other numbers; dequantize them first ({reader} reads them)"
@@ -115,7 +132,7 @@ def _beside(name: str, names: Container[str]) -> str | None:
     return None
 
 
-def elsewhere_says(checkpoint: Checkpoint, selection: Selection) -> str | None:
+def _elsewhere(checkpoint: Checkpoint, selection: Selection) -> str | None:
     """Where beside the chosen weights something says that they are quantized: a phrase, or ``None``."""
     for name, text in checkpoint.metadata.items():
         if "quant" in name.lower() or "quantization" in str(text)[:_CONFIG_BYTES].lower():

@@ -59,7 +59,8 @@ class LoadReport(FilledInPlace):
         nbytes: Bytes of tensor data taken from the file.
         read_bytes: Bytes that were read for it by this process. More than `nbytes` where parts lie so close together in
             the file that it is quicker to read over the gaps, as for row-wise tensor parallelism with short rows; less
-            where parameters became views of the file, or other ranks read for this one.
+            where parameters became views of the file, or other ranks read for this one. What ``verify=True`` reads to
+            compare is not in it.
         casts: ``("float32", "float16")`` → number of tensors.
         ties: Groups of the model's names that share one tensor.
         missing_keys: Model names that nothing filled (empty after a strict load).

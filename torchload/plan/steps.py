@@ -12,13 +12,13 @@ from torchload.core.checkpoint import Checkpoint
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Place, Selection, Wanted, find_places, select
 from torchload.match.globs import Globs
-from torchload.match.names import Alignment
 from torchload.match.partial import held_back
 from torchload.match.paths import last
 from torchload.match.tables import Standing, container_standing
 from torchload.model.target import Target, own_loaders
 from torchload.model.unwrapping import bare_names
-from torchload.plan import hooks
+from torchload.plan import custom_loaders, hooks
+from torchload.plan.borrowed import Borrowed
 from torchload.plan.explain import incompatible
 from torchload.plan.quantized import quantized_problem
 from torchload.plan.trial import select_through_hooks
@@ -37,7 +37,7 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
         try:
             wider = _wanted(target, Globs([*skip.patterns, *more]))
             found = _chosen(target, checkpoint, wider, True, **different)
-            return found.fits and quantized_problem(target, found, None) is None
+            return found.fits and quantized_problem(target, found) is None
         except TorchLoadError:
             return False
 
@@ -48,7 +48,7 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
         unmatched = _unmatched(checkpoint, choice.get("key"), wanted) if nothing else None
         if unmatched is None:
             raise
-        problem = quantized_problem(target, unmatched, None)
+        problem = quantized_problem(target, unmatched)
         problems = [problem] if problem else []
         raise incompatible(target, replace(unmatched, attempt=attempt), problems) from None
     if not strict:
@@ -93,9 +93,11 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
     with contextlib.suppress(IncompatibleCheckpointError, AmbiguousCheckpointError):
         selection = select(checkpoint.root, wanted, strict=strict, **choice)
     is_open = selection is None or not selection.fits
+    borrowed = Borrowed()
     if is_open and choice["prefix"] is None:
-        found = select_through_hooks(target, checkpoint, wanted, choice["key"], choice["rename"], map_entry)
+        found = select_through_hooks(target, checkpoint, wanted, choice["key"], choice["rename"], borrowed)
         if found is not None:
+            borrowed.let_go(found)
             return _left_to_own_loaders(target, found)
     if selection is None or not selection.fits:
         # A module that loads itself may take another shape (observers of quantization do), but not of packed weights.
@@ -107,7 +109,8 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
             optional=frozenset(name for name in wanted.shapes if name.startswith(hooked)),
         )
         selection = select(checkpoint.root, theirs, strict=strict, **choice)
-    selection = hooks.run_pre_hooks(target, selection, map_entry)
+    selection = hooks.run_pre_hooks(target, selection, borrowed)
+    borrowed.let_go(selection)
     missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
     ignored = list(dict.fromkeys([*selection.ignored, *harmless]))
     return _left_to_own_loaders(target, replace(selection, missing=missing, ignored=ignored))
@@ -135,17 +138,10 @@ def _unmatched(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selec
 def _unpaired(place: Place, wanted: Wanted) -> Selection:
     return Selection(
         key=place.path,
-        prefix="",
         segments=place.segments,
         container=place.container,
         leaves=place.leaves,
-        pairs={},
-        missing=[],
-        mismatched={},
         unexpected=[name for name in place.leaves if not wanted.skips(name)],
-        outside=[],
-        ignored=[],
-        alignment=Alignment(),
         skipped=[name for name in place.leaves if wanted.skips(name)],
     )
 
@@ -165,7 +161,7 @@ def _left_to_own_loaders(target: Target, selection: Selection) -> Selection:
                 missing=[name for name in selection.missing if not name.startswith(hooked.prefix)],
                 claimed=selection.claimed | leftover,
             )
-        elif filled := hooks.filled_by_itself(hooked, slots, selection, map_entry):
+        elif filled := custom_loaders.filled_by_itself(hooked, slots, selection, map_entry):
             missing = [name for name in selection.missing if name not in filled]
             selection = replace(selection, missing=missing)
     return selection

@@ -24,7 +24,8 @@ from torchload.match.rename import Rename, renamed_from
 from torchload.match.tables import Standing, container_standing
 from torchload.model.target import HookedModule, Target, own_loaders
 from torchload.model.unwrapping import wrapped_child
-from torchload.plan import hooks
+from torchload.plan import custom_loaders, hooks
+from torchload.plan.plain import ReadTensor
 
 __all__ = ["select_through_hooks"]
 
@@ -46,7 +47,7 @@ def select_through_hooks(
     wanted: Wanted,
     key: str | None,
     rename: Rename | None,
-    read: hooks.ReadTensor,
+    read: ReadTensor,
 ) -> Selection | None:
     """Find the container that fits once the model's hooks have seen its names.
 
@@ -69,7 +70,7 @@ def select_through_hooks(
     for reading in _readings(target, checkpoint, wanted, key, rename):
         if whole is not None:
             selection = _claimed(target, reading)
-            fits = hooks.would_load(*whole, selection, _without_memory)
+            fits = custom_loaders.would_load(*whole, selection, _without_memory)
         else:
             tried = _through_pre_hooks(target, checkpoint, wanted, reading, _without_memory)
             fits = tried is not None and tried.fits
@@ -130,16 +131,10 @@ def _claimed(target: Target, reading: _Reading) -> Selection:
     known = set(target.names)
     return Selection(
         key=place.path,
-        prefix="",
         segments=place.segments,
         container=Container(place.container, _metadata(reading)),
         leaves=place.leaves,
         pairs={name: source for source, name in spelled.items() if name in known},
-        missing=[],
-        mismatched={},
-        unexpected=[],
-        outside=[],
-        ignored=[],
         alignment=Alignment(leftover={source: name for source, name in spelled.items() if name not in known}),
         claimed=frozenset(source for source, name in spelled.items() if name not in known),
         original=reading.original,
@@ -158,7 +153,7 @@ def _versions(reading: _Reading) -> Callable[[str], dict[str, Any]]:
 
 
 def _through_pre_hooks(
-    target: Target, checkpoint: Checkpoint, wanted: Wanted, reading: _Reading, read: hooks.ReadTensor
+    target: Target, checkpoint: Checkpoint, wanted: Wanted, reading: _Reading, read: ReadTensor
 ) -> Selection | None:
     """What is chosen of a container after pre-hooks rewrote it; ``None`` where they refuse, or nothing fits."""
     leaves, place = reading.place.leaves, reading.place
@@ -168,7 +163,7 @@ def _through_pre_hooks(
     known = {id(value): source for value, source in zip(state.values(), leaves)}
     held = list(state.values())  # whose identities are looked at below
     is_trial = read is _without_memory
-    put_back = hooks.attribute_restorer([hooked.module for hooked in target.pre_hooks]) if is_trial else None
+    put_back = custom_loaders.attribute_restorer([hooked.module for hooked in target.pre_hooks]) if is_trial else None
     try:
         if hooks.call_pre_hooks(target, state, _versions(reading)):
             return None

@@ -15,8 +15,9 @@ from torchload.core.in_memory import entry_of
 from torchload.core.text import quoted
 from torchload.match import Selection
 from torchload.model.target import HookedModule, Slot, Target, own_loaders
-from torchload.plan import hooks
+from torchload.plan import custom_loaders
 from torchload.plan.compare import Difference, compare_values
+from torchload.plan.plain import plain
 from torchload.transfer import map_entry
 
 __all__ = ["Twins", "compare_extra_states", "load_twins"]
@@ -44,13 +45,13 @@ def load_twins(target: Target, selection: Selection) -> Twins:
     """
     found = Twins()
     for hooked, slots in own_loaders(target):
-        if not hooks.is_given(hooked, selection) or any(slot.tensor.is_meta for slot in slots):
+        if not custom_loaders.is_given(hooked, selection) or any(slot.tensor.is_meta for slot in slots):
             continue
-        given = hooks.offered([hooked], selection)
+        given = custom_loaders.offered([hooked], selection)
         found.sources += given.values()
         try:
             twin = copy.deepcopy(hooked.module)
-            hooks.load_itself(twin, hooked.prefix, selection, map_entry)
+            custom_loaders.load_itself(twin, hooked.prefix, selection, map_entry)
         except (MemoryError, OSError):
             raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - whatever the module's own code raises
@@ -83,31 +84,26 @@ def _is_alike(value: Any, slot: Slot) -> bool:
 def compare_extra_states(target: Target, selection: Selection) -> list[Difference]:
     """Compare the extra state of modules with the file's; what a module makes of it counts."""
     own = tuple(hooked.prefix for hooked, _ in own_loaders(target))
-    found = []
-    for name, module in target.extra_state.items():
-        source = selection.pairs.get(name)
-        if source is None or (own and name.startswith(own)):
-            continue
-        try:
-            theirs, ours = hooks.plain(selection.leaves[source], map_entry), module.get_extra_state()
-        except (MemoryError, OSError):
-            raise  # a failure to read says nothing about what is in the file
-        except Exception as error:  # noqa: BLE001 - the module's own code, or a value that only code could build
-            found.append(Difference(name, source, 0, 0, reason=quoted(error)))
-            continue
+    found = [
+        _compare_extra_state(name, module, selection.pairs[name], selection)
+        for name, module in target.extra_state.items()
+        if name in selection.pairs and not (own and name.startswith(own))
+    ]
+    return [difference for difference in found if difference is not None]
+
+
+def _compare_extra_state(name: str, module: nn.Module, source: str, selection: Selection) -> Difference | None:
+    failed = ""
+    try:
+        theirs, ours = plain(selection.leaves[source], map_entry), module.get_extra_state()
         if compare_values(name, source, theirs, ours) is None:
-            continue
-        try:
-            twin = copy.deepcopy(module)
-            twin.set_extra_state(theirs)
-            theirs = twin.get_extra_state()
-        except (MemoryError, OSError):
-            raise  # a failure to read says nothing about what is in the file
-        except Exception as error:  # noqa: BLE001 - the module's own code
-            found.append(
-                Difference(name, source, 0, 0, reason=f"a copy of the module did not take it: {quoted(error)}")
-            )
-            continue
-        if (difference := compare_values(name, source, theirs, ours)) is not None:
-            found.append(difference)
-    return found
+            return None
+        failed = "a copy of the module did not take it: "
+        twin = copy.deepcopy(module)
+        twin.set_extra_state(theirs)
+        theirs = twin.get_extra_state()
+    except (MemoryError, OSError):
+        raise  # a failure to read says nothing about what is in the file
+    except Exception as error:  # noqa: BLE001 - the module's own code, or a value that only code could build
+        return Difference(name, source, 0, 0, reason=f"{failed}{quoted(error)}")
+    return compare_values(name, source, theirs, ours)

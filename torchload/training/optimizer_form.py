@@ -31,11 +31,11 @@ def malformed(state: Mapping[Any, Any]) -> str | None:
     """
     groups, states = state.get("param_groups", []), state.get("state", {})
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
-        return "its groups are no list of mappings"
+        return "its groups are not a list of mappings"
     if not all(_is_list_of_keys(group.get("params", [])) for group in groups):
         return "its groups have no lists of parameters"
     if not isinstance(states, Mapping):
-        return "its state is no mapping"
+        return "its state is not a mapping"
     try:
         _count(state, 0, _MOST_VALUES, Copies())
     except _MalformedError as error:
@@ -55,7 +55,7 @@ def _count(value: Any, depth: int, left: int, copies: Copies) -> int:
         copies.add(value)
     elif isinstance(value, (Mapping, list, tuple)):
         if depth == _DEEPEST:
-            raise _MalformedError("it is nested deeper than any")
+            raise _MalformedError("it is nested too deeply")
         left -= len(value)
         if left < 0:
             raise _MalformedError(f"it has more than {_MOST_VALUES:,} values")

@@ -10,8 +10,8 @@ import torch
 
 from torchload.core.checkpoint import Extent, TensorEntry, entries_in
 from torchload.model.shards import is_sharded
-from torchload.plan.hooks import plain
 from torchload.plan.pairing import copies_of
+from torchload.plan.plain import plain
 from torchload.training.optimizers import OptimizerPlan
 from torchload.transfer import allocate, map_entry, run
 

@@ -124,7 +124,7 @@ def _grouped(plan: OptimizerPlan, flat: Mapping[str, Any]) -> dict[str, Any]:
     state, settings = _split(flat, FLAT_STATE), _split(flat, FLAT_GROUPS)
     pairs = align(tree_of(settings), tree_of(plan.names)).pairs
     if missing := [name for name in plan.names if name not in pairs]:
-        plan.problems.append(f"the file has no settings of {', '.join(group_names(missing)[:6])}")
+        plan.problems.append(f"the file has no settings for {', '.join(group_names(missing)[:6])}")
     _check_extra(plan, settings.keys() - set(pairs.values()))
     groups = []
     for index, numbers in enumerate(_numbers(plan)):
@@ -154,7 +154,7 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _check_extra(plan: OptimizerPlan, names: Iterable[str]) -> None:
     if extra := group_names(sorted(names)):
-        plan.problems.append(f"the file has parameters that it doesn't optimize: {', '.join(extra[:6])}")
+        plan.problems.append(f"the file has parameters that this optimizer lacks: {', '.join(extra[:6])}")
 
 
 # --- which state is whose ---
@@ -179,13 +179,15 @@ def _file_names(
 def _by_name(plan: OptimizerPlan, file_names: Mapping[str, tuple[int, Any]]) -> list[Any] | None:
     """The file's key for each of the optimizer's parameters, matched by name."""
     if not all(plan.names):
-        plan.problems.append("it has parameters that are not the model's, and the file names its own")
+        plan.problems.append(
+            "it has parameters that are not the model's, so that the names in the file can't be matched with them"
+        )
         return None
     pairs = align(tree_of(file_names), tree_of(plan.names)).pairs
     # Frozen parameters have no state; DeepSpeed leaves them out.
     frozen = {name for name, parameter in zip(plan.names, plan.parameters) if not parameter.requires_grad}
     if missing := [name for name in plan.names if name not in pairs and name not in frozen]:
-        plan.problems.append(f"the file has no state group for {', '.join(group_names(missing)[:6])}")
+        plan.problems.append(f"no group of the file has {', '.join(group_names(missing)[:6])}")
     _check_extra(plan, file_names.keys() - set(pairs.values()))
     if plan.problems:
         return None

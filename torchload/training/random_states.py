@@ -11,7 +11,7 @@ import torch
 
 from torchload.core.checkpoint import TensorEntry
 from torchload.core.text import quoted
-from torchload.plan.hooks import plain
+from torchload.plan.plain import plain
 from torchload.transfer import map_entry
 
 __all__ = ["RandomState", "plan_random_states"]
@@ -65,7 +65,7 @@ def plan_random_states(tree: Any, rank: int, ranks: int) -> tuple[list[RandomSta
         except (MemoryError, OSError):
             raise  # a failure to read says nothing about what is in the file
         except Exception as error:  # noqa: BLE001 - each kind of generator has its own way to refuse
-            notes.append(f"the random state {path!r} was left aside: {quoted(error)}")
+            notes.append(f"the random state {path!r} was not restored: {quoted(error)}")
             continue
         found.append(RandomState(kind, path, state, get, put))
     return found, notes
@@ -99,9 +99,9 @@ _Generator = tuple[Callable[[], Any], Callable[[Any], object], Any]
 def _python(state: Any) -> _Generator:
     version, words, gauss = state
     if len(words) != _WORDS or not all(type(word) is int for word in words):
-        raise ValueError("it has another form than python's")
+        raise ValueError("it does not have the form of python's states")
     if not (gauss is None or type(gauss) is float):
-        raise ValueError("its next number is none")
+        raise ValueError("its next number is not a number")
     state = (version, tuple(words), gauss)
     random.Random().setstate(state)  # noqa: S311 - not for secrets
     return random.getstate, random.setstate, state
@@ -115,11 +115,13 @@ def _numpy(state: Any) -> _Generator:
         state = (state["bit_generator"], inner["key"], inner["pos"], state["has_gauss"], state["gauss"])
     name, words, position, has_gauss, gauss = state
     if not isinstance(words, torch.Tensor) and not all(isinstance(word, int) for word in words):
-        raise ValueError("it has another form than numpy's")  # numpy makes texts an array as wide as the longest
+        raise ValueError(
+            "it does not have the form of numpy's states"
+        )  # numpy makes texts an array as wide as the longest
     key = words.numpy() if isinstance(words, torch.Tensor) else np.asarray(words)
     # numpy itself does not look at the position, and would read beyond the words.
     if name != "MT19937" or key.shape != (_NUMPY_WORDS,) or not (type(position) is int and 0 <= position <= len(key)):
-        raise ValueError("it has another form than numpy's")
+        raise ValueError("it does not have the form of numpy's states")
     state = (name, key.astype(np.uint32), position, int(has_gauss), float(gauss))
     np.random.RandomState().set_state(state)
     return np.random.get_state, np.random.set_state, state
@@ -129,7 +131,7 @@ def _torch(state: Any) -> _Generator:
     # torch looks at the two positions one by one; together they could lead it beyond its words.
     left, position = (int(state[start : start + 4].view(torch.int32)) for start in (_LEFT_BYTES, _NEXT_BYTES))
     if left + position > _NUMPY_WORDS + 1:
-        raise ValueError("it has another form than torch's")
+        raise ValueError("it does not have the form of torch's states")
     torch.Generator().set_state(state)
     return torch.get_rng_state, torch.set_rng_state, state
 
@@ -141,7 +143,7 @@ def _cuda(state: Any) -> _Generator:
         torch.Generator(torch.device("cuda", torch.cuda.current_device())).set_state(state)
         return torch.cuda.get_rng_state, torch.cuda.set_rng_state, state
     if len(state) > torch.cuda.device_count():
-        raise ValueError(f"it is that of {len(state)} CUDA devices")
+        raise ValueError(f"it was saved with {len(state)} CUDA devices, more than are here")
     for index, one in enumerate(state):
         torch.Generator(torch.device("cuda", index)).set_state(one)
     return torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all, list(state)

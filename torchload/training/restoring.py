@@ -14,7 +14,7 @@ import torch
 from torchload.core.text import quoted
 from torchload.model.shards import is_sharded, local_region
 from torchload.model.target import Target
-from torchload.plan import hooks
+from torchload.plan import custom_loaders
 from torchload.plan.plan import LoadPlan
 
 __all__ = ["RefusedError", "like", "receive", "replace_attributes", "restorer", "taking_back"]
@@ -105,7 +105,7 @@ def restorer(target: Target, plan: LoadPlan) -> Callable[[], None]:
     if any(is_sharded(slot.tensor) for slot in target.slots):
         parts = [local_region(slot.tensor)[0] for slot in held]
     copies = [(part, part.detach().clone()) for part in parts]
-    own = [hooks.restorer(hooked.module, slots) for hooked, slots in plan.own_loaders]
+    own = [custom_loaders.restorer(hooked.module, slots) for hooked, slots in plan.own_loaders]
     extra = [(module, copy.deepcopy(module.get_extra_state())) for module in target.extra_state.values()]
 
     def restore() -> None:

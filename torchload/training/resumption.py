@@ -25,14 +25,15 @@ from torchload.model.shards import is_sharded
 from torchload.model.target import Target, describe_model
 from torchload.model.unwrapping import module_within
 from torchload.model.walk import parameter_names
-from torchload.plan import hooks
 from torchload.plan.acceptance import after_post_hooks
 from torchload.plan.account import report_of
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Moved, carry_out
 from torchload.plan.explain import incompatible
 from torchload.plan.options import Options
-from torchload.plan.plan import LoadPlan, make_plan
+from torchload.plan.plain import plain
+from torchload.plan.plan import LoadPlan
+from torchload.plan.planner import make_plan
 from torchload.plan.steps import select_for
 from torchload.training.optimizer_states import Place, extents_in, read_states
 from torchload.training.optimizers import OptimizerPlan, plan_optimizer
@@ -228,7 +229,7 @@ class Resumption:
     ) -> list[tuple[Any, Found]]:
         if not as_list(given):
             if found:
-                self.notes.append(f"the file's {what} state was left aside: pass {what}= to restore it")
+                self.notes.append(f"the file's {what} state was not restored: pass {what}= for that")
         elif not found:
             self._absent(f"{what} state", what)
         else:
@@ -241,7 +242,7 @@ class Resumption:
     def _plan_state(self, what: str, receiver: Any, found: Found) -> None:
         label = f"{type(receiver).__name__} from {found.path!r}"
         try:
-            state = hooks.plain(found.value, lambda entry: map_entry(entry).clone())
+            state = plain(found.value, lambda entry: map_entry(entry).clone())
         except ValueError as error:
             self.problems.append(f"{label}: {error}")
             return
@@ -332,16 +333,14 @@ class Resumption:
             report_of(load.target, self.checkpoint, load.selection, load.plan, load.moved, load.seconds)
             for load in self.loads
         ]
-        parts = [*state.optimizers, *state.schedulers, *([state.scaler] if state.scaler else [])]
-        known = {
-            path.split(".")[0] for path in [*(load.selection.key for load in self.loads), *(p.path for p in parts)]
-        } | {state.path.split(".")[0] for state in self.random_states}
+        parts: list[Any] = [*state.optimizers, *state.schedulers, *filter(None, [state.scaler]), *self.random_states]
+        paths = [*(load.selection.key for load in self.loads), *(part.path for part in parts)]
         return ResumeReport(
             load=reports[0],
             ema=reports[1] if len(reports) > 1 else None,
             epoch=state.epoch,
             step=state.step,
-            values=plain_values(self.tree, known),
+            values=plain_values(self.tree, {path.split(".")[0] for path in paths}),
             restored=tuple(self.restored),
             notes=tuple(self.notes),
         )

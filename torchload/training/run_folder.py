@@ -82,7 +82,7 @@ def lies_beside(path: Any, what: str) -> str | None:
             if all(os.path.realpath(source.name).startswith(here) for source in whole.sources):  # the same weights
                 return f"{name} lies beside it, so give the folder: {folder}"
         return (
-            f"{name} lies beside it, and no name says whether it belongs to these weights. If it does, open both and "
+            f"{name} lies beside it, and nothing says whether it belongs to these weights. If it does, open both and "
             f"give them together: smart_resume(model, {{'model': weights, '{what}': state}}, ...)"
         )
     if os.path.isdir(here):

@@ -7,7 +7,7 @@ from itertools import islice, permutations
 from operator import getitem
 from typing import Any
 
-from torchload.core.text import plural
+from torchload.core.text import listed, plural
 from torchload.training.state import Found
 
 __all__ = ["NotPairedError", "as_list", "pairs_of"]
@@ -61,7 +61,9 @@ def pairs_of(
         return list(zip(all_given, found))
     if isinstance(given, Mapping):
         if given.keys() != by_name.keys():
-            raise NotPairedError(f"the file's {what}s are {_listed(by_name)}, those given {_listed(given)}")
+            raise NotPairedError(
+                f"the file's {what}s are {listed([*map(repr, by_name)])}, those given {listed([*map(repr, given)])}"
+            )
         return [(one, by_name[name]) for name, one in given.items()]
     if len(all_given) <= _MOST:
         fitting = [[fits(one, state) for state in found] for one in all_given]
@@ -78,10 +80,6 @@ def pairs_of(
     raise NotPairedError(
         f"the file names its {what}s, and it can't be told which of those given is which: pass {what}={{{some}}}"
     )
-
-
-def _listed(names: Mapping[Any, Any]) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _orders(fits: Sequence[Sequence[bool]]) -> list[tuple[int, ...]]:

@@ -208,8 +208,8 @@ def weights_of(root: Any) -> Any:
     others = {name for name in root if _is_average(root, name)}.union(best)
     if best and not any(_may_be_weights(root, name) for name in root.keys() - others):
         raise AmbiguousCheckpointError(
-            f"the only weights are those of the best epoch so far ({best[0]!r}), which the optimizer's state may not "
-            f"go with. If it does: smart_resume(..., key={best[0]!r})",
+            f"the only weights are those of the best epoch so far ({best[0]!r}), and the optimizer's state may belong "
+            f"to later ones. If it belongs to these: smart_resume(..., key={best[0]!r})",
             candidates=best,
         )
     return Container({name: value for name, value in root.items() if name not in others}) if others else root

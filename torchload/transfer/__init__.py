@@ -6,6 +6,7 @@ from torchload.transfer.checksums import has_checksum, is_summed_in_place
 from torchload.transfer.cooperative import Replicas, read_together
 from torchload.transfer.engine import run
 from torchload.transfer.mapped import can_map, map_entries, map_entry, read_entries
+from torchload.transfer.memory import replace_pages
 
 __all__ = [
     "Replicas",
@@ -18,6 +19,7 @@ __all__ = [
     "not_seen_equal",
     "read_entries",
     "read_together",
+    "replace_pages",
     "run",
     "same_data",
     "verify_extents",

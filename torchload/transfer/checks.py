@@ -19,7 +19,7 @@ from torchload.transfer.direct import is_cold
 from torchload.transfer.engine import Progress, check_unchanged, default_threads
 from torchload.transfer.mapped import read_entries
 from torchload.transfer.memory import is_same, memory_at
-from torchload.transfer.pieces import STRIDED_BYTES, Job, Piece, schedule
+from torchload.transfer.pieces import STRIDED_BYTES, Job, Piece, is_plain, schedule
 from torchload.transfer.reader import Reader
 
 __all__ = ["not_seen_equal", "same_data", "verify_extents"]
@@ -153,13 +153,15 @@ def not_seen_equal(copies: Sequence[Copy]) -> list[Copy]:
         CorruptCheckpointError: A source ended too early, or changed.
         OSError: A device failed.
     """
+    plain_copies = [copy for copy in copies if copy.target.is_cpu and is_plain(copy)]
     with torch.inference_mode():
-        jobs = schedule(copies)
-    plain = [job for job in jobs if job.is_direct or job.can_scatter]
-    equal = {id(piece.copy): True for job in jobs for piece in job.pieces}
+        jobs = schedule(plain_copies)
+    plain: list[Job] = []
+    overlapping: list[Job] = []
     for job in jobs:
-        if not (job.is_direct or job.can_scatter):
-            equal.update((id(piece.copy), False) for piece in job.pieces)
+        (plain if job.is_direct or job.can_scatter else overlapping).append(job)
+    equal = {id(copy): not copy.target.numel() for copy in copies} | {id(copy): True for copy in plain_copies}
+    equal.update((id(piece.copy), False) for job in overlapping for piece in job.pieces)
     sources = dict.fromkeys(job.source for job in plain)
     total_bytes = sum(job.nbytes for job in plain)
     check_unchanged(sources)
@@ -168,7 +170,7 @@ def not_seen_equal(copies: Sequence[Copy]) -> list[Copy]:
         threads = default_threads(total_bytes, computes=False, cold=bool(cold))
         Crew(plain, lambda: _Comparer(reader, equal), threads).run()
     check_unchanged(sources)
-    return [copy for copy in copies if not equal.get(id(copy), True)]
+    return [copy for copy in copies if not equal[id(copy)]]
 
 
 class _Comparer:

@@ -6,6 +6,7 @@ import torch
 
 from torchload.transfer.arena import allocate
 from torchload.transfer.checksums import Arrivals
+from torchload.transfer.lease import LeasedFile
 from torchload.transfer.memory import memory_at, move, move_much
 from torchload.transfer.overflow import OverflowFoundError, overflows
 from torchload.transfer.pieces import CAST, GAP_BYTES, RAW, STAGED_BYTES, Job, Piece, needs_swap
@@ -16,6 +17,8 @@ __all__ = ["HostWorker", "decode"]
 _PACKED_BYTES = 1 << 20
 """Small casts are packed together up to this size, on either side."""
 _PACKABLE_BYTES = 64 << 10
+_LENT_BYTES = 256 << 10
+"""From this size on pages are read where they lie."""
 _MUCH_BYTES = 64 << 10
 """From this size on other threads may run while bytes are moved."""
 _ALIGNMENT_BYTES = 4096
@@ -41,6 +44,8 @@ class HostWorker:
         self._arrivals = arrivals
         self._scratch: torch.Tensor | None = None
         self._packer: _Packer | None = None
+        self._pages: LeasedFile | None = None
+        self._pages_of: int | None = None  # descriptor: jobs come file by file
         self._gaps = torch.empty(GAP_BYTES, dtype=torch.uint8, device="cpu")
 
     def __call__(self, job: Job) -> int:
@@ -56,7 +61,7 @@ class HostWorker:
             piece = job.pieces[0]
             memory = memory_at(piece.target.data_ptr() + piece.skip_bytes, piece.nbytes)
             self._reader.readinto(job.source, job.offset, memory)
-        elif not (job.can_scatter and self._scatter(job)):
+        elif not (job.can_scatter and self._scatter(job)) and not self._place_from_pages(job):
             self._place(job, self._fetch(job))
         if self._arrivals is not None and job.device.type == "cpu":
             for piece in job.pieces:
@@ -82,6 +87,20 @@ class HostWorker:
         data = self._scratch_of(shift + job.nbytes)[shift : shift + job.nbytes]
         self._reader.readinto(job.source, job.offset, memory_at(data.data_ptr(), job.nbytes))
         return data
+
+    def _place_from_pages(self, job: Job) -> bool:
+        """Put a job's pieces into place straight from the page cache, if that can be done."""
+        if job.nbytes < _LENT_BYTES or job.source.fd is None:
+            return False
+        if job.source.fd != self._pages_of:
+            self._pages_of, self._pages = job.source.fd, self._reader.pages(job.source)
+        if self._pages is None or (data := self._pages.borrow(job.source.base + job.offset, job.nbytes)) is None:
+            return False
+        try:
+            self._place(job, data)
+        finally:
+            self._pages.give_back()
+        return True
 
     def _place(self, job: Job, data: torch.Tensor) -> None:
         on_cpu = job.device.type == "cpu"

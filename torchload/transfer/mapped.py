@@ -7,7 +7,6 @@ touches what is gone (SIGBUS), so files that others may rewrite in place should 
 from __future__ import annotations
 
 import mmap
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -18,13 +17,11 @@ from torchload.core.room import free_host_bytes
 from torchload.core.source import Source
 from torchload.transfer.arena import allocate
 from torchload.transfer.engine import check_unchanged, run
-from torchload.transfer.memory import address_of, advise
+from torchload.transfer.memory import NO_RESERVE, POPULATE_READ, address_of, advise
 from torchload.transfer.pieces import needs_swap
 
 __all__ = ["can_map", "map_entries", "map_entry", "read_entries"]
 
-_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named since Python 3.13
 _SURELY_FITS_BYTES = 64 << 20  # it isn't worth while to ask
 _CPU = torch.device("cpu")
 
@@ -129,7 +126,7 @@ def _map(
     last = source.base + max(_last_byte(entry) for _, entry in members)
     start = first - first % mmap.ALLOCATIONGRANULARITY
     # Nothing is reserved for copies that most likely are never made.
-    flags = mmap.MAP_PRIVATE | _NO_RESERVE
+    flags = mmap.MAP_PRIVATE | NO_RESERVE
     try:
         mapping = mmap.mmap(source.fd, last - start, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
     except (OSError, ValueError):
@@ -141,7 +138,7 @@ def _map(
         offset = source.base + _first_byte(entry) - start
         nbytes = _last_byte(entry) - _first_byte(entry)
         if populate:
-            advise(address + offset, nbytes, _POPULATE_READ)
+            advise(address + offset, nbytes, POPULATE_READ)
         flat = torch.frombuffer(view, dtype=entry.dtype, count=nbytes // entry.dtype.itemsize, offset=offset)
         yield index, flat.as_strided_(entry.shape, entry.boxes[0].strides)
 

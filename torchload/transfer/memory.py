@@ -5,12 +5,30 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import sys
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["address_of", "advise", "is_resident", "is_same", "memory_at", "move", "move_much", "scatter"]
+__all__ = [
+    "NO_RESERVE",
+    "POPULATE_READ",
+    "address_of",
+    "advise",
+    "cached_bytes",
+    "file_system_of",
+    "is_resident",
+    "is_same",
+    "memory_at",
+    "move",
+    "move_much",
+    "replace_pages",
+    "scatter",
+]
+
+POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named since Python 3.13
 
 move = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
@@ -23,6 +41,9 @@ move_much = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, 
 )
 """The same for much data: other threads run meanwhile."""
 
+_LEAST_CACHED_BYTES = 512 << 10
+"""With less, what Python does for each read shows."""
+_MOST_CACHED_BYTES = 1 << 20
 _COMPARED_BYTES = 1 << 20  # at a time, where it takes copies
 
 _WRITABLE = 0x200  # PyBUF_WRITE
@@ -85,6 +106,15 @@ def advise(address: int, nbytes: int, advice: int) -> bool:
     return madvise is not None and madvise(address - head, nbytes + head, advice) == 0
 
 
+def file_system_of(descriptor: int) -> int:
+    """The number by which Linux knows the kind of file system that a file is on (``f_type``), or 0."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        status = (ctypes.c_long * 64)()  # of 15 such fields at most
+        if ctypes.CDLL(None).fstatfs(descriptor, status) == 0:
+            return status[0] & 0xFFFFFFFF
+    return 0
+
+
 def is_resident(address: int, nbytes: int) -> bool:
     """Whether all pages of a mapped file's range are in the page cache, as far as the kernel tells."""
     mincore = _system_call("mincore", ctypes.c_char_p)
@@ -94,6 +124,47 @@ def is_resident(address: int, nbytes: int) -> bool:
     if mincore is None or mincore(address - head, nbytes + head, result) != 0:
         return False
     return 0 not in pages
+
+
+def replace_pages(address: int, nbytes: int) -> bool:
+    """Put pages of this process alone in the place of a mapped file's, with what these hold; False where it fails.
+
+    Args:
+        address: Start of the range; rounded down to a page.
+        nbytes: Length in bytes; rounded up to whole pages.
+    """
+    function = _mmap()
+    head = address % mmap.PAGESIZE
+    start, size = address - head, -(-(nbytes + head) // mmap.PAGESIZE) * mmap.PAGESIZE
+    if function is None:
+        return False
+    held = ctypes.string_at(start, size)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    if function(start, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != start:
+        return False
+    memory_at(start, size)[:] = held
+    return True
+
+
+_MAP_FIXED = 0x10  # on Linux and on macOS
+
+
+@lru_cache(maxsize=1)
+def _mmap() -> Any:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        function = ctypes.CDLL(None).mmap
+        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+        function.restype = ctypes.c_void_p
+        return function
+    return None
+
+
+@lru_cache(maxsize=1)
+def cached_bytes() -> int:
+    """How much of a source stays in a core's own cache (L2), together with what becomes of it: half its size."""
+    with contextlib.suppress(OSError, ValueError), open("/sys/devices/system/cpu/cpu0/cache/index2/size") as file:
+        return min(max(int(file.read().strip().removesuffix("K")) << 9, _LEAST_CACHED_BYTES), _MOST_CACHED_BYTES)
+    return _LEAST_CACHED_BYTES
 
 
 @lru_cache(maxsize=1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
+from weakref import WeakSet
 
 from torchload.core.source import Source
 from torchload.transfer.direct import DIRECT_IO_BYTES, DirectFile
+from torchload.transfer.lease import LeasedFile
 from torchload.transfer.memory import scatter
 
 __all__ = ["Reader"]
@@ -17,6 +19,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._direct: dict[int, DirectFile | None] = {}
+        self._leased: WeakSet[LeasedFile] = WeakSet()
 
     @property
     def is_cold(self) -> bool:
@@ -49,8 +52,19 @@ class Reader:
             return False
         return descriptor is not None and scatter(descriptor, source.base + offset, places) == nbytes
 
+    def pages(self, source: Source) -> LeasedFile | None:
+        """Where a source's bytes may be read without copying them, for the calling thread; None if nowhere."""
+        if source.fd is None or self._direct.get(source.fd) is not None:
+            return None
+        file = LeasedFile.open(source.fd)
+        if file is not None:
+            self._leased.add(file)
+        return file
+
     def close(self) -> None:
         """Give up what was held to read."""
+        for leased in list(self._leased):
+            leased.close()
         for file in self._direct.values():
             if file is not None:
                 file.close()

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torchload.core.checkpoint import contiguous_strides
 from torchload.core.ranks import Ranks, attempt
 from torchload.core.sharing import Layout, shared_runs
-from torchload.core.text import group_names, listed, printable, short_dtype
+from torchload.core.text import listing, printable, short_dtype
 from torchload.match.globs import Globs
 from torchload.model.elsewhere import is_placeholder
 from torchload.model.shards import is_hollow, is_sharded
@@ -156,7 +156,7 @@ def _unsavable(tensors: Sequence[tuple[str, torch.Tensor]], ranks: Ranks) -> lis
     for name, tensor in tensors:
         if (reason := _why_not(tensor, ranks)) is not None:
             reasons.setdefault(reason, []).append(name)
-    return [f"{reason}: {listed(group_names(names))}" for reason, names in reasons.items()]
+    return [f"{reason}: {listing(names)}" for reason, names in reasons.items()]
 
 
 def _why_not(tensor: Any, ranks: Ranks) -> str | None:

@@ -33,14 +33,14 @@ def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
     source = directory.source
     top = _top_folder(directory, path)
     data_folder = f"{top}data/"
-    for name, record in directory.records.items():
-        if record.size <= SMALL_BYTES and not name.startswith(data_folder):
-            directory.read(name)
-    big_endian = _is_big_endian(directory, top)
     pickle_record = directory.records[f"{top}data.pkl"]
+    others = [record for name, record in directory.records.items() if not name.startswith(data_folder)]
+    small = {record.name: directory.read(record.name) for record in others if record.size <= SMALL_BYTES}
+    order = f"{top}byteorder"
+    big_endian = _is_big_endian(small.get(order, b"") if order in directory.records else None, source.name)
     stored = pickle_record.method == STORED
     root = read_pickle(
-        directory.read(pickle_record.name),
+        small.get(pickle_record.name) or directory.read(pickle_record.name),
         _storage_extents(directory, data_folder, big_endian),
         name=path,
         source=source.slice(pickle_record.offset, pickle_record.size) if stored else None,
@@ -88,10 +88,7 @@ def _top_folder(directory: ZipDirectory, path: str) -> str:
     )
 
 
-def _is_big_endian(directory: ZipDirectory, top: str) -> bool:
-    if f"{top}byteorder" not in directory.records:
-        return False  # written before torch 2.1, on what is little-endian nearly always
-    order = directory.read(f"{top}byteorder")
-    if order not in (b"little", b"big"):
-        raise damaged(directory.source.name, f"its byte order is {order[:20]!r}")
+def _is_big_endian(order: bytes | None, name: str) -> bool:
+    if order not in (None, b"little", b"big"):  # None before torch 2.1, on what is little-endian nearly always
+        raise damaged(name, f"its byte order is {order[:20]!r}")
     return order == b"big"

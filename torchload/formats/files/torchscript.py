@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass, field
 
 from torchload.core.checkpoint import Checkpoint, Container, OpaqueTensor, Record, TensorEntry
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.errors import CheckpointFormatError, damaged
 from torchload.formats.files import torch_zip
 from torchload.formats.files.zip_directory import ZipDirectory
 
@@ -83,9 +83,7 @@ def _state_dict(module: Record, code: _Code, path: str) -> Container:
         record, prefix, around = pending.pop()
         too_many = len(state) + len(pending) > MAX_TENSORS or len(prefix) > MAX_NAME_LENGTH
         if id(record) in around or len(around) > MAX_DEPTH or too_many:
-            raise CorruptCheckpointError(
-                f"{path} is damaged: its module {prefix[:200]!r} contains itself, or too many are nested.", path=path
-            )
+            raise damaged(path, f"its module {prefix[:200]!r} contains itself, or too many are nested")
         # A module with a __getstate__ of its own (quantized ones) has another state; its tensors are packed.
         attributes = record.state if isinstance(record.state, dict) else {}
         _own_tensors(record, attributes, prefix, code, state)
@@ -134,11 +132,8 @@ class _Code:
             self._files[file] = self._classes(file)
         found = self._files[file].get(name)
         if found is None or found.parameters is None:
-            raise CorruptCheckpointError(
-                f"{self._path} is damaged: it holds a {qualified[:200]}, and its code doesn't say which tensors of "
-                "that module are parameters.",
-                path=self._path,
-            )
+            problem = f"it holds a {qualified[:200]}, and its code doesn't say which of its tensors are parameters"
+            raise damaged(self._path, problem)
         return found.names()
 
     def _classes(self, file: str) -> dict[str, _ModuleClass]:

@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from torchload.core.budget import Budget
 from torchload.errors import CorruptCheckpointError, incomplete
@@ -91,13 +90,10 @@ _PART_BYTES = 1 << 18
 _TEXT_COST = 48  # at least
 _REPLACEMENT_COST = 400  # a dict or a set with the stand-in that it was
 # The opcodes of a run: one and its argument, or several that have none.
-_OPCODE = re.compile(
-    rb"([GJKMhjqr]|[^GJKMhjqr]+)(?:(?<=[Kqh]).|(?<=[Jjr]).{4}|(?<=M)..|(?<=G).{8}|(?<=[^GJKMhjqr]))", re.DOTALL
-)
+_OPCODE = rb"(?s:([GJKMhjqr]|[^GJKMhjqr]+)(?:(?<=[Kqh]).|(?<=[Jjr]).{4}|(?<=M)..|(?<=G).{8}|(?<=[^GJKMhjqr])))"
 
 
-@dataclass(frozen=True, slots=True)
-class Blob:
+class Blob(NamedTuple):
     """A long run of bytes that stays in the file.
 
     Attributes:
@@ -111,8 +107,7 @@ class Blob:
     text: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PickleStream:
+class PickleStream(NamedTuple):
     """A checked pickle.
 
     Attributes:
@@ -142,7 +137,7 @@ def check_stream(
 
     Raises:
         CorruptCheckpointError: It is truncated, has an opcode that doesn't exist or that nothing safe can be made of,
-            or would unfold out of all proportion.
+            or would take memory out of all proportion.
 
     Example:
         >>> check_stream(b"\x80\x02K\x07.and more", name="example").end
@@ -179,18 +174,18 @@ def check_stream(
     return stream
 
 
-@dataclass(slots=True)
 class _Scan:
     """The rarer opcodes, and the pieces of the rewritten stream."""
 
-    data: bytes | bytearray | mmap
-    start: int
-    name: str
-    max_replacements: int
-    pieces: list[bytes] = field(default_factory=list)
-    blobs: list[Blob] = field(default_factory=list)
-    lists: int = 0
-    kept: int = -1  # up to where `pieces` covers the data
+    def __init__(self, data: bytes | bytearray | mmap, start: int, name: str, max_replacements: int) -> None:
+        self.data = data
+        self.start = start
+        self.name = name
+        self.max_replacements = max_replacements
+        self.pieces: list[bytes] = []
+        self.blobs: list[Blob] = []
+        self.lists = 0
+        self.kept = start  # up to where `pieces` covers the data
 
     def step(self, opcode: int, position: int) -> int:
         """Check one opcode that a run doesn't swallow; returns the position of the next."""
@@ -248,11 +243,9 @@ class _Scan:
         except ValueError:
             number = -1
         if not 0 <= number < limit:
-            self.refuse(f"memoizes at {index!r}, though it has room for {limit} entries", position)
+            self.refuse(f"gives an object the number {index!r}, though it has room for {limit:,} objects", position)
 
     def replace(self, position: int, end: int, replacement: bytes) -> None:
-        if self.kept < 0:
-            self.kept = self.start
         self.pieces.append(bytes(self.data[self.kept : position]))
         self.pieces.append(replacement)
         self.kept = end
@@ -265,7 +258,7 @@ class _Scan:
 
     def check_amount(self, position: int) -> None:
         if self.replacements > self.max_replacements:
-            self.refuse("would unfold to more objects than a checkpoint of this size can hold", position)
+            self.refuse("would make more objects than a checkpoint of this size can hold", position)
 
     def take_blob(self, opcode: int, position: int, payload: int, size: int) -> None:
         if payload + size > len(self.data):
@@ -274,7 +267,7 @@ class _Scan:
         self.blobs.append(Blob(payload, size, text=opcode == 0x54))
 
     def finish(self, end: int) -> PickleStream:
-        if self.kept < 0:
+        if not self.pieces:
             return PickleStream(memoryview(self.data)[self.start : end], end, ())
         self.pieces.append(bytes(self.data[self.kept : end]))
         return PickleStream(b"".join(self.pieces), end, tuple(self.blobs))
@@ -320,7 +313,7 @@ def _without_arguments(code: bytes | memoryview) -> bytearray:
     while True:
         run = match(code, position)
         if run is not None:
-            opcodes += b"".join(_OPCODE.findall(run[0]))
+            opcodes += b"".join(re.findall(_OPCODE, run[0]))
             position = run.end()
         opcode = code[position]
         if opcode in _LENGTH_WIDTHS:

@@ -60,10 +60,10 @@ class StandInType(type):
     qualified: str
 
     def __setattr__(cls, name: str, value: object) -> None:
-        raise TypeError(f"a stand-in has no attribute {name!r} to set")
+        raise TypeError(f"it sets the attribute {name!r} of a class")
 
     def __delattr__(cls, name: str) -> None:
-        raise TypeError(f"a stand-in has no attribute {name!r} to delete")
+        raise TypeError(f"it deletes the attribute {name!r} of a class")
 
 
 class Inert(metaclass=StandInType):
@@ -73,7 +73,7 @@ class Inert(metaclass=StandInType):
     qualified = ""
 
     def __setstate__(self, state: object) -> None:
-        raise TypeError(f"a pickle can't set the state of a {type(self).__name__}")
+        raise TypeError(f"it sets attributes of a {type(self).__name__}, which has none")
 
 
 class RecordStandIn(Record, metaclass=StandInType):
@@ -181,7 +181,7 @@ class SetStandIn(list[Any], metaclass=StandInType):
     add = list.append
 
     def __setstate__(self, state: object) -> None:
-        raise TypeError("a pickle can't set the state of a set")
+        raise TypeError("it sets attributes of a set, which has none")
 
 
 class Call(metaclass=StandInType):

@@ -41,46 +41,28 @@ _DTYPE_NAMES = (
 _DTYPES = {name: getattr(torch, name) for name in _DTYPE_NAMES if hasattr(torch, name)}
 KNOWN_VALUES: dict[str, Any] = {f"torch.{name}": dtype for name, dtype in _DTYPES.items()}
 
-_LEGACY_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "BFloat16Storage": "bfloat16",
-    "ComplexDoubleStorage": "complex128",
-    "ComplexFloatStorage": "complex64",
-    "QUInt8Storage": "quint8",
-    "QInt8Storage": "qint8",
-    "QInt32Storage": "qint32",
-    "QUInt4x2Storage": "quint4x2",
-    "QUInt2x4Storage": "quint2x4",
-}
+# Names of typed storages, without "Storage", and their dtypes.
+_LEGACY_STORAGES: dict[str, str] = dict(
+    pair.split("=")
+    for pair in (
+        "Double=float64 Float=float32 Half=float16 BFloat16=bfloat16 Long=int64 Int=int32 Short=int16 Char=int8 "
+        "Byte=uint8 Bool=bool ComplexDouble=complex128 ComplexFloat=complex64 QUInt8=quint8 QInt8=qint8 QInt32=qint32 "
+        "QUInt4x2=quint4x2 QUInt2x4=quint2x4"
+    ).split()
+)
 # Qualified name of a storage class → its dtype; an untyped storage counts bytes.
 STORAGE_DTYPES: dict[str, torch.dtype | None] = {
-    "torch.UntypedStorage": None,
-    "torch.storage.UntypedStorage": None,
-    "torch.storage._UntypedStorage": None,
-    "torch.cuda.UntypedStorage": None,
+    f"torch.{name}": None
+    for name in ("UntypedStorage", "storage.UntypedStorage", "storage._UntypedStorage", "cuda.UntypedStorage")
 } | {
-    f"{module}.{name}": _DTYPES[dtype]
+    f"{module}.{name}Storage": _DTYPES[dtype]
     for name, dtype in _LEGACY_STORAGES.items()
     if dtype in _DTYPES
     for module in ("torch", "torch.cuda", "torch.storage")
 }
 
 KNOWN_MAPPINGS = frozenset(
-    f"{module}.{name}"
-    for module, names in {
-        "collections": ("OrderedDict", "defaultdict", "Counter"),
-        "builtins": ("dict",),
-        "__builtin__": ("dict",),
-    }.items()
-    for name in names
+    "collections.OrderedDict collections.defaultdict collections.Counter builtins.dict __builtin__.dict".split()
 )
 
 
@@ -326,47 +308,33 @@ def _complex(call: Call, walk: Walk) -> Any:
 
 _PARAMETERS = frozenset(("torch.nn.parameter.Parameter", "torch.nn.Parameter"))
 
+# Converter → the names of the functions whose calls it reads.
+_CONVERTERS: dict[Callable[[Call, Walk], Any], str] = {
+    _tensor: "torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v2",
+    _tensor_with_dtype: "torch._utils._rebuild_tensor_v3",
+    _parameter: "torch._utils._rebuild_parameter torch._utils._rebuild_parameter_with_state "
+    "torch.nn.parameter.Parameter",
+    _from_type: "torch._tensor._rebuild_from_type torch._tensor._rebuild_from_type_v2 torch.tensor._rebuild_from_type",
+    _sparse: "torch._utils._rebuild_sparse_tensor torch._utils._rebuild_sparse_csr_tensor",
+    _quantized: "torch._utils._rebuild_qtensor",
+    _opaque("a nested tensor"): "torch._utils._rebuild_nested_tensor",
+    _opaque("a meta tensor, which has no data", 1): "torch._utils._rebuild_meta_tensor_no_storage",
+    _opaque("a tensor subclass that wraps others", 2): "torch._utils._rebuild_wrapper_subclass",
+    _opaque("an uninitialized parameter"): "torch.nn.parameter.UninitializedParameter",
+    _opaque("an uninitialized buffer"): "torch.nn.parameter.UninitializedBuffer",
+    _from_array: "torch._utils._rebuild_device_tensor_from_numpy torch._utils._rebuild_xla_tensor",
+    _nested_storage: "torch.storage._load_from_bytes",
+    _size: "torch.Size",
+    _device: "torch.device",
+    _first_text: "torch.serialization._get_layout torch.torch_version.TorchVersion",
+    _first: "torch.autograd.variable.Variable torch.jit._pickle.build_tensorlist torch.jit._pickle.build_intlist "
+    "torch.jit._pickle.build_doublelist torch.jit._pickle.build_boollist torch.jit._pickle.restore_type_tag",
+    _set: "builtins.set __builtin__.set builtins.frozenset __builtin__.frozenset",
+    _complex: "builtins.complex __builtin__.complex",
+    _oldest: "torch.Tensor",
+}
 KNOWN_CALLS: dict[str, Callable[[Call, Walk], Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_with_dtype,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch.nn.parameter.Parameter": _parameter,
-    "torch.autograd.variable.Variable": _first,
-    "torch._tensor._rebuild_from_type": _from_type,
-    "torch._tensor._rebuild_from_type_v2": _from_type,
-    "torch.tensor._rebuild_from_type": _from_type,
-    "torch._utils._rebuild_sparse_tensor": _sparse,
-    "torch._utils._rebuild_sparse_csr_tensor": _sparse,
-    "torch._utils._rebuild_qtensor": _quantized,
-    "torch._utils._rebuild_nested_tensor": _opaque("a nested tensor"),
-    "torch._utils._rebuild_meta_tensor_no_storage": _opaque("a meta tensor, which has no data", 1),
-    "torch._utils._rebuild_wrapper_subclass": _opaque("a tensor subclass that wraps others", 2),
-    "torch.nn.parameter.UninitializedParameter": _opaque("an uninitialized parameter"),
-    "torch.nn.parameter.UninitializedBuffer": _opaque("an uninitialized buffer"),
-    "torch._utils._rebuild_device_tensor_from_numpy": _from_array,
-    "torch._utils._rebuild_xla_tensor": _from_array,
-    "torch.storage._load_from_bytes": _nested_storage,
-    "torch.Size": _size,
-    "torch.device": _device,
-    "torch.serialization._get_layout": _first_text,
-    "torch.torch_version.TorchVersion": _first_text,
-    "torch.jit._pickle.build_tensorlist": _first,
-    "torch.jit._pickle.build_intlist": _first,
-    "torch.jit._pickle.build_doublelist": _first,
-    "torch.jit._pickle.build_boollist": _first,
-    "torch.jit._pickle.restore_type_tag": _first,
-    "builtins.set": _set,
-    "__builtin__.set": _set,
-    "builtins.frozenset": _set,
-    "__builtin__.frozenset": _set,
-    "builtins.complex": _complex,
-    "__builtin__.complex": _complex,
-    "torch.Tensor": _oldest,
-    **{
-        f"{module}.{name.removesuffix('Storage')}Tensor": _oldest
-        for name in _LEGACY_STORAGES
-        for module in ("torch", "torch.cuda")
-    },
-} | arrays.KNOWN_CALLS
+    **{name: convert for convert, names in _CONVERTERS.items() for name in names.split()},
+    **{f"{module}.{name}Tensor": _oldest for name in _LEGACY_STORAGES for module in ("torch", "torch.cuda")},
+    **arrays.KNOWN_CALLS,
+}

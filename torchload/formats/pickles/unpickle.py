@@ -71,18 +71,10 @@ def read_pickle(
 ) -> Any:
     """Read one pickle whose storages' places are known from the beginning.
 
-    Args:
-        data: The stream; what follows its STOP is ignored.
-        extent_of: Where the data of a storage is. Without it, a tensor with a storage is an error.
-        name: What to call the stream in messages.
-        source: The same bytes as `data`, if they are in a file: long payloads then stay there.
-        budget: What the objects may cost, where `source` doesn't say.
+    Arguments and errors are those of `unpickle` and of its result's `finish`.
 
     Returns:
         The tree (see `torchload.core.checkpoint`).
-
-    Raises:
-        CorruptCheckpointError: The stream is damaged or hostile, or a tensor does not lie inside its storage.
 
     Example:
         >>> import argparse, pickle
@@ -109,7 +101,7 @@ def unpickle(
         data: Bytes that hold the pickle, whatever follows it.
         start: Position of its first opcode.
         name: What to call the stream in messages.
-        source: The same bytes as `data`, if they are in a file.
+        source: The same bytes as `data`, if they are in a file: long payloads then stay there.
         budget: What the objects may cost, where `source` doesn't say.
         outside: What a persistent id that is text refers to, in a format that has such; a finished leaf of the tree.
 
@@ -119,23 +111,14 @@ def unpickle(
     Raises:
         CorruptCheckpointError: The stream is damaged or hostile.
     """
-    if budget is None:
-        budget = source.budget if source is not None else _budget_of(data)
-    stream = check_stream(data, start, name=name, budget=budget)
-    reader = _Reader(stream, name, outside)
-    try:
-        root = reader.load()
-    except _MALFORMED as error:
-        raise CorruptCheckpointError(
-            f"{name}: the pickle is damaged or made to do harm: {str(error) or type(error).__name__}", path=name
-        ) from error
-    return Unpickled(root, reader.storages, data, stream, name, source, budget)
-
-
-def _budget_of(data: bytes | bytearray | mmap) -> Budget:
-    budget = Budget()
-    budget.add_file(len(data))
-    return budget
+    if budget is None and source is not None:
+        budget = source.budget
+    elif budget is None:
+        budget = Budget()
+        budget.add_file(len(data))
+    recorded = Unpickled(data, name, source, budget)
+    recorded.record(start, outside)
+    return recorded
 
 
 class Unpickled:
@@ -147,38 +130,34 @@ class Unpickled:
         root: The recorded object, in stand-ins; `finish` turns it into the tree.
     """
 
-    __slots__ = ("budget", "data", "end", "name", "root", "source", "storages", "stream")
-
-    def __init__(
-        self,
-        root: Any,
-        storages: dict[str, Storage],
-        data: bytes | bytearray | mmap,
-        stream: PickleStream,
-        name: str,
-        source: Source | None,
-        budget: Budget,
-    ) -> None:
-        self.root = root
-        self.storages = storages
+    def __init__(self, data: bytes | bytearray | mmap, name: str, source: Source | None, budget: Budget) -> None:
         self.data = data
-        self.stream = stream
-        self.end = stream.end
         self.name = name
         self.source = source
         self.budget = budget
+
+    def record(self, start: int, outside: Callable[[str], Any] | None) -> None:
+        """Check the opcodes from `start` on, and run them; arguments and errors as `unpickle`."""
+        stream = check_stream(self.data, start, name=self.name, budget=self.budget)
+        reader = _Reader(stream, self.name, outside)
+        self.blobs, self.end, self.storages = stream.blobs, stream.end, reader.storages
+        try:
+            self.root = reader.load()
+        except _MALFORMED as error:
+            problem = f"the pickle is damaged or made to do harm: {str(error) or type(error).__name__}"
+            raise CorruptCheckpointError(f"{self.name}: {problem}", path=self.name) from error
 
     def finish(self, extent_of: Callable[[Storage], Extent] | None = None) -> Any:
         """The tree; the recording is used up.
 
         Args:
-            extent_of: Where the data of a storage is; asked once per storage.
+            extent_of: Where the data of a storage is; asked once per storage. Without it, there may be none.
 
         Raises:
             CorruptCheckpointError: A tensor does not lie inside its storage, or the objects are nested too deeply.
         """
         root, self.root = self.root, None
-        walk = Walk(self.name, self.data, self.stream.blobs, self.source, self.budget, extent_of)
+        walk = Walk(self, extent_of)
         try:
             return walk.run(root)
         except _MALFORMED as error:
@@ -227,7 +206,7 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if len(module) + len(name) > MAX_GLOBAL_LENGTH:
-            raise TypeError(f"it names a global of {len(module) + len(name)} characters")
+            raise TypeError(f"it names a class or function with {len(module) + len(name):,} characters")
         qualified = f"{module}.{name}"
         found = self.classes.get(qualified)
         if found is None:
@@ -236,7 +215,7 @@ class _Reader(pickle.Unpickler):
 
     def new_class(self, qualified: str) -> StandInType:
         if len(self.classes) >= MAX_GLOBALS:
-            raise TypeError(f"it names more than {MAX_GLOBALS} different globals")
+            raise TypeError(f"it names more than {MAX_GLOBALS:,} classes and functions")
         if qualified in _SPECIAL:
             return _SPECIAL[qualified](self)
         return new_stand_in(RecordStandIn, qualified)
@@ -265,7 +244,7 @@ class _Reader(pickle.Unpickler):
             return BlobReference(pid)
         elif type(pid) is str and self.outside is not None:
             return Outside(self.outside(pid))
-        raise TypeError("it refers to something outside it that is not a storage")
+        raise TypeError("it refers to data outside it that is not a tensor's")
 
     def storage(self, marker: Any, kind: Any, key: Any, location: Any, numel: Any, view: Any = None) -> Storage:
         """What such a tuple declares; the same object each time."""
@@ -273,7 +252,7 @@ class _Reader(pickle.Unpickler):
             key = str(key)
         is_sound = marker == "storage" and type(key) is str and type(numel) is int and 0 <= numel < 1 << 63
         if not is_sound or type(kind) is not StandInType or kind not in _STORAGE_KINDS:
-            raise TypeError("a storage is not declared as torch declares one")
+            raise TypeError("a storage is not described as torch describes one")
         if view is not None:
             view = _view(view, key, numel)
         first = self.storages.get(key)
@@ -299,7 +278,7 @@ def _view(view: Any, key: str, numel: int) -> tuple[int, int] | None:
     if view is None:
         return None
     if type(view) is not tuple or len(view) != 3 or not all(type(number) is int for number in view[1:]):
-        raise TypeError(f"a view of storage {key[:80]!r} is not declared as torch declares one")
+        raise TypeError(f"a view of storage {key[:80]!r} is not described as torch describes one")
     if min(view[1:]) < 0 or view[1] + view[2] > numel:
         raise TypeError(f"a view of storage {key[:80]!r} lies outside it")
     return view[1], view[2]
@@ -308,7 +287,7 @@ def _view(view: Any, key: str, numel: int) -> tuple[int, int] | None:
 def _collection(items: Any, is_mapping: Any) -> Any:
     """What the rewritten DICT and FROZENSET ask for."""
     if type(items) is not tuple:
-        raise TypeError("it refers to something outside it that is not a storage")
+        raise TypeError("it refers to data outside it that is not a tensor's")
     if is_mapping is True:
         mapping = MappingStandIn()
         if len(items) % 2:
@@ -351,30 +330,19 @@ def _getattr(reader: _Reader) -> StandInType:
     return new_stand_in(RecordStandIn, "builtins.getattr", __new__=attribute)
 
 
-def _reconstructor(reader: _Reader) -> StandInType:
-    """``copyreg._reconstructor(class, base, state)``: how protocols 0 and 1 make an object."""
-
-    def instance(cls: type, owner: Any = None, base: Any = None, state: Any = None) -> Any:
-        args = () if state is None else (state,)
-        return owner(*args) if isinstance(owner, StandInType) else RecordStandIn(owner, *args)
-
-    return new_stand_in(RecordStandIn, "copyreg._reconstructor", __new__=instance)
-
-
-def _newobj(reader: _Reader) -> StandInType:
-    """``copyreg.__newobj__(class, *args)``: how they say NEWOBJ."""
+def _maker(name: str) -> Callable[[_Reader], StandInType]:
+    """How protocols 0 and 1 make an object: ``_reconstructor(class, base, state)``, ``__newobj__(class, *args)``."""
 
     def instance(cls: type, owner: Any = None, *args: Any) -> Any:
+        if name == "_reconstructor":
+            args = args[1:] if args[1:] != (None,) else ()
         return owner(*args) if isinstance(owner, StandInType) else RecordStandIn(owner, *args)
 
-    return new_stand_in(RecordStandIn, "copyreg.__newobj__", __new__=instance)
+    return lambda reader: new_stand_in(RecordStandIn, f"copyreg.{name}", __new__=instance)
 
 
 _SPECIAL: dict[str, Callable[[_Reader], StandInType]] = {
-    "builtins.getattr": _getattr,
-    "__builtin__.getattr": _getattr,
-    "copyreg._reconstructor": _reconstructor,
-    "copy_reg._reconstructor": _reconstructor,
-    "copyreg.__newobj__": _newobj,
-    "copy_reg.__newobj__": _newobj,
+    **dict.fromkeys(("builtins.getattr", "__builtin__.getattr"), _getattr),
+    **dict.fromkeys(("copyreg._reconstructor", "copy_reg._reconstructor"), _maker("_reconstructor")),
+    **dict.fromkeys(("copyreg.__newobj__", "copy_reg.__newobj__"), _maker("__newobj__")),
 }

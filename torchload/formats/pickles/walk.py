@@ -14,7 +14,7 @@ import torch
 
 from torchload.core.checkpoint import Container, Extent, OpaqueTensor, Record, Shape, TensorEntry
 from torchload.core.source import MemorySource
-from torchload.errors import CorruptCheckpointError, TorchLoadError
+from torchload.errors import TorchLoadError, damaged
 from torchload.formats.pickles.modules import flatten_module, module_fields
 from torchload.formats.pickles.standins import (
     AS_RECORD,
@@ -33,9 +33,7 @@ from torchload.formats.pickles.standins import (
 )
 
 if TYPE_CHECKING:
-    from torchload.core.budget import Budget
-    from torchload.core.source import Source
-    from torchload.formats.pickles.opcodes import Blob
+    from torchload.formats.pickles.unpickle import Unpickled
 
 __all__ = ["Layout", "Walk"]
 
@@ -67,44 +65,13 @@ class Walk:
         budget: What the tree may cost; steps are items that are copied because a call refers to a whole collection.
     """
 
-    __slots__ = (
-        "_blob_sizes",
-        "_classes",
-        "_data",
-        "_encoded",
-        "_extent_of",
-        "_flattened",
-        "_lists",
-        "_modules",
-        "_nesting",
-        "_pending",
-        "_source",
-        "_storages",
-        "_tuples",
-        "budget",
-        "depth",
-        "key",
-        "layouts",
-        "name",
-    )
-
-    def __init__(
-        self,
-        name: str,
-        data: Any,
-        blobs: tuple[Blob, ...],
-        source: Source | None,
-        budget: Budget,
-        extent_of: Callable[[Storage], Extent] | None,
-    ) -> None:
-        self.name = name
+    def __init__(self, recorded: Unpickled, extent_of: Callable[[Storage], Extent] | None) -> None:
+        self.name = recorded.name
         self.key: Any = None
         self.depth = 0
         self.layouts: dict[Shape, Layout] = {}
-        self.budget = budget
-        self._data = data
-        self._blob_sizes = blobs
-        self._source = source
+        self.budget = recorded.budget
+        self._recorded = recorded
         self._extent_of = extent_of
         self._pending: list[tuple[Any, int]] = []
         self._nesting = 0
@@ -163,21 +130,20 @@ class Walk:
         """Where a storage's bytes are."""
         if storage.extent is None:
             if self._extent_of is None:
-                self.fail("has its data outside the pickle, where nothing is known to be")
+                self.fail("has its data outside the pickle, and nothing says where")
             storage.extent = self._extent_of(storage)
         return storage.extent
 
     def extent_of_bytes(self, data: Any, big_endian: bool) -> Extent | None:
         """Bytes in the pickle as an extent, without a copy where they were left in the file."""
-        if type(data) is BlobReference and self._source is not None:
-            blob = self._blob_sizes[data.index]
-            return Extent(self._source, blob.offset, blob.size, None, big_endian)
+        source = self._recorded.source
+        if type(data) is BlobReference and source is not None:
+            blob = self._recorded.blobs[data.index]
+            return Extent(source, blob.offset, blob.size, None, big_endian)
         found = self.bytes_of(data)
-        return (
-            None
-            if found is None
-            else Extent(MemorySource(found, self.name, self.budget), 0, len(found), None, big_endian)
-        )
+        if found is None:
+            return None
+        return Extent(MemorySource(found, self.name, self.budget), 0, len(found), None, big_endian)
 
     def bytes_of(self, data: Any) -> bytes | bytearray | None:
         """Recorded bytes, also where Python 2 or an old protocol spelled them otherwise; ``None`` if it isn't any."""
@@ -200,7 +166,7 @@ class Walk:
     def allow(self, items: Any) -> Any:
         """A collection that is about to be copied; refuses when a stream makes too many copies."""
         if not isinstance(items, (list, tuple, dict)):
-            raise TypeError("a call has no collection where one belongs")
+            raise TypeError("a call has no list or dict where one belongs")
         if isinstance(items, Container):
             self._complete(items)
         self.charge(len(items))
@@ -214,7 +180,7 @@ class Walk:
         """Refuse the file because of the value that is being looked at."""
         key = self.key if type(self.key) in (str, int) else None
         subject = "a value" if key is None else f"{key!r}" if len(str(key)) <= 200 else f"{str(key)[:200]!r}…"
-        raise CorruptCheckpointError(f"{self.name}: {subject} {what}. The file is damaged.", path=self.name) from cause
+        raise damaged(self.name, f"{subject} {what}") from cause
 
     def _call(self, call: Call) -> Any:
         if call.value is _PENDING or self._nesting >= MAX_NESTING:
@@ -278,10 +244,10 @@ class Walk:
         if kind is SetStandIn:
             return self._set(item)
         if kind is BlobReference:
-            blob = self._blob_sizes[item.index]
+            blob = self._recorded.blobs[item.index]
             key = (item.index, "")
             if key not in self._encoded:
-                data = bytes(self._data[blob.offset : blob.offset + blob.size])
+                data = bytes(self._recorded.data[blob.offset : blob.offset + blob.size])
                 self._encoded[key] = ("", data)
             data = self._encoded[key][1]
             return data.decode("utf-8", "surrogateescape") if blob.text else data

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from torchload.core.checkpoint import Checkpoint, Container, TensorEntry
@@ -89,8 +89,9 @@ class _Ranks:
         notes: list[str] = []
         if optimizer_files:
             try:
-                root[MASTER_KEY] = self.consolidated([root], optimizer_files, module, notes)
-                if any(entry.dtype is not root[MASTER_KEY][name].dtype for name, entry in _weights(root, module)):
+                masters = root[MASTER_KEY] = self.consolidated([root], optimizer_files, module, notes)
+                weights = [name for name in masters if isinstance(module.get(name), TensorEntry)]
+                if any(module[name].dtype is not masters[name].dtype for name in weights):
                     notes.append(f"float32 originals of the weights are in the optimizer's files: key={MASTER_KEY!r}")
             except TorchLoadError as error:  # the module itself is there, whatever these files are
                 self.members.close(1)
@@ -201,12 +202,6 @@ class _Ranks:
         )
 
 
-def _weights(root: Any, module: Container) -> Iterator[tuple[str, TensorEntry]]:
-    return (
-        (name, entry) for name, entry in module.items() if isinstance(entry, TensorEntry) and name in root[MASTER_KEY]
-    )
-
-
 def _by_rank(names: Sequence[str], pattern: re.Pattern[str]) -> dict[int, str]:
     return {int(match["rank"]): name for name in names if (match := pattern.fullmatch(name))}
 
@@ -219,8 +214,8 @@ def _step_folder(path: str) -> str:
         step = path_inside(pointer, path, path)
         if not os.path.isdir(step):
             raise CheckpointNotFoundError(
-                f"The checkpoint's 'latest' names {pointer!r}, which is not there. Copy that folder, or give another "
-                "step's."
+                f"The checkpoint's 'latest' names {pointer!r}, which is not there. Copy that folder, or give the "
+                "path of another step."
             )
         return step
     steps = sorted(name for name in names if re.fullmatch(r"global_step\d+", name))
@@ -246,7 +241,7 @@ def _refuse_model_parallel(names: Sequence[str]) -> None:
     else:
         return
     raise CheckpointFormatError(
-        f"The checkpoint was saved {kind}. How the parts make up the model only the training code knows: gather the "
+        f"The checkpoint was saved {kind}. Only the training code knows how the parts make up the model: gather the "
         "model there and save its state_dict(), or use the converter of the framework that trained it "
         "(Megatron-DeepSpeed: tools/convert_checkpoint/deepspeed_to_transformers.py).",
         found="DeepSpeed folder of a model-parallel run",

@@ -68,9 +68,9 @@ def open_folder(path: str, open_member: OpenMember) -> Checkpoint:
     names = sorted(filter(METADATA_NAME.fullmatch, os.listdir(path)))
     if not names:
         raise CheckpointNotFoundError(
-            "The checkpoint has files of torch.distributed.checkpoint, but not the .metadata that says what is in "
-            "them. It is written last: the save was cut short, or the file, which a leading dot hides, was not copied "
-            "along."
+            "The checkpoint has files of torch.distributed.checkpoint, but not the file .metadata that says what is "
+            "in them. It is written last, and its name begins with a dot, which hides it: either the save did not end, "
+            "or the file was not copied."
         )
     for name in names[:1] if ".metadata" in names else names:
         index.add(os.path.join(path, name))
@@ -125,7 +125,7 @@ class _Index:
         fields = self._fields(_read_metadata(file, self.budget), "Metadata")
         described, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
         if not isinstance(described, dict) or not isinstance(stored, dict):
-            raise self.refuse("its .metadata lacks the list of tensors or that of their places")
+            raise self.refuse("its .metadata lacks the list of tensors or the list of their places")
         places = self._places(stored)
         self.chunks_left += 1000 + 2 * (len(described) + len(stored))
         for name, description in described.items():
@@ -137,7 +137,7 @@ class _Index:
             elif kind == "BytesStorageMetadata":
                 self.values.setdefault(name, self._place_of(places, name, None))
             else:
-                raise self.refuse(f"its .metadata describes {_short(name)} as {kind or 'nothing known'}")
+                raise self.refuse(f"its .metadata describes {_short(name)} as {kind or 'something unknown'}")
         paths = fields.get("planner_data")
         if isinstance(paths, dict):
             self.paths.update((name, keys) for name, keys in paths.items() if _is_path(keys))
@@ -233,7 +233,7 @@ class _Index:
             # Only in a safetensors file, where sizes are those of the data alone, do items begin at the same byte.
             begin = (place.file_name, place.offset)
             if begin in self.taken and place.size != math.prod(size) * dtype.itemsize:
-                raise self.refuse(f"a chunk of {_short(name)} is said to lie where another one lies")
+                raise self.refuse(f"its .metadata says that a chunk of {_short(name)} lies where another one lies")
             self.taken.add(begin)
             boxes.append(ItemBox(reader, self._item(name, place, files), dtype, size, origin))
         try:
@@ -262,7 +262,7 @@ class _Index:
             paths = {}  # deeper than any object is; each level costs a container
         for name, entry in entries.items():
             if not _insert(root, paths.get(name, (name,)), entry) and not _insert(root, (name,), entry):
-                raise self.refuse(f"two values stand at {_short(name)}")
+                raise self.refuse(f"two values have the name {_short(name)}")
         return _with_lists(root)
 
     def refuse(self, problem: str) -> CorruptCheckpointError:
@@ -322,7 +322,11 @@ def _with_lists(root: Container) -> Container:
 
 
 def _is_path(keys: Any) -> bool:
-    return isinstance(keys, tuple) and 0 < len(keys) <= MAX_PATH_PARTS and all(map(_is_key, keys))
+    return (
+        isinstance(keys, tuple)
+        and 0 < len(keys) <= MAX_PATH_PARTS
+        and all(type(key) is str or (type(key) is int and 0 <= key < 1 << 31) for key in keys)
+    )
 
 
 # --- small things ---
@@ -339,10 +343,6 @@ def _is_shape(value: Any) -> TypeGuard[Shape]:
         and len(value) <= MAX_DIMENSIONS
         and all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in value)
     )
-
-
-def _is_key(key: Any) -> bool:
-    return type(key) is str or (type(key) is int and 0 <= key < 1 << 31)
 
 
 def _place_key(name: str, origin: Shape | None) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.text import listed, printable
@@ -19,7 +19,7 @@ from torchload.formats.locate import UNFINISHED_SUFFIXES
 from torchload.formats.sets import rank_files
 from torchload.formats.sets.members import OpenMember
 
-__all__ = ["Choice", "choose", "describe"]
+__all__ = ["Choice", "choose"]
 
 _MAX_ENTRIES = 20_000  # directory entries looked at
 
@@ -210,11 +210,6 @@ def choose(path: str, is_checkpoint: Callable[[str], bool], holds_weights: Calla
     return _only(path, groups)
 
 
-def describe(checkpoint: Checkpoint, path: str, choice: Choice) -> Checkpoint:
-    """The checkpoint under the folder's name, with the notes of its choice."""
-    return replace(checkpoint, path=path, notes=(*choice.notes, *checkpoint.notes))
-
-
 def _entries(path: str) -> tuple[set[str], set[str]]:
     files: set[str] = set()
     folders: set[str] = set()
@@ -316,7 +311,7 @@ def _nothing_found(path: str, files: set[str], folders: set[str]) -> str:
     if others:
         parts.append("the files " + listed(others))
     if states:
-        parts.append(f"states of training ({listed(states)}), which are no weights")
+        parts.append(f"training states ({listed(states)}), which are not weights")
     if folders:
         parts.append("the folders " + listed(sorted(folders)))
     advice = " Give the path of the folder that holds the weights." if folders else ""

@@ -21,7 +21,7 @@ from torchload.errors import (
     CorruptCheckpointError,
 )
 from torchload.formats.locate import pointer_text
-from torchload.formats.sets.members import Members, OpenFile
+from torchload.formats.sets.members import Members, OpenFile, may_be_same
 from torchload.formats.sets.tiling import MisfitError, assemble
 
 __all__ = ["is_megatron", "is_rank_set", "is_single_part", "open_megatron", "open_part", "open_rank_set"]
@@ -92,7 +92,7 @@ def open_rank_set(path: str, open_member: OpenFile) -> Checkpoint:
     with Members(open_member) as members:
         merger = _Merger()
         root = merger.merge([members.open(os.path.join(path, files[rank])).root for rank in sorted(files)])
-        if not merger.joined:
+        if all("flat_param" in name for name in merger.joined):  # FSDP's local state: flat parameters, or none at all
             raise _refuse_plain(path, sorted(files.values()))
         return members.joined(path, f"sharded tensors in {len(files)} rank files", root)
 
@@ -101,11 +101,11 @@ class _Merger:
     """Joins the trees of all ranks, which are alike.
 
     Attributes:
-        joined: Number of tensors that were put together.
+        joined: Names of the tensors that were put together.
     """
 
     def __init__(self) -> None:
-        self.joined = 0
+        self.joined: list[str] = []
         self.merged: dict[tuple[int, ...], Any] = {}  # by identity: what occurs twice is merged once
 
     def merge(self, trees: Sequence[Any], name: str = "", depth: int = 0) -> Any:
@@ -133,7 +133,7 @@ class _Merger:
                 metadata=first.metadata,
                 origin=first.origin,
             )
-        if isinstance(first, TensorEntry) and not all(_may_be_same(first, tree) for tree in trees[1:]):
+        if isinstance(first, TensorEntry) and not all(may_be_same(first, tree) for tree in trees[1:]):
             return OpaqueTensor("a tensor that differs from rank to rank", first.shape)
         return first
 
@@ -151,25 +151,14 @@ class _Merger:
                 f"The checkpoint's rank files have parts of {name.lstrip('.')[:200]!r} that make no tensor: {error}; "
                 "are all ranks here?"
             ) from None
-        self.joined += 1
+        self.joined.append(name)
         return entry
-
-
-def _may_be_same(first: TensorEntry, other: Any) -> bool:
-    """Whether two ranks may hold the same tensor, judged by the checksums that the files record."""
-    if not isinstance(other, TensorEntry) or (other.dtype, other.shape) != (first.dtype, first.shape):
-        return False
-    for box, twin in zip(first.boxes, other.boxes):
-        sums = box.extent.crc32, twin.extent.crc32
-        if first.nbytes == box.extent.nbytes == twin.extent.nbytes and None not in sums and sums[0] != sums[1]:
-            return False
-    return True
 
 
 def _refuse_plain(path: str, names: Sequence[str]) -> CheckpointFormatError | AmbiguousCheckpointError:
     what = (
-        f"The checkpoint is the files of {len(names)} ranks ({listed(names)}), with tensors that don't say which part "
-        "they are."
+        f"The checkpoint consists of the files of {len(names)} ranks ({listed(names)}), whose tensors don't say which "
+        "part of the whole they are."
     )
     if _LLAMA_FILE.fullmatch(names[0]):
         return CheckpointFormatError(
@@ -212,7 +201,7 @@ def open_megatron(path: str, open_member: OpenFile) -> Checkpoint:
     if len(ranks) > 1:
         raise CheckpointFormatError(
             f"The checkpoint is a Megatron checkpoint folder of {len(ranks)} tensor- or pipeline-parallel ranks "
-            f"({ranks[0]}, {ranks[1]}, …). How their parts make up the model only Megatron-LM knows. In it, run "
+            f"({ranks[0]}, {ranks[1]}, …). Only Megatron-LM knows how their parts make up the model. In it, run "
             "'python tools/checkpoint/convert.py --target-tensor-parallel-size 1 --target-pipeline-parallel-size 1', "
             "or save with --ckpt-format torch_dist, which is read here as it is.",
             found="Megatron checkpoint folder",

@@ -20,7 +20,7 @@ from torchload.core.text import listed, plural
 from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
 from torchload.formats.json_text import parse_object
 from torchload.formats.locate import path_inside
-from torchload.formats.sets.members import Members, OpenFile, naming
+from torchload.formats.sets.members import Members, OpenFile, may_be_same, naming
 from torchload.formats.sets.tiling import MisfitError, assemble
 
 __all__ = ["open_index", "open_list", "recognizes"]
@@ -221,7 +221,7 @@ class _Merge:
         if key in self.weight_map:
             self.notes.append(f"{key!r} is in {len(names)} shards; took {self.weight_map[key]}, as the index says")
             return self.shards[self.weight_map[key]].root[key]
-        if not all(_may_be_same(entries[0], entry) for entry in entries[1:]):
+        if not all(may_be_same(entries[0], entry) for entry in entries[1:]):
             raise self._differing(key, names)
         if isinstance(entries[0], TensorEntry):
             self.unread.append((key, names, entries))
@@ -261,15 +261,6 @@ def _slice_origins(shard: Checkpoint) -> dict[str, Shape]:
             )
         origins[name] = tuple(offsets)
     return origins
-
-
-def _may_be_same(left: Any, right: Any) -> bool:
-    """Whether two values are equal, as far as can be seen without the data of tensors."""
-    if isinstance(left, TensorEntry) and isinstance(right, TensorEntry):
-        return left.dtype == right.dtype and left.shape == right.shape
-    if isinstance(left, (str, int, float, bool, bytes, type(None))):
-        return type(left) is type(right) and bool(left == right)
-    return False
 
 
 def _same_data(left: TensorEntry, right: TensorEntry) -> bool:

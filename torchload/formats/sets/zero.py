@@ -48,7 +48,7 @@ class Zero:
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             _refuse("its model states lack 'param_shapes'")
         if STAGE_3[0] not in states[0] and STAGE_2[0] not in states[0]:
-            _refuse("its optimizer's files have no float32 weights where any known version keeps them")
+            _refuse("its optimizer's files have no float32 weights in any place that is known")
         self.groups: list[dict[str, Shape]] = groups
         self.states = states
         self.is_stage3 = STAGE_3[0] in states[0]
@@ -80,7 +80,9 @@ class Zero:
         """What `torch.optim` would have saved without ZeRO, by the names of the parameters."""
         bases = [self._base(state) for state in self.states]
         settings = bases[0]["param_groups"]
-        if not self._are_all(group.get("params") for group in settings):
+        lists = [group.get("params") for group in settings]
+        numbers = [number for part in lists for number in (part if isinstance(part, list) else [None])]
+        if numbers != [*range(len(self.groups))] or len(self.groups) != len(self.states[0][self.weights_key]):
             _refuse(f"it has other parameter groups than the {len(self.groups)} of the model states")
         if not bases[0]["state"]:
             state: dict[str, dict[str, Any]] = {}
@@ -98,16 +100,6 @@ class Zero:
                 ],
             }
         )
-
-    def _are_all(self, parts: Iterator[Any]) -> bool:
-        """Whether lists of numbers, one after the other, are all numbers that there are."""
-        expected = 0
-        for numbers in parts:
-            for number in numbers if isinstance(numbers, list) else (None,):
-                if number != expected or expected == len(self.groups):
-                    return False
-                expected += 1
-        return expected == len(self.groups) == len(self.states[0][self.weights_key])
 
     def _base(self, state: Container) -> Container:
         base = state.get(self.optimizer_key)
