@@ -23,7 +23,7 @@ from torchload.transfer.reader import Reader
 from torchload.transfer.settings import thread_count
 
 if TYPE_CHECKING:
-    from torchload.transfer.cuda import Ring
+    from torchload.transfer.ring import Ring
 
 __all__ = ["Progress", "check_unchanged", "default_threads", "note_writes", "run"]
 
@@ -135,7 +135,7 @@ def _run(crew: Crew[Job], rings: Collection[Ring]) -> None:
             stack.enter_context(ring)
         crew.run()
     if rings:
-        from torchload.transfer.cuda import suspicious
+        from torchload.transfer.ring import suspicious
 
         with torch.inference_mode():
             for job in suspicious(rings):
@@ -165,7 +165,7 @@ class _Worker:
         self._host = HostWorker(reader, arrivals)
         self._by_device: dict[torch.device, Callable[[Job], int]] = {}
         if rings:
-            from torchload.transfer.cuda import RingWorker
+            from torchload.transfer.ring import RingWorker
 
             self._by_device.update((device, RingWorker(reader, ring)) for device, ring in rings.items())
 
