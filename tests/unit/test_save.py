@@ -399,7 +399,7 @@ def test_metadata_beside_the_weights(tmp_path):
     ("suffix", "metadata", "words"),
     [
         (".pth", {"state_dict": 1}, "where the weights go"),
-        (".pth", {"args": Stateful(1)}, "args is a .*Stateful"),
+        (".pth", {"args": Stateful(1)}, r"args is of type .*Stateful"),
         (".pth", {"mean": [torch.ones(1).to_sparse()]}, "sparse_coo, not dense: mean.0"),
         (".safetensors", {"epoch": 3}, "holds only text"),
     ],
