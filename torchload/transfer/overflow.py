@@ -18,6 +18,7 @@ from torchload.errors import CastOverflowError
 
 __all__ = [
     "OverflowFoundError",
+    "does_not_fit",
     "largest_finite",
     "largest_of",
     "limit_of",
@@ -112,17 +113,24 @@ def overflow_error(copy: Copy, overflowing: Mapping[str, float]) -> CastOverflow
         copy: One of them.
         overflowing: Name → largest finite magnitude; of `copy`, and of all others that the same load would spoil.
     """
-    source_dtype, target_dtype = short_dtype(copy.dtype), short_dtype(copy.target.dtype)
     others = listing((name for name in overflowing if name != copy.name), _SHOWN)
     also = f"; nor {'does' if len(overflowing) == 2 else 'do'} {others}" if others else ""
+    wider = _wider(copy, max(overflowing.values()))
+    advice = f"Load in a wider dtype ({wider}){_or_keep(copy, overflowing)}."
+    return does_not_fit(copy.name, overflowing[copy.name], copy.dtype, copy.target.dtype, advice, also)
+
+
+def does_not_fit(
+    name: str, largest: float, source: torch.dtype, target: torch.dtype, advice: str, also: str = ""
+) -> CastOverflowError:
+    """The error for a tensor whose largest finite magnitude becomes infinite when it is cast."""
     return CastOverflowError(
-        f"{copy.name} does not fit {target_dtype}: its largest value, {overflowing[copy.name]:.6g} in {source_dtype}, "
-        f"would become infinite (the limit is {torch.finfo(copy.target.dtype).max:.6g}){also}. Load in a wider dtype "
-        f"({_wider(copy, max(overflowing.values()))}){_or_keep(copy, overflowing)}.",
-        tensor=copy.name,
-        largest=overflowing[copy.name],
-        source_dtype=source_dtype,
-        target_dtype=target_dtype,
+        f"{name} does not fit {short_dtype(target)}: its largest value, {largest:.6g} in {short_dtype(source)}, would "
+        f"become infinite (the limit is {torch.finfo(target).max:.6g}){also}. {advice}",
+        tensor=name,
+        largest=largest,
+        source_dtype=short_dtype(source),
+        target_dtype=short_dtype(target),
     )
 
 
