@@ -13,7 +13,8 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 def for_index(readme: str) -> str:
-    """The README with links and pictures that are absolute, and no others."""
+    """The README with links and pictures that are absolute, and no others, nor what is nothing without those."""
+    readme = re.sub(r"<!-- not on an index: begin -->.*?<!-- not on an index: end -->\n", "", readme, flags=re.DOTALL)
     relative = r"\((?!https?://|mailto:|#)[^)]*\)"
     readme = re.sub(rf"!\[[^\]]*\]{relative}\n*", "", readme)
     return re.sub(rf"\[([^\]]+)\]{relative}", r"\1", readme)

@@ -16,6 +16,7 @@ import multiprocessing.connection
 import os
 import signal
 import socket
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -73,7 +74,7 @@ class Served:
 
     def predict(self, inputs: list[list[float]]) -> list[list[float]]:
         with self.lock, torch.inference_mode():
-            outputs = self.model(torch.tensor(inputs))
+            outputs = self.model(torch.tensor(inputs, dtype=torch.float32))  # JSON's numbers may be whole
         result: list[list[float]] = outputs.tolist()
         return result
 
@@ -113,6 +114,7 @@ def work(path: str, listening: socket.socket, seconds: float) -> None:
     threading.Thread(target=Handler.served.follow, args=(stop, seconds), daemon=True).start()
     server = ThreadingHTTPServer(listening.getsockname(), Handler, bind_and_activate=False)
     server.socket.close()
+    listening.setblocking(False)  # where another worker was faster, wait for the next one here, not in accept()
     server.socket = listening
     # shutdown() waits for serve_forever, which this very thread runs: another one has to call it.
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
@@ -146,6 +148,7 @@ def main() -> None:
         worker.terminate()
     for worker in workers:
         worker.join()
+    sys.exit(any(worker.exitcode == 1 for worker in workers))  # without good weights
 
 
 if __name__ == "__main__":

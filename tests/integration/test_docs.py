@@ -74,7 +74,8 @@ def test_readme_shows_what_its_script_and_torch_say(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     _, by_line = record_prints(script, "README.md", names)
-    prompt, _, report = after.partition("\n")
+    imported, prompt, report = after.split("\n", 2)
+    assert imported.removeprefix(">>> ") in script
     assert without_figures(report) == without_figures(by_line[prompt.removeprefix(">>> ")])
 
     assert after in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")

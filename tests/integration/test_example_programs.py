@@ -99,6 +99,8 @@ def test_the_server_takes_new_weights_between_two_requests_and_refuses_bad_ones(
 
     with _serving(path) as server:
         assert is_answer_of(old, server.predict(inputs.tolist()))
+        whole = server.predict([[1, 2, 3, 4]])  # the page's own request: JSON writes whole numbers without a point
+        assert torch.allclose(torch.tensor(whole["outputs"]), old(torch.tensor([[1.0, 2, 3, 4]])), atol=1e-6)
         health = server.workers(2)
 
         if Path("/proc/self/maps").exists():  # both workers' parameters are the file itself
@@ -131,6 +133,14 @@ def test_the_server_takes_new_weights_between_two_requests_and_refuses_bad_ones(
         with pytest.raises(urllib.error.HTTPError, match="400") as refused:
             server.predict([[1.0, 2.0]])
         refused.value.close()
+
+
+def test_a_server_without_good_weights_does_not_start(tmp_path: Path) -> None:
+    torch.save({"0.weight": torch.ones(2, 2)}, tmp_path / "model.pth")
+    command = [sys.executable, str(EXAMPLES / "serve.py"), "model.pth", "--port", "0", "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "does not fit this Sequential" in done.stderr
 
 
 def _finetune(folder: Path, *options: str) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import io
 import logging
 import pickle
+import re
 from collections import OrderedDict
 
 import numpy as np
@@ -143,6 +145,36 @@ def test_overflow_is_named_and_nothing_changes(tmp_path, trained, model):
     assert caught.value.written == ()
     assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
     smart_load(model, tmp_path / "big.pth", dtype=torch.bfloat16)
+
+
+def test_what_an_overflow_advises_loads_all_that_would_overflow_and_runs(tmp_path):
+    trained = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    for norm in (trained[1], trained[3]):
+        norm.running_var.fill_(1e5)
+        norm.running_mean[1] = -1e6
+    torch.save(trained.state_dict(), tmp_path / "big.pth")
+    model = copy.deepcopy(trained)
+    with pytest.raises(errors.CastOverflowError) as caught:
+        smart_load(model, tmp_path / "big.pth", dtype=torch.float16)
+    for name in ("1.running_mean", "1.running_var", "3.running_mean", "3.running_var"):
+        assert name in re.sub(r"(\d)\.\{(\w+), (\w+)\}", r"\1.\2 \1.\3", str(caught.value))
+    advised = re.search(r"keep_fp32=(\[.*?\])", str(caught.value))
+    smart_load(model, tmp_path / "big.pth", dtype=torch.float16, keep_fp32=ast.literal_eval(advised[1]))
+    assert model[0].weight.dtype is torch.float16
+    assert model(torch.randn(2, 3, 8, 8).half()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "advised", "is_kept"),
+    [(1e30, torch.float16, "(bfloat16 or float32)", True), (1e300, torch.float16, "(float64)", False),
+     (1e300, torch.float32, "(float64)", False)],
+)  # fmt: skip
+def test_an_overflow_advises_no_dtype_that_overflows_as_well(tmp_path, value, dtype, advised, is_kept):
+    torch.save({"weight": torch.full((2, 2), value, dtype=torch.float64)}, tmp_path / "big.pth")
+    with pytest.raises(errors.CastOverflowError) as caught:
+        smart_load(nn.Linear(2, 2, bias=False), tmp_path / "big.pth", dtype=dtype)
+    assert f"Load in a wider dtype {advised}" in str(caught.value)
+    assert ("keep_fp32=['weight']" in str(caught.value)) is is_kept
 
 
 def test_overflow_in_place_says_what_was_written_and_atomic_writes_nothing(tmp_path, trained):

@@ -638,6 +638,7 @@ def folder_state(run: Run, *, flat: bool) -> dict[str, Any]:
     from torch.distributed.checkpoint import state_dict as helpers
 
     options = helpers.StateDictOptions(flatten_optimizer_state_dict=flat)
+    run.optimizer.zero_grad()  # torch 2.4 takes an optimizer that keeps no state for one that hasn't begun
     return {
         "model": helpers.get_model_state_dict(run.model),
         "optimizer": helpers.get_optimizer_state_dict(run.model, run.optimizer, options=options),

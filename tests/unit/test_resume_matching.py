@@ -377,7 +377,7 @@ def test_a_state_that_lies_beside_is_not_advised_away(tmp_path):
     with pytest.raises(errors.IncompatibleCheckpointError) as caught:
         smart_resume(model, file, torch.optim.AdamW(model.parameters()))
     assert "optimizer.pth lies beside it, and nothing says whether it belongs to these weights" in str(caught.value)
-    weights, state = torch.load(file), torch.load(file.parent / "optimizer.pth")
+    weights, state = (torch.load(one, weights_only=True) for one in (file, file.parent / "optimizer.pth"))
     smart_resume(model, {"model": weights, "optimizer": state}, optimizer)  # what it advises
 
 

@@ -374,7 +374,7 @@ class Stateful(nn.Module):
 def test_plain_extra_state_is_kept_and_objects_are_refused(tmp_path):
     smart_save(Stateful({"scale": [1.5, None]}), tmp_path / "model.pth")
     assert torch.load(tmp_path / "model.pth", weights_only=True) == {"_extra_state": {"scale": [1.5, None]}}
-    with pytest.raises(ValueError, match=r"_extra_state\.0 is a .*Stateful"):
+    with pytest.raises(ValueError, match=r"_extra_state\.0 is of type .*Stateful"):
         smart_save(Stateful([Stateful(1)]), tmp_path / "model.pth")
     with pytest.raises(ValueError, match="safetensors holds only tensors"):
         smart_save(Stateful(1), tmp_path / "model.safetensors")
@@ -399,7 +399,7 @@ def test_metadata_beside_the_weights(tmp_path):
     ("suffix", "metadata", "words"),
     [
         (".pth", {"state_dict": 1}, "where the weights go"),
-        (".pth", {"args": Stateful(1)}, "args is a .*Stateful"),
+        (".pth", {"args": Stateful(1)}, r"args is of type .*Stateful"),
         (".pth", {"mean": [torch.ones(1).to_sparse()]}, "sparse_coo, not dense: mean.0"),
         (".safetensors", {"epoch": 3}, "holds only text"),
     ],

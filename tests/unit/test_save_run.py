@@ -215,7 +215,7 @@ class Point(NamedTuple):
     ("arguments", "error", "words"),
     [
         ({"extra": {"state_dict": 1}}, ValueError, "where the weights go"),
-        ({"extra": {"args": [Point(1, 2)]}}, ValueError, r"args\.0 is a .*Point, which torch\.load"),
+        ({"extra": {"args": [Point(1, 2)]}}, ValueError, r"args\.0 is of type .*Point, which torch\.load"),
         ({"extra": {"words": np.arange(3)}}, ValueError, r"torch\.from_numpy"),
         ({"extra": {3: 1}}, TypeError, "3 is no name"),
         ({"extra": 3}, TypeError, "mappings of names"),

@@ -23,25 +23,11 @@ from torchload.core.copies import Copy
 from torchload.core.source import FileSource, MemorySource, Source
 from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.transfer import engine, pieces, run
-from torchload.transfer.cuda import (
-    LANE_BYTES,
-    MAX_LANES,
-    CudaDevice,
-    Lane,
-    Load,
-    Ring,
-    RingWorker,
-    Staging,
-    Suspicion,
-    _kept,
-    _pin,
-    _streams,
-    cuda_ring,
-    send_pieces,
-)
+from torchload.transfer.cuda import LANE_BYTES, MAX_LANES, CudaDevice, _kept, _pin, _streams, cuda_ring, send_pieces
 from torchload.transfer.memory import memory_at
 from torchload.transfer.pieces import _fill_lanes, schedule
 from torchload.transfer.reader import Reader
+from torchload.transfer.ring import Lane, Load, Ring, RingWorker, Staging, Suspicion
 
 CPU = torch.device("cpu")
 

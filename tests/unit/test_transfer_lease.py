@@ -16,9 +16,9 @@ from torchload.core.source import FileSource
 from torchload.errors import CorruptCheckpointError
 from torchload.transfer import lease, run
 from torchload.transfer.lease import LeasedFile
-from torchload.transfer.memory import cached_bytes
+from torchload.transfer.pieces import STAGED_BYTES
 
-COUNT = 7 * cached_bytes() // 8
+COUNT = 7 * STAGED_BYTES // 8
 """Elements of float32 that make several jobs."""
 
 
@@ -72,6 +72,24 @@ def test_what_is_cast_isnt_copied_before(
     assert descriptors() == before
 
 
+@pytest.mark.parametrize("gap", [0, 8])
+@pytest.mark.parametrize("leased", [True, False])
+def test_matrices_are_cast_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: int, leased: bool) -> None:
+    if not leased:
+        monkeypatch.setattr(LeasedFile, "open", lambda _: None)
+    matrices = [torch.randn(rows, 37) for rows in (3, 5000, 20000, 1, 9000)]
+    source = write(tmp_path / "f", *(part for matrix in matrices for part in (torch.zeros(gap // 4), matrix)))
+    targets = [torch.zeros_like(matrix, dtype=torch.bfloat16) for matrix in matrices]
+    copies, offset = [], 0
+    for matrix, target in zip(matrices, targets):
+        offset += gap
+        copies.append(whole(source, target, torch.float32, offset))
+        offset += matrix.nbytes
+    run(copies, threads=2)
+    for matrix, target in zip(matrices, targets):
+        assert torch.equal(target, matrix.bfloat16())
+
+
 def test_what_lies_at_an_odd_address_arrives_all_the_same(tmp_path: Path, values: torch.Tensor) -> None:
     source = write(tmp_path / "g", torch.zeros(3, dtype=torch.uint8), values)
     target = torch.zeros(COUNT, dtype=torch.float16)
@@ -90,7 +108,7 @@ def test_whoever_wants_to_write_waits_for_one_job_at_most(
     target = torch.zeros(COUNT, dtype=torch.float16)
     run([whole(source, target, torch.float32, 8)], threads=1, progress=open_to_write)
     assert torch.equal(target, values.half())
-    assert borrowings.borrowed == cached_bytes()  # not any more, once somebody can write
+    assert borrowings.borrowed == STAGED_BYTES  # not any more, once somebody can write
     for writer in writers:
         os.close(writer)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torchload.core.budget import Allowance
-from torchload.core.checkpoint import Checkpoint, OpaqueTensor, Record, Shape, TensorEntry, entries_in
+from torchload.core.checkpoint import Checkpoint, OpaqueTensor, Record, Shape, TensorEntry, entries_in, is_tensor
 from torchload.core.collector import with_collector_paused
 from torchload.core.public import CheckpointLike, public
 from torchload.core.text import format_bytes, plural, printable, short_dtype
@@ -154,18 +154,11 @@ class CheckpointInfo:
         return f"{printable(self.path)}: {self.format}, {size}{f' ({dtypes})' if dtypes else ''}"
 
     def _facts(self) -> Iterator[tuple[str, str]]:
-        if self.values:
-            shown = [
-                f"{printable(name)} = {_brief(value)}" for name, value in list(self.values.items())[:_SHOWN_VALUES]
-            ]
-            more = len(self.values) - _SHOWN_VALUES
-            yield "values", ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
-        if self.metadata:
-            shown = [
-                f"{printable(name)} = {_brief(value)}" for name, value in list(self.metadata.items())[:_SHOWN_VALUES]
-            ]
-            more = len(self.metadata) - _SHOWN_VALUES
-            yield "metadata", ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
+        for label, values in (("values", self.values), ("metadata", self.metadata)):
+            shown = [f"{printable(name)} = {_brief(value)}" for name, value in list(values.items())[:_SHOWN_VALUES]]
+            more = f" and {len(values) - _SHOWN_VALUES:,} more" if len(values) > _SHOWN_VALUES else ""
+            if shown:
+                yield label, ", ".join(shown) + more
         yield "checksums", "recorded" if self.checksums else "none"
         for note in self.notes:
             yield "note", printable(note, limit=1000)
@@ -263,7 +256,7 @@ def _outline(root: Any, places: Mapping[str, Place]) -> tuple[list[tuple[Place, 
         container = _held(value, path, places)
         if container is None:
             continue
-        loose = [str(name) for name, inner in container.items() if _is_tensor(inner)]
+        loose = [str(name) for name, inner in container.items() if is_tensor(inner)]
         is_numbered = bool(container) and all(str(name).isdigit() for name in container)
         ends_here = bool(path) and (bool(loose) or is_numbered or depth >= _DEEPEST)
         if place is not None and ends_here:
@@ -275,7 +268,7 @@ def _outline(root: Any, places: Mapping[str, Place]) -> tuple[list[tuple[Place, 
             if below in places:
                 if not ends_here:
                     todo.append((below, inner, depth + 1))
-            elif not _is_tensor(inner):
+            elif not is_tensor(inner):
                 values[below] = inner
     return listed, values
 
@@ -288,12 +281,8 @@ def _held(value: Any, path: str, places: Mapping[str, Place]) -> Mapping[Any, An
     return {
         index: inner
         for index, inner in enumerate(value)
-        if index < _LISTED_ELEMENTS or _is_tensor(inner) or f"{prefix}{index}" in places
+        if index < _LISTED_ELEMENTS or is_tensor(inner) or f"{prefix}{index}" in places
     }
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, (TensorEntry, OpaqueTensor))
 
 
 def _dtype_of(entry: TensorEntry, leaf: object) -> torch.dtype:
@@ -305,12 +294,10 @@ def _dtype_of(entry: TensorEntry, leaf: object) -> torch.dtype:
 def _tensor(name: str, container: str, leaf: object) -> TensorInfo:
     if isinstance(leaf, TensorEntry):
         return TensorInfo(name, container, leaf.dtype, leaf.shape, leaf.nbytes)
-    if isinstance(leaf, OpaqueTensor) and leaf.quantized is not None:
-        nbytes = sum(entry.nbytes for entry in entries_in(leaf))
-        return TensorInfo(name, container, leaf.quantized.dtype, leaf.shape, nbytes, kind=leaf.reason)
-    if isinstance(leaf, OpaqueTensor):
-        return TensorInfo(name, container, None, leaf.shape, kind=leaf.reason)
-    return TensorInfo(name, container, None, None, kind="extra state")
+    if not isinstance(leaf, OpaqueTensor):
+        return TensorInfo(name, container, None, None, kind="extra state")
+    dtype = leaf.quantized.dtype if leaf.quantized is not None else None
+    return TensorInfo(name, container, dtype, leaf.shape, sum(e.nbytes for e in entries_in(leaf)), leaf.reason)
 
 
 # --- words ---

@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 
-from torchload.core.checkpoint import Box, Copies, OpaqueTensor, Record, TensorEntry, contiguous_strides
+from torchload.core.checkpoint import Box, Copies, OpaqueTensor, Record, TensorEntry, contiguous_strides, is_tensor
 from torchload.core.collector import collector_paused
-from torchload.core.copies import Copy
 from torchload.core.public import CheckpointLike, public
 from torchload.core.quantized import quantized_tensor
 from torchload.core.sharing import Layout, Run, shared_runs
-from torchload.core.text import listing, printable
+from torchload.core.text import listed, listing, printable
 from torchload.errors import Boundary, CastOverflowError, IncompatibleCheckpointError
 from torchload.formats import open_checkpoint
 from torchload.match import Leaf, as_mapping
-from torchload.match.containers import cut
 from torchload.match.state_dicts import StateDict, find_state_dict
 from torchload.model.placement import check_room, resolve_device
 from torchload.plan.arguments import check_choice, with_hints
 from torchload.plan.dtypes import final_dtype
+from torchload.plan.pairing import copies_of
 from torchload.transfer import allocate, map_entries, map_entry, run
+from torchload.transfer.overflow import does_not_fit
 
 __all__ = ["read_state_dict"]
 
@@ -94,17 +94,12 @@ def read_state_dict(
         with collector_paused():
             chosen = find_state_dict(checkpoint.root, key, checkpoint.size_bytes, map_entry)
             entries = _tensors(chosen)
+        rivals = listed([repr(rival) for rival in chosen.rivals])
         if chosen.is_guess:
-            rivals = cut([repr(rival) for rival in chosen.rivals])
             text = f"read {chosen.key!r}, called as weights usually are, but {rivals} may be meant; key= chooses"
             boundary.warn([text])
         elif chosen.rivals:
-            _log.info(
-                "%s: read %r; beside it are %s",
-                printable(checkpoint.path, None),
-                chosen.key,
-                ", ".join(map(repr, chosen.rivals)),
-            )
+            _log.info("%s: read %r; beside it are %s", printable(checkpoint.path, None), chosen.key, rivals)
         tensors = _read(entries, place, dtype, mmap=mmap)
         tensors.update((name, tensor.to(place)) for name, tensor in _quantized(chosen.leaves))
     result: Any = OrderedDict((name, tensors[name]) for name in chosen.leaves if name in tensors)
@@ -144,7 +139,7 @@ def _lost(container: Mapping[Any, Any]) -> dict[str, str]:
             continue
         seen.add(id(value))
         inside = as_mapping(value)
-        if isinstance(value, Record) and not inside and any(map(_is_tensor, _parts(value))):
+        if isinstance(value, Record) and not inside and any(map(is_tensor, _parts(value))):
             lost[name] = value.name
         for key, inner in (inside or {}).items():
             if isinstance(inner, (Mapping, Record)):
@@ -158,10 +153,6 @@ def _parts(record: Record) -> Iterator[Any]:
         yield part
         if isinstance(part, (list, tuple)):
             yield from part
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, (TensorEntry, OpaqueTensor))
 
 
 def _quantized(leaves: Mapping[str, Leaf]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -190,15 +181,13 @@ def _read(
     requests = [(sources[index].shape, dtypes[index]) for index in read]
     check_room({device: sum(sources[index].numel * dtypes[index].itemsize for index in read)})
     memory = {**mapped, **dict(zip(read, allocate(requests, device)))}
-    copies = [
-        Copy(names[runs[index].members[0]], box, sources[index].dtype, _region(memory[index], box))
-        for index in read
-        for box in sources[index].boxes
-    ]
+    first_names = [names[item.members[0]] for item in runs]
     try:
-        run(copies)
+        run([copy for index in read for copy in copies_of(first_names[index], sources[index], memory[index])])
     except CastOverflowError as error:
-        raise _overflow(error) from error
+        advice = "Read it in a wider dtype (bfloat16), or without dtype=."
+        source, target = getattr(torch, error.source_dtype), getattr(torch, error.target_dtype)
+        raise does_not_fit(error.tensor, error.largest, source, target, advice) from error
     tensors: dict[str, torch.Tensor] = {}
     for index, item in enumerate(runs):
         whole = memory[index]
@@ -227,23 +216,3 @@ def _source(entry: TensorEntry, item: Run) -> TensorEntry:
         return entry
     shape = (item.numel,)
     return TensorEntry(entry.dtype, shape, (Box(box.extent, item.start_bytes, shape, (1,), (0,)),))
-
-
-def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """The part of a tensor that a box fills."""
-    for dimension, (first, count) in enumerate(zip(box.origin, box.shape)):
-        if count != tensor.shape[dimension]:
-            tensor = tensor.narrow(dimension, first, count)
-    return tensor
-
-
-def _overflow(error: CastOverflowError) -> CastOverflowError:
-    """The same error, with advice for this function."""
-    return CastOverflowError(
-        f"{error.tensor} does not fit {error.target_dtype}: its largest value, {error.largest:.6g} in "
-        f"{error.source_dtype}, would become infinite. Read it in a wider dtype (bfloat16), or without dtype=.",
-        tensor=error.tensor,
-        largest=error.largest,
-        source_dtype=error.source_dtype,
-        target_dtype=error.target_dtype,
-    )

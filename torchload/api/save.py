@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from torchload.core.public import public
-from torchload.core.ranks import Ranks
-from torchload.model.unwrapping import State, unwrapped_state
+from torchload.core.ranks import Ranks, attempt
+from torchload.model.unwrapping import unwrapped_state
+from torchload.plan.arguments import with_hints
 from torchload.writing.formats import format_of
 from torchload.writing.plan import Casting, SavePlan, make_save_plan
 from torchload.writing.report import SaveReport
@@ -28,6 +28,7 @@ _Optimizer = torch.optim.Optimizer
 
 
 @public
+@with_hints
 def smart_save(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -91,45 +92,29 @@ def smart_save(
     """
     started = time.perf_counter()
     ranks = Ranks(together=distributed)
-    error: BaseException | None = None
-    plan: SavePlan | FolderPlan | None = None
-    try:
-        _check_arguments(model, path, dtype, keep_fp32)
-        if not all(isinstance(names, Mapping) for names in (extra or {}, metadata or {})):
-            raise TypeError('extra and metadata are mappings of names, such as {"epoch": 3}')
-        name = os.fspath(path)
+
+    def decide() -> SavePlan | FolderPlan:
+        _check_arguments(model, path, dtype, keep_fp32, extra, metadata)
         state = unwrapped_state(model)
-        beside = run_state(
-            model,
-            state,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            scaler=scaler,
-            ema=ema,
-            extra={**(metadata or {}), **(extra or {})},
-        )
-        plan = _plan(state, beside, name, Casting(dtype, tuple(keep_fp32)), ranks)
-    except Exception as problem:  # noqa: BLE001 - raised by `agree`, on all ranks
-        error = problem
+        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema}
+        beside = run_state(model, state, extra={**(metadata or {}), **(extra or {})}, **parts)
+        name, casting = os.fspath(path), Casting(dtype, tuple(keep_fp32))
+        kind = format_of(name)
+        if kind is not None:
+            return make_save_plan(state, beside, kind, name, casting, ranks)
+        from torchload.writing.folder import make_folder_plan  # with all of torch.distributed.checkpoint
+
+        return make_folder_plan(state, beside, name, casting, ranks)
+
+    error, plan = attempt(decide)
     ranks.agree(error, plan.digest if plan is not None else None)
     assert plan is not None
-    return plan.write(ranks, partial(_report, plan, started))
+    return plan.write(ranks, started)
 
 
-def _report(plan: SavePlan | FolderPlan, started: float) -> SaveReport:
-    return plan.report(time.perf_counter() - started)
-
-
-def _plan(state: State, beside: Mapping[str, Any], path: str, casting: Casting, ranks: Ranks) -> SavePlan | FolderPlan:
-    kind = format_of(path)
-    if kind is not None:
-        return make_save_plan(state, beside, kind, path, casting, ranks)
-    from torchload.writing.folder import make_folder_plan  # with all of torch.distributed.checkpoint
-
-    return make_folder_plan(state, beside, path, casting, ranks)
-
-
-def _check_arguments(model: object, path: object, dtype: object, keep_fp32: object) -> None:
+def _check_arguments(
+    model: object, path: object, dtype: object, keep_fp32: object, extra: object, metadata: object
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the first argument is the model, an nn.Module, not {type(model).__name__}")
     if not isinstance(os.fspath(path) if isinstance(path, os.PathLike) else path, str):
@@ -138,3 +123,5 @@ def _check_arguments(model: object, path: object, dtype: object, keep_fp32: obje
         raise TypeError(f"dtype must be None or a floating-point torch.dtype, not {dtype!r}")
     if isinstance(keep_fp32, str):
         raise TypeError(f"keep_fp32 is a list of globs: keep_fp32=[{keep_fp32!r}]")
+    if not all(isinstance(names, Mapping) for names in (extra or {}, metadata or {})):
+        raise TypeError('extra and metadata are mappings of names, such as {"epoch": 3}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -167,11 +168,8 @@ def verify_weights(
         differing += [*compare(pairs), *twins.differing, *compare_extra_states(target, selection)]
     sources = [*twins.sources, *(pair.source for pair in pairs if pair.name not in twins.entries)]
     order = {name: position for position, name in enumerate(target.names)}
-    casts: dict[tuple[str, str], int] = {}
-    for pair in pairs:
-        if pair.entry.dtype is not pair.slot.tensor.dtype:
-            cast = (short_dtype(pair.entry.dtype), short_dtype(pair.slot.tensor.dtype))
-            casts[cast] = casts.get(cast, 0) + 1
+    dtypes = [(pair.entry.dtype, pair.slot.tensor.dtype) for pair in pairs]
+    casts = Counter((short_dtype(file), short_dtype(model)) for file, model in dtypes if file is not model)
     return VerifyReport(
         path=checkpoint.path,
         model=type(model).__name__,

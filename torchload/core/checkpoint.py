@@ -37,6 +37,7 @@ __all__ = [
     "box_end_bytes",
     "contiguous_strides",
     "entries_in",
+    "is_tensor",
     "record_fields",
 ]
 
@@ -317,6 +318,11 @@ class Checkpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def is_tensor(value: object) -> bool:
+    """Whether a leaf of a checkpoint's tree is a tensor, of whatever kind."""
+    return isinstance(value, (TensorEntry, OpaqueTensor))
 
 
 def entries_in(value: Any) -> Iterator[TensorEntry]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from torchload.errors import TorchLoadError
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "attempt"]
 
 WRITER = 0
+ResultT = TypeVar("ResultT")
 
 
 class Ranks:
@@ -114,6 +116,14 @@ class Ranks:
         if error is not None:
             raise error
         return result
+
+
+def attempt(work: Callable[[], ResultT]) -> tuple[BaseException | None, ResultT | None]:
+    """What kept work from being done, which other ranks have to hear of before it is raised, and its result."""
+    try:
+        return None, work()
+    except BaseException as error:  # noqa: BLE001 - the others wait, whatever happened
+        return error, None
 
 
 def _left_alone(failure: RuntimeError) -> TorchLoadError:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
 
 __all__ = [
+    "as_glob",
     "format_bytes",
     "format_seconds",
     "group_names",
@@ -109,6 +111,16 @@ def group_names(names: Iterable[str]) -> list[str]:
         dot = f"{module}." if module else ""
         lines.append(f"{dot}{leaves[0]}" if len(leaves) == 1 else f"{dot}{{{', '.join(leaves)}}}")
     return lines
+
+
+def as_glob(name: str) -> str:
+    """A name as a glob that matches it alone.
+
+    Example:
+        >>> as_glob("it's [0]")
+        "it's [[]0]"
+    """
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def listing(names: Iterable[str], most: int = 8) -> str:

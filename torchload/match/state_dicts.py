@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torchload.core.budget import Allowance
-from torchload.core.checkpoint import OpaqueTensor, TensorEntry
+from torchload.core.checkpoint import TensorEntry, is_tensor
 from torchload.core.optimizers import is_optimizer_state
 from torchload.core.wrappers import WRAPPERS
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError
@@ -110,7 +110,7 @@ class _Descent:
         left = self._by_company(likely)
         usual = [candidate for candidate in left if _is_usual(candidate)]
         first = (usual or left)[0]
-        loose = sum(isinstance(value, (TensorEntry, OpaqueTensor)) for value in here.container.values())
+        loose = sum(is_tensor(value) for value in here.container.values())
         if loose and (here.path or not usual or loose >= len(first.leaves)):
             return None  # tensors of its own beside modules: a nested state dict, or one with an odd buffer
         if here.path and not usual and (len(left) > 1 or here.segments[-1].lower() in USUAL_CONTAINERS):

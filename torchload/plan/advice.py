@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from torchload.core.checkpoint import Shape
+from torchload.core.text import as_glob
 from torchload.match import Selection
 from torchload.match.paths import last
 from torchload.model.target import Target
@@ -203,22 +204,12 @@ def _globs(names: Iterable[str], others: Iterable[str]) -> list[str]:
         free = next((name[:end] for end in _ends(name) if name[:end] not in taken), name)
         leaf = last(name)
         if free != name:
-            globs[f"{_escaped(free)}.*"] = None
+            globs[f"{as_glob(free)}.*"] = None
         elif leaf not in leaves and "." in name:
-            globs[f"*.{_escaped(leaf)}"] = None
+            globs[f"*.{as_glob(leaf)}"] = None
         else:
-            globs[_escaped(name)] = None
+            globs[as_glob(name)] = None
     return list(globs)
-
-
-def _escaped(name: str) -> str:
-    """A name as a glob that matches it alone.
-
-    Example:
-        >>> _escaped("it's [0]")
-        "it's [[]0]"
-    """
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _ends(name: str) -> list[int]:

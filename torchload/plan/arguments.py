@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
+from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
 from typing import Any, ParamSpec, TypeVar
@@ -17,25 +18,49 @@ __all__ = ["check_arguments", "check_choice", "with_hints"]
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
 
-# Arguments that other functions of this kind take → what to do here.
+# Arguments that other functions of this kind take → one of the function's own that must be there, and what to do.
+_NOTHING_RUNS = ("key", "leave it out: nothing that a file names is ever imported or called")
+_HALF = ("dtype", "give dtype=torch.float16")
+_ONLY_RESUMED = ("strict", "smart_resume() restores it")
+_GLOBS = ("skip", "give skip=, a list of globs such as 'fc.*'")
+_KEY = ("key", "give key=, with the name that those weights have in the file")
+_EXTRA = ("extra", "give it in extra={'epoch': 3, ...}")
 _HINTS = {
-    "map_location": "give device=: where the checkpoint was saved never matters",
-    "weights_only": "leave it out: nothing that a file names is ever imported or called",
-    "pickle_module": "leave it out: nothing that a file names is ever imported or called",
-    "assign": "leave it out: parameters stay the same objects, and models on the meta device are filled",
-    "state_dict": "give it in place of the path",
-    "ema": "give key=, with the name that the average has in the file",
+    "map_location": ("device", "give device=: where the checkpoint was saved never matters"),
+    "device_map": ("device", "give device=: one device, 'auto', or a mapping from parts of the model to devices"),
+    "weights_only": _NOTHING_RUNS,
+    "pickle_module": _NOTHING_RUNS,
+    "assign": ("skip", "leave it out: parameters stay the same objects, and models on the meta device are filled"),
+    "state_dict": ("path", "give it in place of the path"),
+    "torch_dtype": ("dtype", "give dtype="),
+    "half": _HALF,
+    "fp16": _HALF,
+    "ema": _KEY,
+    "use_ema": _KEY,
+    "filter_fn": ("rename", "give rename=, a function from a name to the new one, or to None to drop it"),
+    "revise_keys": ("rename", "give rename={r'^old[.]': 'new.'}"),
+    "ignore": _GLOBS,
+    "exclude": _GLOBS,
+    "optimizer": _ONLY_RESUMED,
+    "scheduler": _ONLY_RESUMED,
+    "epoch": _EXTRA,
+    "step": _EXTRA,
+    "args": _EXTRA,
 }
 
 
 def with_hints(function: Callable[ParamsT, ResultT]) -> Callable[ParamsT, ResultT]:
-    """Let a function say what to do instead of an argument that only others have."""
-    hints = {name: hint for name, hint in _HINTS.items() if name not in signature(function).parameters}
+    """Let a function say what to do instead of an argument that only others have, or that is misspelled."""
+    own = signature(function).parameters
 
     @wraps(function)
     def hinted(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
-        for name in kwargs.keys() & hints.keys():
-            raise TypeError(f"{function.__name__}() has no argument {name!r}: {hints[name]}")
+        for name in kwargs.keys() - own.keys():
+            needed, hint = _HINTS.get(name, ("", ""))
+            if needed not in own:
+                near = get_close_matches(name, own, n=1)
+                hint = f"did you mean {near[0]}=?" if near else f"it takes {', '.join(own)}"
+            raise TypeError(f"{function.__name__}() has no argument {name!r}: {hint}")
         return function(*args, **kwargs)
 
     return hinted

@@ -46,11 +46,11 @@ class Arrivals:
         self._copies = [copy for copy in copies if copy.target.is_cpu and has_checksum(copy.box, copy.dtype)]
         self._parts: dict[int, dict[int, tuple[int, int]]] = {id(copy): {} for copy in self._copies}
 
-    def add(self, piece: Piece, memory: memoryview) -> None:
-        """Sum a piece's bytes; may be called from several threads."""
+    def add(self, piece: Piece, memory: memoryview, skip_bytes: int = 0) -> None:
+        """Sum a piece's bytes, or those of them that `skip_bytes` lie before; may be called from several threads."""
         parts = self._parts.get(id(piece.copy))
         if parts is not None:
-            parts[piece.offset] = (zlib.crc32(memory), piece.nbytes)
+            parts[piece.offset + skip_bytes] = (zlib.crc32(memory), len(memory))
 
     def check(self) -> None:
         """Compare; raises CorruptCheckpointError, which names all that differs."""

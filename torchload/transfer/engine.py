@@ -23,7 +23,7 @@ from torchload.transfer.reader import Reader
 from torchload.transfer.settings import thread_count
 
 if TYPE_CHECKING:
-    from torchload.transfer.cuda import Ring
+    from torchload.transfer.ring import Ring
 
 __all__ = ["Progress", "check_unchanged", "default_threads", "note_writes", "run"]
 
@@ -31,6 +31,8 @@ MAX_THREADS = 8
 """More don't help: a few cores saturate memory. Scratch memory grows with them."""
 BYTES_PER_THREAD = 8 << 20
 """A thread is worth starting for this much work."""
+_MOST_LOOKED_AT = 4 << 30
+"""Bytes that are read again to say all that overflows: a few seconds, where a load has failed anyway."""
 
 _UNPINNED = "the system gave too little pinned memory: copies to the GPU were slower than they could be"
 
@@ -113,7 +115,7 @@ def _do(
         written = [copy for copy in copies if id(copy) in touched]
         note_writes(written)
         if isinstance(error, OverflowFoundError):
-            raise _explain(error.copy, written) from None
+            raise _explain(error.copy, copies, written) from None
         error.written = tuple(copy.name for copy in written)  # type: ignore[attr-defined]
         raise
     note_writes(copies)
@@ -133,7 +135,7 @@ def _run(crew: Crew[Job], rings: Collection[Ring]) -> None:
             stack.enter_context(ring)
         crew.run()
     if rings:
-        from torchload.transfer.cuda import suspicious
+        from torchload.transfer.ring import suspicious
 
         with torch.inference_mode():
             for job in suspicious(rings):
@@ -163,7 +165,7 @@ class _Worker:
         self._host = HostWorker(reader, arrivals)
         self._by_device: dict[torch.device, Callable[[Job], int]] = {}
         if rings:
-            from torchload.transfer.cuda import RingWorker
+            from torchload.transfer.ring import RingWorker
 
             self._by_device.update((device, RingWorker(reader, ring)) for device, ring in rings.items())
 
@@ -231,10 +233,20 @@ def note_writes(copies: Iterable[Copy]) -> None:
                 torch.autograd.graph.increment_version(target)
 
 
-def _explain(copy: Copy, written: Iterable[Copy]) -> CastOverflowError:
-    """The error for a copy that overflowed, with the largest value of the whole tensor."""
+def _explain(copy: Copy, copies: Iterable[Copy], written: Iterable[Copy]) -> CastOverflowError:
+    """The error for a copy that overflowed, with the largest value of its tensor, and the others that would."""
     with torch.inference_mode():
-        largest = max(largest_finite(_read(piece)) for job in schedule([copy]) for piece in job.pieces)
-    error = overflow_error(copy, largest)
+        overflowing = {copy.name: max(largest_finite(_read(piece)) for job in schedule([copy]) for piece in job.pieces)}
+        budget = _MOST_LOOKED_AT
+        for job in schedule([item for item in copies if limit_of(item.dtype, item.target.dtype) is not None]):
+            budget -= job.nbytes
+            if budget < 0:
+                break
+            for piece in job.pieces:
+                values = _read(piece)
+                if overflows(values, values.to(piece.target.dtype)):
+                    name = piece.copy.name
+                    overflowing[name] = max(overflowing.get(name, 0.0), largest_finite(values))
+    error = overflow_error(copy, overflowing)
     error.written = tuple(item.name for item in written)
     return error

@@ -7,15 +7,18 @@ every chunk harmless; only where both fail to is each element looked at. So the 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
 
 from torchload.core.copies import Copy
+from torchload.core.text import as_glob, listing, short_dtype
 from torchload.errors import CastOverflowError
 
 __all__ = [
     "OverflowFoundError",
+    "does_not_fit",
     "largest_finite",
     "largest_of",
     "limit_of",
@@ -103,19 +106,57 @@ def largest_finite(source: torch.Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
 
 
-def overflow_error(copy: Copy, largest: float) -> CastOverflowError:
-    """The error for a tensor whose largest finite magnitude doesn't fit its target's dtype."""
-    source_dtype, target_dtype = (str(dtype).removeprefix("torch.") for dtype in (copy.dtype, copy.target.dtype))
-    wider = "float32" if source_dtype == "float64" and target_dtype != "float32" else source_dtype
+def overflow_error(copy: Copy, overflowing: Mapping[str, float]) -> CastOverflowError:
+    """The error for tensors whose largest finite magnitudes don't fit the dtype of their targets.
+
+    Args:
+        copy: One of them.
+        overflowing: Name → largest finite magnitude; of `copy`, and of all others that the same load would spoil.
+    """
+    others = listing((name for name in overflowing if name != copy.name), _SHOWN)
+    also = f"; nor {'does' if len(overflowing) == 2 else 'do'} {others}" if others else ""
+    wider = _wider(copy, max(overflowing.values()))
+    advice = f"Load in a wider dtype ({wider}){_or_keep(copy, overflowing)}."
+    return does_not_fit(copy.name, overflowing[copy.name], copy.dtype, copy.target.dtype, advice, also)
+
+
+def does_not_fit(
+    name: str, largest: float, source: torch.dtype, target: torch.dtype, advice: str, also: str = ""
+) -> CastOverflowError:
+    """The error for a tensor whose largest finite magnitude becomes infinite when it is cast."""
     return CastOverflowError(
-        f"{copy.name} does not fit {target_dtype}: its largest value, {largest:.6g} in {source_dtype}, would become "
-        f"infinite (the limit is {torch.finfo(copy.target.dtype).max:.6g}). Load it in a wider dtype (bfloat16 or "
-        f"{wider}), or keep just this tensor in float32: keep_fp32=[{copy.name!r}].",
-        tensor=copy.name,
+        f"{name} does not fit {short_dtype(target)}: its largest value, {largest:.6g} in {short_dtype(source)}, would "
+        f"become infinite (the limit is {torch.finfo(target).max:.6g}){also}. {advice}",
+        tensor=name,
         largest=largest,
-        source_dtype=source_dtype,
-        target_dtype=target_dtype,
+        source_dtype=short_dtype(source),
+        target_dtype=short_dtype(target),
     )
+
+
+_SHOWN = 6
+_WIDER = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def _wider(copy: Copy, largest: float) -> str:
+    """Dtypes that hold a value, as a phrase."""
+    if copy.dtype.is_complex:
+        return short_dtype(copy.dtype)
+    holding = [short_dtype(dtype) for dtype in _WIDER if largest <= torch.finfo(dtype).max]
+    return " or ".join(holding[:2] if "float32" in holding else holding)
+
+
+def _or_keep(copy: Copy, overflowing: Mapping[str, float]) -> str:
+    """The argument that leaves layers in float32: whole ones, for a layer computes in one dtype (or refuses to)."""
+    layers = dict.fromkeys(
+        f"{as_glob(module)}.*" if module else as_glob(name)
+        for name in overflowing
+        for module in [name.rpartition(".")[0]]
+    )
+    holds = max(overflowing.values()) <= torch.finfo(torch.float32).max and copy.target.dtype is not torch.float32
+    if not holds or copy.dtype.is_complex or len(layers) > _SHOWN:
+        return ""
+    return f", or keep {'its layer' if len(layers) == 1 else 'their layers'} in float32: keep_fp32={list(layers)}"
 
 
 @lru_cache(maxsize=16)

@@ -19,7 +19,6 @@ import torch
 from torchload.core.checkpoint import Extent, Shape, box_end_bytes
 from torchload.core.copies import Copy
 from torchload.core.source import Source
-from torchload.transfer.memory import cached_bytes
 
 __all__ = [
     "CAST",
@@ -47,8 +46,7 @@ VIEW = 2
 DIRECT_BYTES = 8 << 20
 """Read straight into place at most this much at once."""
 STAGED_BYTES = 4 << 20
-"""Read into scratch memory at most this much at once from a device; from the page cache, `cached_bytes`, which is 10 to
-15 % faster (Xeons)."""
+"""What is cast is at most this much at once: much less, and the price of a job shows."""
 STRIDED_BYTES = 1 << 20
 """The same for what is rearranged, which should stay in the cache nearest to a core."""
 DEVICE_BYTES = (4 << 20) - (8 << 10)
@@ -133,20 +131,18 @@ def schedule(copies: Iterable[Copy], is_cold: Callable[[Source], bool] = lambda 
     source: Source | None = None
     device: torch.device | None = None
     pieces: list[Piece] = []
-    staged_bytes = STAGED_BYTES
     for copy in copies:
         target, extent = copy.target, copy.box.extent
         its_device = _CPU if target.is_cpu else target.device
         if extent.source is not source or its_device != device:
             source, device = extent.source, its_device
             pieces = groups.setdefault((device, source), [])
-            staged_bytes = STAGED_BYTES if is_cold(source) else cached_bytes()
         if its_device is _CPU and is_plain(copy) and 0 < (nbytes := target.nbytes) <= DIRECT_BYTES:  # most tensors
             box = copy.box
             piece = (copy, RAW, extent.offset + box.start, nbytes, target, 0, box.shape, box.strides)
             pieces.append(_new_tuple(Piece, piece))
         else:
-            cut(copy, pieces, staged_bytes)
+            cut(copy, pieces)
     jobs: list[Job] = []
     for (device, source), pieces in groups.items():
         pieces.sort(key=_offset)
@@ -167,8 +163,8 @@ def is_plain(copy: Copy) -> bool:
     )
 
 
-def cut(copy: Copy, pieces: list[Piece], staged_bytes: int = STAGED_BYTES) -> None:
-    """Append the pieces of one copy to a list, those that are cast being `staged_bytes` long at most."""
+def cut(copy: Copy, pieces: list[Piece]) -> None:
+    """Append the pieces of one copy to a list."""
     box, dtype, target = copy.box, copy.dtype, copy.target
     shape: Shape = box.shape
     itemsize = dtype.itemsize
@@ -179,7 +175,7 @@ def cut(copy: Copy, pieces: list[Piece], staged_bytes: int = STAGED_BYTES) -> No
     offset = extent.offset + box.start
     strides = box.strides
     kind, flat = _classify(copy)
-    limit = (DIRECT_BYTES, staged_bytes, STRIDED_BYTES)[kind] if target.is_cpu else DEVICE_BYTES
+    limit = (DIRECT_BYTES, STAGED_BYTES, STRIDED_BYTES)[kind] if target.is_cpu else DEVICE_BYTES
     if not target.is_cpu and (flat or kind == RAW):
         if kind != RAW and nbytes > limit:
             target, shape, strides = target.reshape(-1), (nbytes // itemsize,), (1,)

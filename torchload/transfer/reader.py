@@ -52,9 +52,13 @@ class Reader:
             return False
         return descriptor is not None and scatter(descriptor, source.base + offset, places) == nbytes
 
+    def is_direct(self, source: Source) -> bool:
+        """Whether a source's file was looked at and is cold."""
+        return self._direct.get(source.fd if source.fd is not None else -1) is not None
+
     def pages(self, source: Source) -> LeasedFile | None:
         """Where a source's bytes may be read without copying them, for the calling thread; None if nowhere."""
-        if source.fd is None or self._direct.get(source.fd) is not None:
+        if source.fd is None or self.is_direct(source):
             return None
         file = LeasedFile.open(source.fd)
         if file is not None:

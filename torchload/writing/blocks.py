@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from torchload.core.checkpoint import Shape
-from torchload.core.text import short_dtype
 from torchload.errors import CastOverflowError
+from torchload.transfer import overflow
 from torchload.transfer.memory import memory_at
 from torchload.transfer.overflow import largest_finite, overflows
 
-__all__ = ["WEIGHTS", "Block", "Content", "StoredTensor"]
+__all__ = ["WEIGHTS", "Block", "Content", "StoredTensor", "does_not_fit"]
 
 WEIGHTS = "state_dict"
 """What the weights are called where something is stored beside them."""
@@ -62,21 +62,18 @@ class Block:
                 values.view(part.shape).copy_(part)
                 data = values.to(self.dtype)
                 if overflows(values, data):
-                    raise self._overflow(tensor, limit)
+                    largest = max(largest_finite(part.to("cpu")) for part in _parts(tensor, limit))
+                    raise does_not_fit(self.name, largest, tensor.dtype, self.dtype)
                 yield memory_at(data.data_ptr(), data.nbytes)
 
-    def _overflow(self, tensor: torch.Tensor, limit: int) -> CastOverflowError:
-        largest = max(largest_finite(part.to("cpu")) for part in _parts(tensor, limit))
-        source, target = short_dtype(tensor.dtype), short_dtype(self.dtype)
-        return CastOverflowError(
-            f"{self.name} does not fit {target}: its largest value, {largest:.6g} in {source}, would become infinite "
-            f"(the limit is {torch.finfo(self.dtype).max:.6g}). Nothing was saved. Save in a wider dtype (bfloat16), "
-            f"or keep just this tensor in float32: keep_fp32=[{self.name!r}].",
-            tensor=self.name,
-            largest=largest,
-            source_dtype=source,
-            target_dtype=target,
-        )
+
+def does_not_fit(name: str, largest: float, source: torch.dtype, target: torch.dtype) -> CastOverflowError:
+    """The error for a tensor whose largest finite magnitude becomes infinite in the file's dtype."""
+    advice = (
+        "Nothing was saved. Save in a wider dtype (bfloat16), or keep just this tensor in float32: "
+        f"keep_fp32=[{name!r}]."
+    )
+    return overflow.does_not_fit(name, largest, source, target, advice)
 
 
 def _parts(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:

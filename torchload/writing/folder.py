@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import inspect
 import re
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from torchload.core.ranks import Ranks
+from torchload.core.ranks import Ranks, attempt
 from torchload.core.text import short_dtype
-from torchload.errors import CastOverflowError
 from torchload.formats.sets.distributed import METADATA_NAME
 from torchload.model.shards import local_region
 from torchload.model.unwrapping import State
 from torchload.transfer.overflow import largest_finite, overflows
-from torchload.writing.blocks import WEIGHTS
+from torchload.writing.blocks import WEIGHTS, does_not_fit
 from torchload.writing.plan import Casting, refuse, taken_apart
 from torchload.writing.replacing import replacing_folder
 from torchload.writing.report import SaveReport
@@ -40,50 +42,24 @@ class FolderPlan:
     counted: SaveReport
     digest: str
 
-    def write(self, ranks: Ranks, report: Callable[[], SaveReport]) -> SaveReport:
+    def write(self, ranks: Ranks, started: float) -> SaveReport:
         """Let each rank write its part; the folder takes its name when all have."""
         with ExitStack() as stack:
-            temporary, error = None, None
-            if ranks.is_writer:
-                try:
-                    temporary = stack.enter_context(replacing_folder(self.path, _is_part_of_one))
-                except BaseException as problem:  # noqa: BLE001 - raised by `share`, on all ranks
-                    error = problem
+            place = partial(stack.enter_context, replacing_folder(self.path, _is_part_of_one))
+            error, temporary = attempt(place) if ranks.is_writer else (None, None)
             temporary = ranks.share(error, temporary)
-            try:
-                _save(self.tree, temporary, alone=ranks.count == 1)
-            except BaseException as problem:  # noqa: BLE001 - raised by `agree`, on all ranks
-                error = problem
+            error, _ = attempt(partial(_save, self.tree, temporary, alone=ranks.count == 1))
             ranks.agree(error, None)
-            try:
-                stack.close()
-            except BaseException as problem:  # noqa: BLE001 - raised by `share`, on all ranks
-                error = problem
-        result: SaveReport = ranks.share(error, report() if error is None else None)
+            error, _ = attempt(stack.close)
+        result: SaveReport = ranks.share(error, replace(self.counted, seconds=time.perf_counter() - started))
         return result
-
-    def report(self, seconds: float) -> SaveReport:
-        """The account."""
-        return replace(self.counted, seconds=seconds)
 
 
 def make_folder_plan(state: State, beside: Mapping[str, Any], path: str, casting: Casting, ranks: Ranks) -> FolderPlan:
-    """Decide what this rank stores, and raise everything that stands against it at once.
-
-    Args:
-        state: The model's weights.
-        beside: What is stored beside them, by name.
-        path: The folder.
-        casting: Which dtype the weights have in the file.
-        ranks: Who takes part.
-
-    Raises:
-        ValueError: Something can't be stored.
-        CastOverflowError: A finite value becomes infinite in the dtype of the file.
-    """
+    """Decide what this rank stores, and raise everything that stands against it at once, as `make_save_plan` does."""
     weights, others, extra, loose, problems = taken_apart(state, beside, ranks)
     refuse(path, problems)
-    casts: dict[tuple[str, str], int] = {}
+    casts: Counter[tuple[str, str]] = Counter()
     entries = {name: _cast(name, tensor, casting, casts) for name, tensor in weights.items()}
     extra = {name: optimizer_by_name(value) if name.startswith("optimizer") else value for name, value in extra.items()}
     tree = {WEIGHTS: {**entries, **others}, **extra} if extra else {**entries, **others}
@@ -97,24 +73,16 @@ def _is_part_of_one(name: str) -> bool:
     return METADATA_NAME.fullmatch(name) is not None or _DATA_NAME.fullmatch(name) is not None
 
 
-def _cast(name: str, tensor: torch.Tensor, casting: Casting, casts: dict[tuple[str, str], int]) -> torch.Tensor:
+def _cast(name: str, tensor: torch.Tensor, casting: Casting, casts: Counter[tuple[str, str]]) -> torch.Tensor:
     """A weight in the dtype that it has in the file; torch's writer casts nothing."""
     dtype = casting.of([name], tensor.dtype)
     if dtype is tensor.dtype:
         return tensor
-    pair = (short_dtype(tensor.dtype), short_dtype(dtype))
-    casts[pair] = casts.get(pair, 0) + 1
+    casts[short_dtype(tensor.dtype), short_dtype(dtype)] += 1
     data = tensor.detach().to(dtype)
     here, there = local_region(tensor)[0], local_region(data)[0]
     if overflows(here.contiguous(), there.contiguous()):
-        raise CastOverflowError(
-            f"{name} does not fit {pair[1]}. Nothing was saved. Save in a wider dtype (bfloat16), or keep just this "
-            f"tensor in float32: keep_fp32=[{name!r}].",
-            tensor=name,
-            largest=largest_finite(here),
-            source_dtype=pair[0],
-            target_dtype=pair[1],
-        )
+        raise does_not_fit(name, largest_finite(here), tensor.dtype, dtype)
     return data
 
 

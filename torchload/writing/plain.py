@@ -13,6 +13,10 @@ __all__ = ["PlainCopy"]
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
 _MAPPINGS = frozenset({dict, OrderedDict, Counter})
 _MOST_LEVELS = 50
+_HINTS = {
+    "numpy.ndarray": " (torch.from_numpy() makes it a tensor)",
+    "argparse.Namespace": " (vars() makes it a dictionary)",
+}
 
 
 class PlainCopy:
@@ -58,9 +62,9 @@ class PlainCopy:
         elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.generic):
             return self.of(value.item(), name, 1)
         else:
-            what = f"a {kind.__module__}.{kind.__qualname__}".replace("a builtins.", "a ")
-            hint = " (torch.from_numpy() makes it a tensor)" if what == "a numpy.ndarray" else ""
-            self.problems.append(f"{name} is {what}, which torch.load(weights_only=True) refuses{hint}")
+            what = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+            refuses = "which torch.load(weights_only=True) refuses"
+            self.problems.append(f"{name} is of type {what}, {refuses}{_HINTS.get(what, '')}")
         return None
 
 

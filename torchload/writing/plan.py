@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from torchload.core.checkpoint import contiguous_strides
-from torchload.core.ranks import Ranks
+from torchload.core.ranks import Ranks, attempt
 from torchload.core.sharing import Layout, shared_runs
 from torchload.core.text import listing, printable, short_dtype
 from torchload.match.globs import Globs
@@ -72,23 +73,16 @@ class SavePlan:
     casts: Mapping[tuple[str, str], int]
     digest: str
 
-    def write(self, ranks: Ranks, report: Callable[[], SaveReport]) -> SaveReport:
+    def write(self, ranks: Ranks, started: float) -> SaveReport:
         """Let the first rank write it, and all know what came of it."""
-        error: BaseException | None = None
-        written = None
-        if ranks.is_writer:
-            try:
-                with replacing(self.path) as file:
-                    self.kind.write(file, self.content)
-                written = report()
-            except BaseException as problem:  # noqa: BLE001 - raised by `share`: the others wait, whatever happened
-                error = problem
+        error, written = attempt(partial(self._write, started)) if ranks.is_writer else (None, None)
         self.gathering.finish()
         result: SaveReport = ranks.share(error, written)
         return result
 
-    def report(self, seconds: float) -> SaveReport:
-        """The account."""
+    def _write(self, started: float) -> SaveReport:
+        with replacing(self.path) as file:
+            self.kind.write(file, self.content)
         names: dict[StoredTensor, list[str]] = {}
         for name, stored in self.content.tensors.items():
             names.setdefault(stored, []).append(name)
@@ -100,31 +94,23 @@ class SavePlan:
             casts=self.casts,
             ties=tuple(tuple(group) for group in names.values() if len(group) > 1),
             beside=tuple(self.content.beside),
-            seconds=seconds,
+            seconds=time.perf_counter() - started,
         )
 
 
 def make_save_plan(
     state: State, beside: Mapping[str, Any], kind: FileFormat, path: str, casting: Casting, ranks: Ranks
 ) -> SavePlan:
-    """Decide what is stored how, and raise everything that stands against it at once.
-
-    Args:
-        state: The model's weights.
-        beside: What is stored beside them, by name.
-        kind: The format.
-        path: The file.
-        casting: Which dtype the weights have in the file.
-        ranks: Who takes part.
-    """
+    """Decide what is stored how, and raise everything that stands against it at once."""
     weights, others, extra, loose, problems = taken_apart(state, beside, ranks)
     content = Content(others=others, versions=state.versions, beside=extra)
     gathering = _Gathering()
-    casts: dict[tuple[str, str], int] = {}
+    casts: Mapping[tuple[str, str], int] = {}
     if not problems:
         casts = _fill(content, weights, list(loose.values()), kind, casting, gathering)
         problems = kind.check(content) if kind.check is not None else []
-        _order_gathering(content, kind, gathering)
+        in_order = (content.blocks[index].sharded for index in kind.order(content))
+        gathering.waiting += [sharded for sharded in in_order if sharded is not None]
     refuse(path, problems)
     # Gathered state dicts are whole on one rank only.
     what = (
@@ -173,7 +159,7 @@ def _unsavable(tensors: Sequence[tuple[str, torch.Tensor]], ranks: Ranks) -> lis
     return [f"{reason}: {listing(names)}" for reason, names in reasons.items()]
 
 
-def _why_not(tensor: torch.Tensor, ranks: Ranks) -> str | None:
+def _why_not(tensor: Any, ranks: Ranks) -> str | None:
     if is_lazy(tensor):
         return "not initialised yet (run the model once, lazy modules take their shapes from the first input)"
     if tensor.is_meta:
@@ -181,7 +167,8 @@ def _why_not(tensor: torch.Tensor, ranks: Ranks) -> str | None:
     if is_placeholder(tensor):
         return "partitioned by DeepSpeed, a placeholder (its engine's save_checkpoint writes it)"
     if is_sharded(tensor):
-        return None if ranks.count > 1 or _is_whole(tensor) else "sharded over several ranks, which must save together"
+        is_whole = ranks.count > 1 or tensor.device_mesh.size() == 1
+        return None if is_whole else "sharded over several ranks, which must save together"
     if tensor.layout is not torch.strided:
         return f"{str(tensor.layout).removeprefix('torch.')}, not dense"
     if tensor.is_quantized:
@@ -193,10 +180,6 @@ def _why_not(tensor: torch.Tensor, ranks: Ranks) -> str | None:
     return None
 
 
-def _is_whole(tensor: Any) -> bool:
-    return bool(tensor.device_mesh.size() == 1)
-
-
 def _fill(
     content: Content,
     weights: Mapping[str, torch.Tensor],
@@ -204,9 +187,9 @@ def _fill(
     kind: FileFormat,
     casting: Casting,
     gathering: _Gathering,
-) -> dict[tuple[str, str], int]:
+) -> Counter[tuple[str, str]]:
     """Turn tensors into blocks; those that share memory share a block. Gives the casts and their number."""
-    casts: dict[tuple[str, str], int] = {}
+    casts: Counter[tuple[str, str]] = Counter()
     names = [*weights, *(name for name, _ in loose)]
     values = [*weights.values(), *(tensor for _, tensor in loose)]
     stored: dict[int, StoredTensor] = {}
@@ -217,8 +200,7 @@ def _fill(
         # States of training keep their precision; so does what shares memory with them.
         dtype = casting.of(members, first.dtype) if run.members[-1] < len(weights) else first.dtype
         if dtype is not first.dtype:
-            pair = (short_dtype(first.dtype), short_dtype(dtype))
-            casts[pair] = casts.get(pair, 0) + 1
+            casts[short_dtype(first.dtype), short_dtype(dtype)] += 1
         as_it_lies = run.is_flat and kind.keeps_views
         for index, offset in zip(run.members, run.offsets):
             shape = tuple(values[index].shape)
@@ -227,10 +209,10 @@ def _fill(
         if is_sharded(first):
             block = Block(members[0], first.numel(), dtype, gathering.fetch, first)
         elif as_it_lies:
-            fetch = _fetcher(first, run.numel, run.start_bytes // first.dtype.itemsize)
+            fetch = partial(first.as_strided, (run.numel,), (1,), run.start_bytes // first.dtype.itemsize)
             block = Block(members[0], run.numel, dtype, fetch)
         else:
-            block = Block(members[0], first.numel(), dtype, partial(torch.Tensor.detach, first))
+            block = Block(members[0], first.numel(), dtype, first.detach)
         content.blocks.append(block)
     content.tensors = {name: stored[index] for index, name in enumerate(weights)}
     content.loose = {id(tensor): stored[len(weights) + index] for index, (_, tensor) in enumerate(loose)}
@@ -248,15 +230,3 @@ def _layout(tensor: torch.Tensor, kind: FileFormat) -> Layout:
         if not kind.keeps_views:  # only what is the very same tensor stays together
             memory = (*memory, start, shape, strides)
     return Layout(memory, start, tensor.dtype, shape, strides)
-
-
-def _fetcher(tensor: torch.Tensor, numel: int, first: int) -> Callable[[], torch.Tensor]:
-    """Gives a stretch of a tensor's storage, in elements, as one dimension."""
-    return lambda: tensor.detach().as_strided((numel,), (1,), first)
-
-
-def _order_gathering(content: Content, kind: FileFormat, gathering: _Gathering) -> None:
-    for index in kind.order(content):
-        sharded = content.blocks[index].sharded
-        if sharded is not None:
-            gathering.waiting.append(sharded)

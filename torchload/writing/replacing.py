@@ -61,11 +61,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     before = _status(final)
     if before is not None and not stat.S_ISREG(before.st_mode):  # a rename would take its place
         raise OSError(errno.EINVAL, "is not a regular file, so it can't be replaced by one", path)
-    _check_folder_around(final, path)
-    _remove_abandoned(final)
-    with _removed_on_failure(path, final) as undo:
-        temporary, descriptor = _claim(final, lambda name: _create(name, before))
-        undo.callback(_remove, temporary)
+    with _taking_the_place_of(final, path, lambda name: _create(name, before)) as (temporary, descriptor):
         with open(descriptor, "w+b", buffering=_BUFFER_BYTES) as file:
             yield file
             file.flush()
@@ -74,8 +70,6 @@ def replacing(path: str) -> Iterator[BinaryIO]:
                 os.replace(temporary, final)
         if _IS_WINDOWS:
             os.replace(temporary, final)
-        undo.pop_all()
-    _sync_folder(os.path.dirname(final))
 
 
 @contextlib.contextmanager
@@ -103,11 +97,7 @@ def replacing_folder(path: str, may_replace: Callable[[str], bool]) -> Iterator[
             raise FileExistsError(
                 errno.EEXIST, f"holds something else ({foreign[0]}): give the name of a new folder", path
             )
-        _remove_abandoned(final)
-    _check_folder_around(final, path)
-    with _removed_on_failure(path, final) as undo:
-        temporary, descriptor = _claim(final, lambda name: _create_folder(name, before))
-        undo.callback(_remove, temporary)
+    with _taking_the_place_of(final, path, lambda name: _create_folder(name, before)) as (temporary, descriptor):
         try:
             yield temporary
             _sync_folder(temporary)
@@ -115,12 +105,31 @@ def replacing_folder(path: str, may_replace: Callable[[str], bool]) -> Iterator[
         finally:
             if descriptor is not None:
                 os.close(descriptor)
-        undo.pop_all()
-    _remove_abandoned(final)
-    _sync_folder(os.path.dirname(final))
 
 
 # --- the temporary one ---
+
+
+@contextlib.contextmanager
+def _taking_the_place_of(final: str, path: str, create: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
+    """A temporary path and its descriptor. What is there is removed if anything fails; a full disk is told in words."""
+    if not os.path.isdir(folder := os.path.dirname(final)):
+        message = f"the folder {printable(folder, None)} does not exist; create it first"
+        raise FileNotFoundError(errno.ENOENT, message, path)
+    _remove_abandoned(final)
+    try:
+        with contextlib.ExitStack() as undo:
+            temporary, descriptor = _claim(final, create)
+            undo.callback(_remove, temporary)
+            yield temporary, descriptor
+            undo.pop_all()
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        before = "What was there before is unchanged." if os.path.exists(final) else "Nothing was left behind."
+        what = f"{os.strerror(error.errno or 0)}, so it was not saved. {before}"
+        raise OSError(error.errno, what, path) from error
+    _sync_folder(folder)
 
 
 def _stem(final: str) -> str:
@@ -131,10 +140,14 @@ def _stem(final: str) -> str:
     return f".{name}."
 
 
+def _temporary_path(final: str) -> str:
+    return os.path.join(os.path.dirname(final), f"{_stem(final)}{secrets.token_hex(_TOKEN_BYTES)}.tmp")
+
+
 def _claim(final: str, create: Callable[[str], Any]) -> tuple[str, Any]:
     """Make something under a temporary name, and lock it."""
     while True:
-        temporary = os.path.join(os.path.dirname(final), f"{_stem(final)}{secrets.token_hex(_TOKEN_BYTES)}.tmp")
+        temporary = _temporary_path(final)
         descriptor = create(temporary)
         with contextlib.suppress(OSError):  # not every file system has locks; then nothing is ever removed
             _lock(descriptor)
@@ -197,20 +210,6 @@ def _remove(path: str) -> None:
             os.unlink(path)
 
 
-@contextlib.contextmanager
-def _removed_on_failure(path: str, final: str) -> Iterator[contextlib.ExitStack]:
-    """What the stack holds is undone if anything fails, and a full disk is told in words."""
-    try:
-        with contextlib.ExitStack() as undo:
-            yield undo
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        before = "What was there before is unchanged." if os.path.exists(final) else "Nothing was left behind."
-        what = f"{os.strerror(error.errno or 0)}, so it was not saved. {before}"
-        raise OSError(error.errno, what, path) from error
-
-
 # --- its place ---
 
 
@@ -220,7 +219,7 @@ def _put_in_place(temporary: str, final: str) -> None:
         os.rename(temporary, final)
         return
     if not _exchange(temporary, final):  # between these two, and only there, a reader finds nothing
-        aside = os.path.join(os.path.dirname(final), f"{_stem(final)}{secrets.token_hex(_TOKEN_BYTES)}.tmp")
+        aside = _temporary_path(final)
         os.rename(final, aside)
         try:
             os.rename(temporary, final)
@@ -246,13 +245,6 @@ def _status(path: str) -> os.stat_result | None:
         return os.stat(path)
     except FileNotFoundError:
         return None
-
-
-def _check_folder_around(final: str, path: str) -> None:
-    if not os.path.isdir(folder := os.path.dirname(final)):
-        raise FileNotFoundError(
-            errno.ENOENT, f"the folder {printable(folder, None)} does not exist; create it first", path
-        )
 
 
 def _sync_folder(folder: str) -> None:

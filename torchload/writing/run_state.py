@@ -105,7 +105,8 @@ def _each(what: str, value: Any, state_of: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_each(what, one, state_of) for one in value] or None
     if not callable(getattr(value, "state_dict", None)):
-        raise TypeError(f"{what}= takes what has a state_dict method, not {type(value).__name__}")
+        found = f"not {type(value).__name__}: give the {what} itself, not its state"
+        raise TypeError(f"{what}= takes what has a state_dict method, {found}")
     return state_of(value)
 
 

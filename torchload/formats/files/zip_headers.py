@@ -63,7 +63,7 @@ class ZipRecord(NamedTuple):
 
 
 class ZipBytes:
-    """An archive whose last 64 KiB were read at once: of a small file, all. Opening one then takes 3 reads, not 15."""
+    """An archive whose last 64 KiB were read at once: of a small file, all. Opening one then takes 2 reads, not 15."""
 
     __slots__ = ("_start", "_tail", "name", "size", "source")
 

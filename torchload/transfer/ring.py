@@ -1,0 +1,265 @@
+"""Lanes on the way to a device: several threads read into them, one sends what has been read.
+
+The sender, of which each device has one, gives a `Lane` back when its bytes have left. It is the only one that talks to
+the device: several threads that do take turns at its driver and at the interpreter's lock (28 GiB/s of 51 on an H200,
+where one that sends for eight makes 47), and a thread that never does can't set up a device that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+import torch
+
+from torchload.transfer.memory import memory_at
+from torchload.transfer.pieces import Job
+from torchload.transfer.reader import Reader
+
+__all__ = ["ALIGNMENT_BYTES", "Device", "Lane", "Load", "Ring", "RingWorker", "Staging", "Suspicion", "suspicious"]
+
+ALIGNMENT_BYTES = 4096
+"""Bytes lie in a lane as they lie in the file's blocks: elements stay aligned, and blocks can be read directly."""
+
+
+class Suspicion(NamedTuple):
+    """Jobs of which a cast may have gone wrong, unless `largest` turns out to be no more than `limit`.
+
+    Attributes:
+        jobs: Which.
+        largest: A 0-dim tensor on the device.
+        limit: What a cast in these jobs surely holds.
+    """
+
+    jobs: list[Job]
+    largest: torch.Tensor
+    limit: float
+
+
+class Staging:
+    """Memory on the device where a job's bytes lie nearly as they do in its lane, seen in any dtype."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self._start = memory.storage_offset()
+        self._views: dict[torch.dtype, torch.Tensor] = {}
+
+    def view(self, dtype: torch.dtype, at: int, shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+        """The elements from byte `at` on, which must be a multiple of their size."""
+        memory = self._views.get(dtype)
+        if memory is None:
+            memory = self._views[dtype] = self.memory.view(dtype)
+        return memory.as_strided(shape, strides, (self._start + at) // dtype.itemsize)
+
+
+class Lane:
+    """A buffer on the host, and as much memory on the device to cast and rearrange in.
+
+    Attributes:
+        memory: On the host, uint8; long enough for the longest job and `ALIGNMENT_BYTES`.
+        staging: On the device; empty where nothing is staged.
+        is_pinned: Whether the device reads `memory` by itself; None as long as nobody has tried.
+    """
+
+    __slots__ = ("is_pinned", "memory", "staging")
+
+    def __init__(self, memory: torch.Tensor, staging: Staging, *, is_pinned: bool | None) -> None:
+        self.memory = memory
+        self.staging = staging
+        self.is_pinned = is_pinned
+
+
+class Load(NamedTuple):
+    """A job whose bytes have been read into a lane, from byte `start` on."""
+
+    job: Job
+    lane: Lane
+    start: int
+
+
+class Device(Protocol):
+    """What a ring needs of a device."""
+
+    def new_lane(self) -> Lane:
+        """Make a lane. Called by the threads that read, which don't talk to the device."""
+
+    def attached(self) -> contextlib.AbstractContextManager[object]:
+        """What the thread that sends has to be in."""
+
+    def send(self, loads: Sequence[Load]) -> Callable[[], list[Suspicion]]:
+        """Start copies out of lanes; if that fails, none of them is under way.
+
+        Returns:
+            What waits for them, and then tells what may have overflowed.
+        """
+
+    def close(self, lanes: Sequence[Lane]) -> None:
+        """Take back the lanes that were made, after an error as well: nothing is under way from them any more."""
+
+
+class Ring:
+    """Lends lanes to the threads that read, and sends what they have read in a thread of its own.
+
+    A context: it is left when everything has arrived, after an error as well. Memory on either side is free then.
+
+    Attributes:
+        suspicions: What may have overflowed, once the context is left.
+        lacks_pinned_memory: Whether the system gave less of it than was asked for.
+    """
+
+    def __init__(self, device: Device, count: int) -> None:
+        """Ready to start.
+
+        Args:
+            device: Where the data goes.
+            count: How many lanes there may be; they are made when they are needed.
+        """
+        self.suspicions: list[Suspicion] = []
+        self.lacks_pinned_memory = False
+        self._device = device
+        self._count = count
+        self._lanes: list[Lane] = []
+        self._free: SimpleQueue[Lane | None] = SimpleQueue()
+        for _ in range(count):
+            self._free.put(None)
+        self._loads: SimpleQueue[Load | None] = SimpleQueue()
+        self._failure: BaseException | None = None
+        self._sender = threading.Thread(target=self._work, name="torchload-sender", daemon=True)
+
+    def borrow(self) -> Lane:
+        """A lane whose memory may be overwritten; to be handed to `send` or `give_back`.
+
+        Raises:
+            BaseException: Why earlier lanes could not be sent.
+        """
+        lane = self._free.get()
+        try:
+            if self._failure is not None:
+                raise self._failure
+            if lane is None:
+                lane = self._device.new_lane()
+                self._lanes.append(lane)
+        except BaseException:
+            self._free.put(lane)
+            raise
+        return lane
+
+    def give_back(self, lane: Lane) -> None:
+        """Lend a lane again."""
+        self._free.put(lane)
+
+    def send(self, load: Load) -> None:
+        """Have a lane's bytes sent; it is lent again when they have left."""
+        self._loads.put(load)
+
+    def __enter__(self) -> Ring:
+        try:
+            self._sender.start()
+        except BaseException:  # an interrupt may leave a thread that runs
+            self._loads.put(None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        interrupt: BaseException | None = None
+        is_done = False
+        while not is_done:
+            try:
+                self._loads.put(None)
+                self._sender.join()
+                is_done = True
+            except BaseException as late:  # noqa: BLE001 - raised when nothing is under way any more
+                interrupt = late
+        failure, self._failure = interrupt or self._failure, None
+        if failure is not None and error is None:
+            raise failure
+
+    def _work(self) -> None:
+        under_way: deque[tuple[Callable[[], list[Suspicion]] | None, list[Load]]] = deque()
+        with torch.inference_mode(), contextlib.ExitStack() as stack:
+            with self._failing():
+                stack.enter_context(self._device.attached())
+            while loads := self._next_loads():
+                wait = None
+                with self._failing():
+                    if self._failure is None:
+                        wait = self._device.send(loads)
+                under_way.append((wait, loads))
+                # Those who read need most of the lanes; of the others the longest under way are waited for.
+                while sum(len(loads) for _, loads in under_way) > self._count // 3:
+                    self._finish(*under_way.popleft())
+            while under_way:
+                self._finish(*under_way.popleft())
+            self.lacks_pinned_memory = any(lane.is_pinned is False for lane in self._lanes)
+            with self._failing():
+                self._device.close(self._lanes)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Keep an error for those who read: the sender goes on until they have stopped."""
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001 - raised by `borrow` and at the end
+            self._failure = self._failure or error
+
+    def _next_loads(self) -> list[Load]:
+        """All that has been read meanwhile, at least one; none at the end."""
+        load = self._loads.get()
+        loads: list[Load] = []
+        while load is not None:
+            loads.append(load)
+            try:
+                load = self._loads.get_nowait()
+            except Empty:
+                break
+        else:
+            if loads:
+                self._loads.put(None)  # the end, to be seen once more
+        return loads
+
+    def _finish(self, wait: Callable[[], list[Suspicion]] | None, loads: Sequence[Load]) -> None:
+        with self._failing():
+            if wait is not None:
+                self.suspicions += wait()
+        for load in loads:
+            self._free.put(load.lane)
+
+
+class RingWorker:
+    """Reads jobs into lanes; one for each thread."""
+
+    def __init__(self, reader: Reader, ring: Ring) -> None:
+        self._reader = reader
+        self._ring = ring
+
+    def __call__(self, job: Job) -> int:
+        lane = self._ring.borrow()
+        try:
+            start = (job.source.base + job.offset) % ALIGNMENT_BYTES
+            self._reader.readinto(job.source, job.offset, memory_at(lane.memory.data_ptr() + start, job.nbytes))
+        except BaseException:
+            self._ring.give_back(lane)
+            raise
+        self._ring.send(Load(job, lane, start))
+        return job.nbytes
+
+
+def suspicious(rings: Iterable[Ring]) -> list[Job]:
+    """Jobs in which a finite value may not have fitted, each to be looked at."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Suspicion]] = {}
+    for suspicion in itertools.chain.from_iterable(ring.suspicions for ring in rings):
+        by_kind.setdefault((suspicion.largest.device, suspicion.largest.dtype), []).append(suspicion)
+    found: list[Job] = []
+    for members in by_kind.values():
+        largest = torch.stack([suspicion.largest for suspicion in members]).tolist()
+        for suspicion, value in zip(members, largest):
+            found += [] if value <= suspicion.limit else suspicion.jobs  # nor is NaN
+    return found
