@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import torchload
+from tests.certainty import loads
 from torchload import errors, read_state_dict, smart_load, smart_resume, verify_weights
 
 HALVES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -24,22 +25,6 @@ class Net(nn.Module):
         self.bn = nn.BatchNorm1d(4)
         self.register_buffer("position_ids", torch.arange(positions))
         self.register_buffer("flags", torch.tensor([True, False]))
-
-
-@pytest.fixture
-def save(tmp_path):
-    def save(content):
-        torch.save(content, tmp_path / "x.pth")
-        return tmp_path / "x.pth"
-
-    return save
-
-
-def loads(model, path, **arguments):
-    """It loads without a warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return smart_load(model, path, **arguments)
 
 
 def refused(model, path, words, **arguments):

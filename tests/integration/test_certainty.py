@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from tests.certainty import loads
 from torchload import errors, read_state_dict, smart_load, smart_resume, verify_weights
 from torchload.core.wrappers import WRAPPER_CLASSES, WRAPPERS
 
@@ -44,15 +44,6 @@ def below(prefix, state):
     return {f"{prefix}.{name}": value for name, value in state.items()}
 
 
-@pytest.fixture
-def save(tmp_path):
-    def save(content):
-        torch.save(content, tmp_path / "x.pth")
-        return tmp_path / "x.pth"
-
-    return save
-
-
 def assert_holds(model, state):
     own = model.state_dict()
     for name, value in state.items():
@@ -62,9 +53,7 @@ def assert_holds(model, state):
 
 def assert_loads(model, path, state, **arguments):
     """It loads these values, without a warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        report = smart_load(model, path, **arguments)
+    report = loads(model, path, **arguments)
     assert_holds(model, state)
     return report
 
