@@ -151,7 +151,7 @@ def verify_weights(
     started = time.perf_counter()
     check_arguments(model, None, skip, (), False)
     check_choice(key, prefix, rename)
-    with Boundary() as boundary, open_checkpoint(path) as checkpoint, torch.no_grad():
+    with Boundary(called="verify_weights") as boundary, open_checkpoint(path) as checkpoint, torch.no_grad():
         boundary.path = checkpoint.path
         checkpoint.confirm()
         with collector_paused():

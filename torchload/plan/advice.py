@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torchload.core.checkpoint import Shape
 from torchload.core.text import as_glob
+from torchload.errors import advised
 from torchload.match import Selection
 from torchload.match.paths import last
 from torchload.model.target import Target
@@ -39,12 +40,14 @@ class Advice:
         lines = []
         if self.renaming:
             rules = ", ".join(f"{_literal(pattern)}: {_literal(new)}" for pattern, new in self.renaming.items())
-            lines.append(f"  If that is the same part under another name: smart_load(..., rename={{{rules}}})")
+            lines.append(f"  If that is the same part under another name: {advised(f'rename={{{rules}}}')}")
         fitting = [name for name in self._selection.pairs if name not in self._selection.mismatched]
         globs = _globs([*self._lacking, *self._surplus], fitting)
         if len(globs) <= _MOST_GLOBS and len(self._lacking) <= len(fitting) and self._fits(skip=globs):
             what = "For a part that is meant to be new" if self._lacking else "To leave these out"
-            lines.append(f"  {what}: smart_load(..., skip={globs})")
+            if any(slot.tensor.is_meta for name in self._lacking if (slot := self._target.by_name.get(name))):
+                what += ": build it on a real device, not on meta, and then"
+            lines.append(f"  {what}: {advised(f'skip={[*self._selection.globs, *globs]}')}")
         return lines
 
     @cached_property

@@ -48,7 +48,8 @@ def doubts_about(
     target: Target, checkpoint: Checkpoint, selection: Selection, options: Options
 ) -> tuple[list[str], list[str]]:
     """Everything of the kind: what refuses the load, one sentence each, and what is worth a warning."""
-    problems, warnings = unkept(target, selection, options.skip, options.keep_fp32, options.rename)
+    problems: list[str] = []
+    warnings: list[str] = []
     if (problem := quantized_problem(target, selection, checkpoint)) is not None:
         problems.append(problem)
     elif options.dtype != "auto" and (plain := float8_sources(target, selection)):
