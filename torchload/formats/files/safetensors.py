@@ -154,8 +154,8 @@ class _Header:
                 layout = layouts.get((code, tuple(sizes)))
             except (KeyError, TypeError, ValueError):
                 raise self._bad_entry(name, fields) from None
-            # A cached layout says nothing about the types of these sizes: True and 1.0 are equal to 1.
-            if layout is None or not _INT.issuperset(map(type, sizes)):
+            # A cached layout says nothing about types: True and 1.0 are equal to 1, "" and {} have no sizes, like [].
+            if layout is None or type(sizes) is not list or not _INT.issuperset(map(type, sizes)):
                 layout = self._layout(name, fields)
             if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
                 positions = _short(fields["data_offsets"])
