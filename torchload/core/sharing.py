@@ -13,7 +13,7 @@ import torch
 
 from torchload.core.checkpoint import Box, Shape, TensorEntry, box_end_bytes
 
-__all__ = ["Layout", "Run", "View", "part_of", "shared_runs"]
+__all__ = ["Layout", "Run", "View", "layout_of", "part_of", "shared_runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,22 @@ class View:
     name: str
     whole: Layout
     part: Layout
+
+
+def layout_of(tensor: torch.Tensor) -> Layout:
+    """How a strided tensor lies in memory.
+
+    One that is conjugated or negated lazily shows other values of its memory than one that isn't, so that they have
+    nothing in common.
+
+    Example:
+        >>> plain = torch.zeros(2, dtype=torch.complex64)
+        >>> layout_of(plain) == layout_of(plain[:]), layout_of(plain) == layout_of(plain.conj())
+        (True, False)
+    """
+    memory = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.is_conj(), tensor.is_neg())
+    start = int(tensor.storage_offset()) * tensor.dtype.itemsize
+    return Layout(memory, start, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
 
 
 def shared_runs(layouts: Sequence[Layout]) -> list[Run]:

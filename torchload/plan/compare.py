@@ -214,7 +214,7 @@ def _look(theirs: torch.Tensor, ours: torch.Tensor, tallies: dict[int, _Tally], 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The elements as integers; two for a complex one."""
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().resolve_neg().contiguous()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.view(_BITS[tensor.dtype.itemsize])
