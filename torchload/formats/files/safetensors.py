@@ -66,17 +66,10 @@ _MAX_ELEMENTS = 2**63 - 1  # sizes and strides are signed 64-bit integers in tor
 def open(source: Source, path: str) -> Checkpoint:
     """Index a safetensors file.
 
-    Args:
-        source: The file; it is not closed, whatever happens.
-        path: The checkpoint as the caller named it.
-
     Returns:
         A checkpoint whose root maps each name to a `TensorEntry` (an `OpaqueTensor` for dtypes that this torch lacks),
         in the header's order. Names that `save_model` dropped because they were tied are there again, as the same
         entries. ``metadata`` is the header's ``__metadata__``.
-
-    Raises:
-        CorruptCheckpointError: The file is truncated or breaks a rule of the format.
     """
     header, data_offset = _read_header(source, path)
     metadata = _take_metadata(header, path)
