@@ -102,13 +102,7 @@ def layout_of(tensor: torch.Tensor) -> Layout:
 
 
 def shared_runs(layouts: Sequence[Layout]) -> list[Run]:
-    """Group tensors by the memory that they share.
-
-    Args:
-        layouts: The tensors.
-
-    Returns:
-        Runs that don't overlap, each tensor in exactly one, in the order of their first members.
+    """Group tensors by the memory that they share: runs that don't overlap, in the order of their first members.
 
     Example:
         >>> whole = Layout("storage", 0, torch.float32, (4, 2), (2, 1))
@@ -163,12 +157,7 @@ def _run(layouts: Sequence[Layout], members: list[int], *, is_alone: bool = Fals
 
 
 def part_of(entry: TensorEntry, whole: Layout, part: Layout) -> TensorEntry | None:
-    """What a view of a tensor holds once the tensor holds what an entry of a file does.
-
-    Args:
-        entry: What the tensor is given; of its shape.
-        whole: How the tensor lies in memory.
-        part: How a view of it does.
+    """What a part of a tensor's memory holds, once the whole holds what an entry of its shape does.
 
     Returns:
         An entry over the same bytes; ``None`` where no strides lead from one element to the next as they do in memory.

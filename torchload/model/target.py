@@ -25,7 +25,7 @@ from torchload.model.walk import paths_of
 
 __all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders", "settle"]
 
-# Classes of torch whose `_load_from_state_dict` only tolerates what older versions saved; `keys.tables` covers that.
+# Classes of torch whose `_load_from_state_dict` only tolerates what older versions saved; `match.tables` covers that.
 _HARMLESS_OVERRIDES = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm)
 
 # Hooks of torch that only prepare what is prepared here by other means: lazy parameters are materialised, and the names
@@ -193,12 +193,6 @@ class Target:
 
 def describe_model(model: nn.Module) -> Target:
     """Read off a model what can be loaded into it. Changes nothing.
-
-    Args:
-        model: Any module; wrapped, shared, tied, partly on the meta device.
-
-    Returns:
-        Its slots and the modules that take part in their own loading.
 
     Raises:
         IncompatibleCheckpointError: Its weights live elsewhere (offloaded, flattened or partitioned by a framework).

@@ -144,9 +144,6 @@ class TrainingState:
 def find_training_state(root: Any) -> TrainingState:
     """Find the parts of a training state by the names that frameworks give them, else by what they hold.
 
-    Args:
-        root: The tree of a checkpoint.
-
     Example:
         >>> state = find_training_state({"optimizer": {"state": {}, "param_groups": []}, "iter_num": 5})
         >>> state.optimizers[0].path, state.epoch, state.step
@@ -270,11 +267,7 @@ def _is_average(root: Mapping[Any, Any], name: Any) -> bool:
 
 
 def plain_values(root: Any, known: set[str]) -> dict[str, Any]:
-    """Everything at the top of a tree that is plain data, and of no use to a model or an optimizer.
-
-    Args:
-        root: The tree.
-        known: Names that were dealt with.
+    """Everything else at the top of a tree than the `known` names that is plain data, of no use to model or optimizer.
 
     Returns:
         Name → numbers, strings, and lists and dicts of such; of objects (an `argparse.Namespace`) their attributes.
