@@ -353,13 +353,7 @@ def contiguous_strides(shape: Shape) -> Shape:
 
 
 def box_end_bytes(start: int, shape: Shape, strides: Shape, itemsize: int) -> int:
-    """Byte just past the last element of a strided region that starts at byte `start`.
-
-    Args:
-        start: Byte offset of element 0.
-        shape: Size along each dimension, in elements.
-        strides: Distances in elements, all non-negative.
-        itemsize: Bytes per element.
+    """Byte just past the last element of a strided region (no stride is negative) that starts at byte `start`.
 
     Example:
         >>> box_end_bytes(0, (2, 3), (3, 1), 4)
@@ -371,14 +365,7 @@ def box_end_bytes(start: int, shape: Shape, strides: Shape, itemsize: int) -> in
 
 
 def record_fields(record: Record) -> dict[str, Any]:
-    """The attributes that a recorded object would have, as far as its pickle tells.
-
-    Args:
-        record: An object with a ``__dict__`` or ``__slots__``, or a `torch.fx` graph module, which is rebuilt from its
-            attributes.
-
-    Returns:
-        Attribute name → value; empty where the state is something else.
+    """The attributes that a recorded object would have, as far as its pickle tells; none where its state is another.
 
     Example:
         >>> record_fields(Record("argparse.Namespace", state={"lr": 0.1}))

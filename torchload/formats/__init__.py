@@ -35,9 +35,6 @@ def open_checkpoint(path: Any) -> Checkpoint:
             a binary file object with ``seek`` and ``read``, which is read from where it stands and left behind what was
             read; or a mapping that is in memory already: a state dict, or a checkpoint's dictionary.
 
-    Returns:
-        The opened checkpoint. Close it, or use it as a context manager.
-
     Raises:
         CheckpointNotFoundError: Nothing is there, or nothing to load in the folder.
         CheckpointFormatError: It is something else; the message says what.

@@ -86,12 +86,7 @@ def status_of(path: str) -> os.stat_result:
 
 
 def path_inside(name: str, folder: str, path: str) -> str:
-    """The path of a file that an index names; whoever wrote the index does not choose what else is opened.
-
-    Args:
-        name: As the index has it: relative, parts separated by ``/``.
-        folder: Where the index lies.
-        path: The checkpoint, for messages.
+    """The path of a file that an index in a folder names; whoever wrote that does not choose what else is opened.
 
     Raises:
         CorruptCheckpointError: The name leads, or passes through a link that may lead, out of the folder.
@@ -116,11 +111,7 @@ def path_inside(name: str, folder: str, path: str) -> str:
 
 
 def source_of_file(path: str, budget: Budget | None = None) -> Source:
-    """Open a regular file that holds something.
-
-    Args:
-        path: Where it is.
-        budget: Of the load that it is a part of; without one, it is all of a load.
+    """Open a regular file that holds something, as a part of the load with this budget, or as all of one.
 
     Raises:
         CorruptCheckpointError: The file is empty.
@@ -154,9 +145,6 @@ def pointer_text(path: str) -> str:
 
 def source_of_object(file: Any) -> Source:
     """A binary file object as a source, from where it stands to its end; the object stays open and where it is.
-
-    Args:
-        file: An `io.BytesIO`, a file opened in binary mode, or anything with ``seek``, ``tell`` and ``read``.
 
     Raises:
         TypeError: It is no binary, seekable file object.

@@ -59,12 +59,7 @@ class Search:
     masks: dict[int, bool] = field(default_factory=dict)
 
     def candidates(self, least: int, *, parts: bool = False) -> Iterator[Selection]:
-        """Every sub-tree with at least `least` tensors that shares names with the model, judged.
-
-        Args:
-            least: How many tensors it has to have.
-            parts: Whether to try it on parts of the model too.
-        """
+        """Every sub-tree of at least `least` tensors that shares names with the model, or some `parts`, judged."""
         views = _model_views(self.wanted, parts)  # each made when it is first come to: as a rule the whole fits
         is_bare = self.wanted.is_bare
         own: dict[tuple[str, ...], Selection] = {}

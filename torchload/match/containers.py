@@ -242,12 +242,6 @@ def _flatten(
 
     A name that would stand twice (``{"a.b": …, "a": {"b": …}}``) is kept once, as it stands nearest to the root.
 
-    Args:
-        container: Where to begin.
-        containers: Those worth descending into, by identity.
-        allowance: What the names may cost: a small file can refer to the same container over and over.
-        whole: As `find_places` takes it.
-
     Raises:
         CorruptCheckpointError: There would be more.
     """

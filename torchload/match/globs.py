@@ -46,11 +46,7 @@ class Globs:
         return self.match(name) or self.match(".".join(part for part in name.split(".") if part not in WRAPPERS))
 
     def of(self, bare: Mapping[str, str]) -> frozenset[str]:
-        """Those names of a model that they match.
-
-        Args:
-            bare: Name → the same without the wrappers that the model really has there.
-        """
+        """Those names of a model that they match; `bare` has each without the wrappers that are really there."""
         if self._expression is None:
             return frozenset()
         return frozenset(name for name, plain in bare.items() if self.match(name) or self.match(plain))

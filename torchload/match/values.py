@@ -45,11 +45,6 @@ def hold_same_values(pairs: Iterable[tuple[Any, Any]], read: Read, allowance: Al
     """Whether each two tensors of a file are of one dtype and hold the same bits.
 
     Checksums that differ, where both have one, say no before anything is read.
-
-    Args:
-        pairs: Leaves of a checkpoint, two by two.
-        read: What reads them.
-        allowance: What reading may cost.
     """
     unlike = [(one, other) for one, other in pairs if not _is_same_place(one, other)]
     for one, other in unlike:

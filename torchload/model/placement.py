@@ -72,9 +72,6 @@ class Placement:
 def resolve_device(device: torch.device | str | int) -> torch.device:
     """A device that exists here, with its index.
 
-    Args:
-        device: A `torch.device`, a string such as ``"cuda:1"``, an index of the current accelerator, or ``"auto"``.
-
     Raises:
         DeviceError: It isn't there; the message says what is.
         TypeError: Not a device at all.
@@ -164,10 +161,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def check_room(need_bytes: Mapping[torch.device, int]) -> None:
-    """Refuse up front what can't fit.
-
-    Args:
-        need_bytes: Fresh memory that the load will allocate, per device, in bytes.
+    """Refuse up front what can't fit: the fresh memory of each device, in bytes.
 
     Raises:
         DeviceError: A device has less free memory than that.

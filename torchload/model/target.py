@@ -18,14 +18,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchload.core.checkpoint import Shape
-from torchload.core.sharing import Layout, View, shared_runs
+from torchload.core.sharing import View, layout_of, shared_runs
 from torchload.model.elsewhere import elsewhere, refusal
 from torchload.model.shards import is_sharded, local_region, show_shards
 from torchload.model.walk import paths_of
 
 __all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders", "settle"]
 
-# Classes of torch whose `_load_from_state_dict` only tolerates what older versions saved; `keys.tables` covers that.
+# Classes of torch whose `_load_from_state_dict` only tolerates what older versions saved; `match.tables` covers that.
 _HARMLESS_OVERRIDES = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm)
 
 # Hooks of torch that only prepare what is prepared here by other means: lazy parameters are materialised, and the names
@@ -65,10 +65,7 @@ class Slot:
 
     def shows(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor that begins where this one does is the same, or its twin."""
-        mine = self.tensor
-        if mine is tensor:
-            return True
-        return (mine.dtype, mine.shape, mine.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
+        return self.tensor is tensor or _form(self.tensor) == _form(tensor)
 
     def meet(self, other: Slot) -> None:
         """Take note of another place where it is registered; real names count, not that of a transient alias."""
@@ -197,12 +194,6 @@ class Target:
 def describe_model(model: nn.Module) -> Target:
     """Read off a model what can be loaded into it. Changes nothing.
 
-    Args:
-        model: Any module; wrapped, shared, tied, partly on the meta device.
-
-    Returns:
-        Its slots and the modules that take part in their own loading.
-
     Raises:
         IncompatibleCheckpointError: Its weights live elsewhere (offloaded, flattened or partitioned by a framework).
     """
@@ -260,7 +251,7 @@ class _Memory:
         if not (self._beside or any(map(operator.gt, ends, starts[1:]))):
             return {}  # nearly always, and quickly seen
         slots = [slot for slot in self.slots if slot.persistent and _address(slot.tensor)]
-        layouts = [_layout(slot.tensor) for slot in slots]
+        layouts = [layout_of(slot.tensor) for slot in slots]
         found: dict[str, list[View]] = {}
         for run in shared_runs(layouts):
             dense = [index for index in run.members if layouts[index].is_dense]
@@ -333,10 +324,9 @@ def _address(tensor: torch.Tensor) -> int:
         return 0
 
 
-def _layout(tensor: torch.Tensor) -> Layout:
-    start = tensor.untyped_storage().data_ptr()
-    memory = (tensor.device, start)
-    return Layout(memory, tensor.data_ptr() - start, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What a tensor makes of the memory where it begins."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
 
 def settle(slots: Iterable[Slot]) -> None:

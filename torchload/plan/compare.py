@@ -82,16 +82,10 @@ class _Tally:
 
 
 def compare(pairs: Sequence[Pair]) -> list[Difference]:
-    """Compare data with data, bit for bit; in a bounded amount of memory, however much it is.
+    """Compare data of equal shapes, bit for bit; in a bounded amount of memory, however much it is.
 
     Where the model has another dtype than the file, it has to hold what the file's values become when they are cast to
     it; a finite value that became infinite is a difference all the same.
-
-    Args:
-        pairs: What to compare; of equal shapes.
-
-    Returns:
-        What differs, in the order in which it was found.
 
     Raises:
         CorruptCheckpointError: A source ended too early, or changed while it was read.
@@ -122,12 +116,6 @@ def compare_values(name: str, source: str, theirs: object, ours: object) -> Diff
     """Compare two values in memory: tensors, quantized ones among them, containers of such, or anything with ``==``.
 
     Objects that compare by identity are compared by their attributes.
-
-    Args:
-        name: The model's name for the value.
-        source: The checkpoint's.
-        theirs: What it should be.
-        ours: What it is.
     """
     if type(theirs) is type(ours) and type(ours).__eq__ is object.__eq__:
         theirs, ours = dict(getattr(theirs, "__dict__", {})), dict(getattr(ours, "__dict__", {}))
@@ -226,7 +214,7 @@ def _look(theirs: torch.Tensor, ours: torch.Tensor, tallies: dict[int, _Tally], 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The elements as integers; two for a complex one."""
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().resolve_neg().contiguous()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.view(_BITS[tensor.dtype.itemsize])

@@ -124,13 +124,7 @@ def _without_memory(slot: Slot, memo: dict[int, Any]) -> torch.Tensor:
 
 
 def load_itself(module: nn.Module, prefix: str, selection: Selection, read: ReadTensor) -> list[str]:
-    """Call a module's `load_state_dict` with what the checkpoint has for it.
-
-    Args:
-        module: The module at `prefix`, or a copy of it.
-        prefix: Where it is in the model, with its dot.
-        selection: Where its values are.
-        read: Gives an entry's tensor, which the module may keep.
+    """Call the `load_state_dict` of a module or its copy with what the checkpoint has; it may keep what is read.
 
     Returns:
         The names, below the prefix, that it reports as missing where the caller accepts that.

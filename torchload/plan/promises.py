@@ -16,11 +16,6 @@ _NEAR = 3
 def unkept_globs(argument: str, patterns: Iterable[str], names: Iterable[str]) -> tuple[str | None, list[str]]:
     """What to say of globs that match no name.
 
-    Args:
-        argument: Name of the argument.
-        patterns: Its globs.
-        names: The names that they may be meant for.
-
     Returns:
         An error if none of them matches anything, and else a warning for each that doesn't.
 

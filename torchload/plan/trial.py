@@ -51,14 +51,6 @@ def select_through_hooks(
 ) -> Selection | None:
     """Find the container that fits once the model's hooks have seen its names.
 
-    Args:
-        target: A model with hooks.
-        checkpoint: Where to look.
-        wanted: The model, as choosing sees it.
-        key: The one container to look at, or ``None``.
-        rename: What the caller wants done to names first.
-        read: Gives a tensor over the file's bytes, without reading them.
-
     Returns:
         What fits, after the pre-hooks have run; ``None`` if nothing does.
 

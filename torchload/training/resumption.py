@@ -12,7 +12,7 @@ from torch import nn
 
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.ranks import Ranks
-from torchload.core.text import plural
+from torchload.core.text import listing, plural
 from torchload.core.undo import Undo
 from torchload.errors import IncompatibleCheckpointError
 from torchload.formats.sets.deepspeed import MASTER_KEY
@@ -234,9 +234,13 @@ class Resumption:
             self._absent(f"{what} state", what)
         else:
             try:
-                return pairs_of(what, given, found, fits, names)
+                pairs = pairs_of(what, given, found, fits, names)
             except NotPairedError as error:
                 self.problems.append(str(error))
+                return []
+            if left := [state.path for state in found if not any(state is taken for _, taken in pairs)]:
+                self.notes.append(f"not restored, since no {what} of that name was given: {listing(left)}")
+            return pairs
         return []
 
     def _plan_state(self, what: str, receiver: Any, found: Found) -> None:

@@ -115,6 +115,7 @@ def _do(
         written = [copy for copy in copies if id(copy) in touched]
         note_writes(written)
         if isinstance(error, OverflowFoundError):
+            error.__traceback__ = None  # its frames hold the file's pages, for as long as somebody keeps the error
             raise _explain(error.copy, copies, written) from None
         error.written = tuple(copy.name for copy in written)  # type: ignore[attr-defined]
         raise

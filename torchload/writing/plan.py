@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, deque
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from torchload.core.checkpoint import contiguous_strides
 from torchload.core.ranks import Ranks, attempt
-from torchload.core.sharing import Layout, shared_runs
+from torchload.core.sharing import Layout, layout_of, shared_runs
 from torchload.core.text import listing, printable, short_dtype
 from torchload.match.globs import Globs
 from torchload.model.elsewhere import is_placeholder
@@ -220,13 +220,9 @@ def _fill(
 
 
 def _layout(tensor: torch.Tensor, kind: FileFormat) -> Layout:
-    shape = tuple(tensor.shape)
-    memory: Hashable
     if is_sharded(tensor):
-        memory, start, strides = ("sharded", id(tensor)), 0, contiguous_strides(shape)
-    else:
-        memory = (tensor.device, tensor.untyped_storage().data_ptr())
-        start, strides = int(tensor.storage_offset()) * tensor.dtype.itemsize, tuple(tensor.stride())
-        if not kind.keeps_views:  # only what is the very same tensor stays together
-            memory = (*memory, start, shape, strides)
-    return Layout(memory, start, tensor.dtype, shape, strides)
+        shape = tuple(tensor.shape)
+        return Layout(("sharded", id(tensor)), 0, tensor.dtype, shape, contiguous_strides(shape))
+    layout = layout_of(tensor)
+    # Without views only what is the very same tensor stays together.
+    return layout if kind.keeps_views else replace(layout, memory=layout)

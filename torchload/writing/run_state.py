@@ -64,10 +64,7 @@ def run_state(
 
 
 def optimizer_by_name(value: Any) -> Any:
-    """An optimizer's state with the names of parameters for their numbers, as `torch.distributed.checkpoint` has it.
-
-    Args:
-        value: The state, or several in a list or under names.
+    """States of optimizers with the names of parameters for their numbers, as `torch.distributed.checkpoint` has them.
 
     Example:
         >>> group = {"lr": 0.1, "params": [0], "param_names": ["fc.bias"]}

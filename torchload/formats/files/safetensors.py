@@ -66,17 +66,10 @@ _MAX_ELEMENTS = 2**63 - 1  # sizes and strides are signed 64-bit integers in tor
 def open(source: Source, path: str) -> Checkpoint:
     """Index a safetensors file.
 
-    Args:
-        source: The file; it is not closed, whatever happens.
-        path: The checkpoint as the caller named it.
-
     Returns:
         A checkpoint whose root maps each name to a `TensorEntry` (an `OpaqueTensor` for dtypes that this torch lacks),
         in the header's order. Names that `save_model` dropped because they were tied are there again, as the same
         entries. ``metadata`` is the header's ``__metadata__``.
-
-    Raises:
-        CorruptCheckpointError: The file is truncated or breaks a rule of the format.
     """
     header, data_offset = _read_header(source, path)
     metadata = _take_metadata(header, path)
@@ -154,8 +147,8 @@ class _Header:
                 layout = layouts.get((code, tuple(sizes)))
             except (KeyError, TypeError, ValueError):
                 raise self._bad_entry(name, fields) from None
-            # A cached layout says nothing about the types of these sizes: True and 1.0 are equal to 1.
-            if layout is None or not _INT.issuperset(map(type, sizes)):
+            # A cached layout says nothing about types: True and 1.0 are equal to 1, "" and {} have no sizes, like [].
+            if layout is None or type(sizes) is not list or not _INT.issuperset(map(type, sizes)):
                 layout = self._layout(name, fields)
             if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
                 positions = _short(fields["data_offsets"])

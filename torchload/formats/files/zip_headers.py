@@ -212,15 +212,10 @@ def _wide(source: ZipBytes, extra: bytes, *narrow: int) -> tuple[int, ...]:
 
 
 def located(source: ZipBytes, rows: list[_Row], limit: int) -> dict[str, ZipRecord]:
-    """The records with the position of their data, each compared with its local header.
+    """The records, in the order of their headers, with the position of their data, each compared with its header.
 
     Records follow one another without a gap, from the beginning of the archive to its directory: where data begins,
     only the local header says, and whoever could choose that freely could show other bytes than those that were meant.
-
-    Args:
-        source: The archive.
-        rows: In the order of their local headers.
-        limit: Where the central directory begins.
     """
     records: dict[str, ZipRecord] = {}
     headers = [row[0] for row in rows]

@@ -17,13 +17,7 @@ __all__ = ["resolved"]
 
 
 def resolved(walk: Walk, entry: Any, metadata: Any) -> Any:
-    """A tensor as its metadata says that it is; worked out when its data is first read.
-
-    Args:
-        walk: The tree in the making.
-        entry: The tensor as it lies in the file.
-        metadata: What `torch.save` noted beside it: ``{"conj": True}``, ``{"neg": True}``, both, or nothing.
-    """
+    """A tensor as what `torch.save` noted beside it says that it is (``conj``, ``neg``); worked out when first read."""
     flags = [flag for flag in ("conj", "neg") if isinstance(metadata, dict) and metadata.get(flag) is True]
     if not flags or type(entry) is not TensorEntry or not entry.boxes:
         return entry

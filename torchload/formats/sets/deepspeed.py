@@ -41,11 +41,7 @@ _LAYER_FILE = re.compile(r"layer_\d+-model_\d+-model_states\.pt")
 
 
 def open_folder(path: str, open_member: OpenFile) -> Checkpoint:
-    """Index a DeepSpeed checkpoint.
-
-    Args:
-        path: The folder that was given to ``save_checkpoint``, or one step's folder inside it.
-        open_member: Opens one file.
+    """Index a DeepSpeed checkpoint: the folder that was given to ``save_checkpoint``, or one step's inside it.
 
     Returns:
         The first rank's tree, in which ``module`` is complete whatever the ZeRO stage.

@@ -52,10 +52,6 @@ MAX_DIMENSIONS = 64
 def open_folder(path: str, open_member: OpenMember) -> Checkpoint:
     """Index a folder that `torch.distributed.checkpoint.save` wrote; any number of ranks, no process group needed.
 
-    Args:
-        path: The folder.
-        open_member: Whose budget this is a part of.
-
     Returns:
         A checkpoint whose root is nested as the saved object was. Tensors are entries of one box for each chunk.
 

@@ -167,12 +167,7 @@ _WHOLE_FOLDERS: tuple[_WholeFolder, ...] = (
 
 
 def choose(path: str, is_checkpoint: Callable[[str], bool], holds_weights: Callable[[str], bool]) -> Choice:
-    """Pick the file, or the files, that are the checkpoint of a folder.
-
-    Args:
-        path: The folder.
-        is_checkpoint: Whether a file is a checkpoint by its content.
-        holds_weights: Whether a checkpoint holds more than an optimizer's state; asked where there are several.
+    """Pick the file, or the files, that are a folder's checkpoint by their content; of several, those with weights.
 
     Raises:
         CheckpointNotFoundError: There is none; the message says what is there.

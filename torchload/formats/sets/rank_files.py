@@ -70,10 +70,6 @@ def _rank_set(names: Iterable[str]) -> dict[int, str] | None:
 def open_rank_set(path: str, open_member: OpenFile) -> Checkpoint:
     """Put together the files of all ranks of a job that saved sharded tensors.
 
-    Args:
-        path: The folder.
-        open_member: Opens one file.
-
     Returns:
         The first rank's tree, in which every sharded tensor is one entry of all ranks' parts.
 
@@ -185,10 +181,6 @@ def is_megatron(names: Iterable[str]) -> bool:
 
 def open_megatron(path: str, open_member: OpenFile) -> Checkpoint:
     """Open a Megatron-LM folder, if one rank had the whole model, or if it was saved in the distributed format.
-
-    Args:
-        path: The folder with ``latest_checkpointed_iteration.txt``, or an iteration's folder inside it.
-        open_member: Opens a file or a folder.
 
     Raises:
         CheckpointFormatError: Several ranks hold parts of the model.

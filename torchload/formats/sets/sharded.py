@@ -44,15 +44,7 @@ def recognizes(head: bytes) -> bool:
 
 
 def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
-    """Open the shards that an index lists.
-
-    Args:
-        source: The index file. It is not closed.
-        path: The index file as the caller named it; shards are looked for beside it.
-        open_file: Opens one shard.
-
-    Returns:
-        One checkpoint whose root holds every tensor of every shard.
+    """Open the shards that an index lists; they lie beside it. Its source is not closed.
 
     Raises:
         CheckpointNotFoundError: Shards are missing; the message names all of them.
@@ -92,11 +84,7 @@ def _index_in(source: Source, path: str) -> dict[str, Any]:
 
 
 def open_list(paths: list[str], open_file: OpenFile) -> Checkpoint:
-    """Open files that together are one checkpoint.
-
-    Args:
-        paths: The shards, in any order.
-        open_file: Opens one shard.
+    """Open files, in any order, that together are one checkpoint.
 
     Raises:
         CheckpointNotFoundError: Shards are missing; the message names all of them.
