@@ -128,14 +128,14 @@ class CorruptCheckpointError(CheckpointFormatError):
 GET_IT_AGAIN = "Download or copy it again."
 
 
-def damaged(path: str, what: str) -> CorruptCheckpointError:
-    """The error of a file that contradicts itself; `what` it does is a clause."""
-    return CorruptCheckpointError(f"{path} is damaged: {what}. {GET_IT_AGAIN}", path=path)
+def damaged(path: str | None, what: str) -> CorruptCheckpointError:
+    """The error of a file, or of the whole checkpoint, that contradicts itself; `what` it does is a clause."""
+    return CorruptCheckpointError(f"{path or _SUBJECT} is damaged: {what}. {GET_IT_AGAIN}", path=path)
 
 
-def incomplete(path: str, what: str) -> CorruptCheckpointError:
-    """The error of a file that ends too early; `what` is missing is a clause."""
-    return CorruptCheckpointError(f"{path} is incomplete: {what}. {GET_IT_AGAIN}", path=path)
+def incomplete(path: str | None, what: str) -> CorruptCheckpointError:
+    """The error of a file, or of the whole checkpoint, that ends too early; `what` is missing is a clause."""
+    return CorruptCheckpointError(f"{path or _SUBJECT} is incomplete: {what}. {GET_IT_AGAIN}", path=path)
 
 
 def refused(path: str, what: str) -> CorruptCheckpointError:

@@ -218,8 +218,8 @@ def _keeps_its_own(name: str, slot: Slot, leaf: object) -> bool:
 
 def _incomparable(name: str, slot: Slot, leaf: object, selection: Selection) -> str | None:
     if name in selection.mismatched:
-        theirs, ours = selection.mismatched[name]
-        return f"file {theirs}, model {ours}"
+        in_file, in_model = selection.mismatched[name]
+        return f"file {in_file}, model {in_model}"
     if isinstance(leaf, OpaqueTensor):
         return f"the file holds {leaf.reason}"
     if not isinstance(leaf, TensorEntry):

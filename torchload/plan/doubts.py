@@ -29,8 +29,8 @@ def unkept(
     warnings: list[str] = []
     if not (skip.patterns or keep_fp32 or rename):
         return problems, warnings
-    ours = [*bare_names(target.model, target.names).items()]
-    model_names = [name for pair in ours for name in pair]
+    bare = [*bare_names(target.model, target.names).items()]
+    model_names = [name for pair in bare for name in pair]
     original = [selection.original.get(name, name) for name in selection.leaves]
     spelled = [*selection.leaves, *original, *selection.alignment.leftover.values()]
     found = [

@@ -134,9 +134,9 @@ def _shapes(mismatched: dict[str, tuple[Shape, Shape]]) -> list[str]:
     lines = []
     for names in groups.values():
         (label,) = group_names(names)
-        ours = ", ".join(str(mismatched[name][0]) for name in names)
-        theirs = ", ".join(str(mismatched[name][1]) for name in names)
-        lines.append(f"    {label}    file {ours}    model {theirs}")
+        in_file = ", ".join(str(mismatched[name][0]) for name in names)
+        in_model = ", ".join(str(mismatched[name][1]) for name in names)
+        lines.append(f"    {label}    file {in_file}    model {in_model}")
     return _cut(lines)
 
 

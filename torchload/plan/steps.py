@@ -115,12 +115,12 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
         # A module that loads itself may take another shape (observers of quantization do), but not of packed weights.
         own = tuple(item.prefix for item in target.overrides)
         free = {name for name in target.by_name if own and name.startswith(own)}
-        theirs = replace(
+        wider = replace(
             wanted,
             shapes={name: None if name in free else shape for name, shape in wanted.shapes.items()},
             optional=frozenset(name for name in wanted.shapes if name.startswith(hooked)),
         )
-        selection = select(checkpoint.root, theirs, strict=strict, **choice)
+        selection = select(checkpoint.root, wider, strict=strict, **choice)
     selection = hooks.run_pre_hooks(target, selection, borrowed)
     borrowed.let_go(selection)
     missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
