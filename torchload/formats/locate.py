@@ -196,7 +196,7 @@ def _absence(path: str, error: OSError) -> str:
     if path.startswith(("http://", "https://", "s3://", "gs://", "hf://")):
         return f"{path} is a URL; download it first and give the path of the file."
     if os.path.islink(path):
-        return f"{path} is a symbolic link to {os.readlink(path)}, which does not exist. Download the file again."
+        return f"{path} is a symbolic link to {os.readlink(path)}, which does not exist. {GET_IT_AGAIN}"
     if not path:
         return "The path is empty; it must name a file or a folder."
     hint = _hint(path)

@@ -29,8 +29,8 @@ def unkept(
     warnings: list[str] = []
     if not (skip.patterns or keep_fp32 or rename):
         return problems, warnings
-    ours = [*bare_names(target.model, target.names).items()]
-    model_names = [name for pair in ours for name in pair]
+    bare = [*bare_names(target.model, target.names).items()]
+    model_names = [name for pair in bare for name in pair]
     original = [selection.original.get(name, name) for name in selection.leaves]
     spelled = [*selection.leaves, *original, *selection.alignment.leftover.values()]
     found = [
@@ -48,7 +48,8 @@ def doubts_about(
     target: Target, checkpoint: Checkpoint, selection: Selection, options: Options
 ) -> tuple[list[str], list[str]]:
     """Everything of the kind: what refuses the load, one sentence each, and what is worth a warning."""
-    problems, warnings = unkept(target, selection, options.skip, options.keep_fp32, options.rename)
+    problems: list[str] = []
+    warnings: list[str] = []
     if (problem := quantized_problem(target, selection, checkpoint)) is not None:
         problems.append(problem)
     elif options.dtype != "auto" and (plain := float8_sources(target, selection)):

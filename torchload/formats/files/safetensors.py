@@ -247,10 +247,19 @@ def _check_coverage(placed: list[tuple[int, int, str]], source: Source, data_off
 
 
 def _restore_tied_names(root: Container, metadata: dict[str, str]) -> None:
-    """Give back the names that `safetensors.torch.save_model` dropped: it lists them as dropped → kept."""
-    for dropped, kept in metadata.items():
-        if dropped != "format" and dropped not in root and isinstance(entry := root.get(kept), TensorEntry):
-            root[dropped] = entry
+    """Give back the names that `safetensors.torch.save_model` dropped: it lists them as dropped → kept.
+
+    The kept one may be listed as dropped itself, before or after.
+    """
+    followed: set[str] = {"format"}
+    for dropped in metadata:
+        name, chain = dropped, list[str]()
+        while name not in root and name in metadata and name not in followed:
+            followed.add(name)
+            chain.append(name)
+            name = metadata[name]
+        if isinstance(entry := root.get(name), TensorEntry):
+            root.update(dict.fromkeys(chain, entry))
 
 
 def _metadata_notes(metadata: dict[str, str]) -> tuple[str, ...]:
