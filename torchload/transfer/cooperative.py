@@ -196,7 +196,7 @@ def _within(progress: Progress | None, before: int, total: int) -> Progress | No
 
 
 def _exchange(replicas: Replicas, parts: Sequence[Sequence[Copy]], progress: Progress | None) -> Exception | None:
-    """Send this rank's part, and receive the others', a bounded amount at a time; tell how many bytes that was.
+    """Send this rank's part, and receive the others', a bounded amount at a time; `progress` hears of those.
 
     Returns:
         What went wrong here, if anything did: the others, who can't know, are kept company to the end.
