@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import OpaqueTensor, Record, Shape, TensorEntry, record_fields
-from torchload.core.text import printable
+from torchload.core.text import listed
 from torchload.errors import IncompatibleCheckpointError
 from torchload.match.paths import last
 
-__all__ = ["Leaf", "Place", "as_mapping", "cut", "find_places", "shape_of"]
+__all__ = ["Leaf", "Place", "as_mapping", "find_places", "shape_of"]
 
 Leaf = TensorEntry | OpaqueTensor | Any
 _DEEPEST = 64  # containers inside each other, within one state dict
@@ -95,22 +95,11 @@ def find_places(root: Any, key: str | None, allowance: Allowance, whole: frozens
     chosen = [place for place in found if place.path == key]
     if not chosen:
         here = "none; its tensors stand at the top (key='')" if found else "no containers with tensors"
-        known = cut([repr(place.path) for place in found if place.path]) or here
+        known = listed([repr(place.path) for place in found if place.path], _LISTED) or here
         raise IncompatibleCheckpointError(
             f"The checkpoint has no container {key[:_SHOWN]!r} that holds tensors. It has: {known}."
         )
     return chosen
-
-
-def cut(names: Sequence[str]) -> str:
-    """Names as a list for a message, cut where there are many.
-
-    Example:
-        >>> cut(["'a'", "'b'"])
-        "'a', 'b'"
-    """
-    listed = [printable(name, _SHOWN + 1) for name in names[:_LISTED]]
-    return ", ".join([*listed, *([f"and {len(names) - _LISTED:,} more"] if len(names) > _LISTED else [])])
 
 
 _Known = tuple[tuple[str, ...], Mapping[Any, Any]]

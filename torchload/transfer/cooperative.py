@@ -176,10 +176,6 @@ def shares(copies: Sequence[Copy], count: int) -> list[list[Copy]]:
     """Deal copies out among ranks: to each a stretch of the file, all of about the same size.
 
     The same copies give the same shares on every rank. Tensors are cut where a share ends.
-
-    Args:
-        copies: What is to be read. Those without elements are left out.
-        count: How many ranks there are.
     """
     order: dict[Source, int] = {}
     some = [copy for copy in copies if _file_bytes(copy)]
@@ -200,12 +196,7 @@ def _within(progress: Progress | None, before: int, total: int) -> Progress | No
 
 
 def _exchange(replicas: Replicas, parts: Sequence[Sequence[Copy]], progress: Progress | None) -> Exception | None:
-    """Send this rank's part, and receive the others', a bounded amount at a time.
-
-    Args:
-        replicas: The ranks.
-        parts: What each of them has read.
-        progress: Receives how many bytes have come from others, in the file's dtypes.
+    """Send this rank's part, and receive the others', a bounded amount at a time; `progress` hears of those.
 
     Returns:
         What went wrong here, if anything did: the others, who can't know, are kept company to the end.
