@@ -98,6 +98,12 @@ class Box:
         """Identity of the data: boxes of equal location hold the same bytes."""
         return id(self.extent.source), self.extent.offset + self.start, self.shape, self.strides
 
+    def narrow(self, dimension: int, first: int, count: int, itemsize: int) -> Box:
+        """What it has of positions `first` … along a dimension, `count` of them, in elements of `itemsize` bytes."""
+        shape = (*self.shape[:dimension], count, *self.shape[dimension + 1 :])
+        origin = (*self.origin[:dimension], self.origin[dimension] + first, *self.origin[dimension + 1 :])
+        return Box(self.extent, self.start + first * self.strides[dimension] * itemsize, shape, self.strides, origin)
+
 
 @dataclass(slots=True, eq=False)
 class TensorEntry:

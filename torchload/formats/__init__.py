@@ -20,7 +20,7 @@ from torchload.core.collector import collector_paused
 from torchload.core.optimizers import is_optimizer_state
 from torchload.core.source import Source
 from torchload.errors import AmbiguousCheckpointError, CheckpointNotFoundError, TorchLoadError
-from torchload.formats.files import head_of, is_zip, kind_of, reader
+from torchload.formats.files import head_of, is_safetensors, is_zip, kind_of, reader
 from torchload.formats.locate import folder_around, path_text, source_of_file, source_of_object, status_of
 
 __all__ = ["open_checkpoint"]
@@ -91,8 +91,11 @@ class _Opening:
         source = source_of_object(file)
         position = file.tell()
         try:
-            if is_zip(head_of(source)):
+            head = head_of(source)
+            if is_zip(head):
                 source = reader("zip_directory").first_archive(source)
+            elif is_safetensors(head):
+                source = reader("safetensors").first_file(source)
             checkpoint = self.source(source, source.name)
         except BaseException:
             file.seek(position)

@@ -14,10 +14,10 @@ from typing import Any
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import TensorEntry, is_tensor
 from torchload.core.optimizers import is_optimizer_state
-from torchload.core.wrappers import WRAPPERS
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError
 from torchload.match.company import is_average_of, lags_behind, standing_in_company
 from torchload.match.containers import Leaf, Place, find_places
+from torchload.match.paths import unwrapped
 from torchload.match.selection import Selection
 from torchload.match.tables import NEVER_THE_MODELS, UNTOUCHED, USUAL_CONTAINERS, Standing
 from torchload.match.values import Read, each_once, was_never_updated
@@ -184,10 +184,7 @@ def _alike(one: Selection, other: Selection) -> bool:
 
 def _signature(leaves: Mapping[str, Leaf]) -> set[tuple[str, object]]:
     """Names without wrappers, with shapes; without what averages keep beside the weights."""
-    bare = (
-        (".".join(part for part in name.split(".") if part not in WRAPPERS), getattr(leaf, "shape", None))
-        for name, leaf in leaves.items()
-    )
+    bare = ((unwrapped(name), getattr(leaf, "shape", None)) for name, leaf in leaves.items())
     return {(name, shape) for name, shape in bare if name not in UNTOUCHED}
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchload.core.checkpoint import Box, Shape, TensorEntry
+from torchload.core.checkpoint import Box, TensorEntry
 from torchload.core.copies import Copy
 from torchload.core.public import public
 from torchload.model.target import Slot
@@ -181,9 +181,7 @@ def _split(box: Box, view: torch.Tensor, itemsize: int, limit: int) -> Iterator[
     rows = max(limit * size // numel, 1)
     for first in range(0, size, rows):
         count = min(rows, size - first)
-        shape: Shape = (*box.shape[:dimension], count, *box.shape[dimension + 1 :])
-        start = box.start + first * box.strides[dimension] * itemsize
-        part = Box(box.extent, start, shape, box.strides, (0,) * len(shape))
+        part = box.narrow(dimension, first, count, itemsize)
         yield from _split(part, view.narrow(dimension, first, count), itemsize, limit)
 
 

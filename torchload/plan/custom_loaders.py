@@ -41,7 +41,7 @@ _NO_REFUSAL = (MemoryError, OSError, TorchLoadError)  # a failure to read, which
 
 
 class RefusedError(Exception):
-    """A module did not take what the checkpoint has for it."""
+    """A module, an optimizer or a scheduler did not take what the checkpoint has for it."""
 
 
 def is_given(hooked: HookedModule, selection: Selection) -> bool:

@@ -27,6 +27,7 @@ from torchload.model.unwrapping import module_within
 from torchload.model.walk import parameter_names
 from torchload.plan.acceptance import after_post_hooks
 from torchload.plan.account import report_of
+from torchload.plan.custom_loaders import RefusedError
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Moved, carry_out
 from torchload.plan.explain import incompatible
@@ -39,7 +40,7 @@ from torchload.training.optimizer_states import Place, extents_in, read_states
 from torchload.training.optimizers import OptimizerPlan, plan_optimizer
 from torchload.training.random_states import RandomState, plan_random_states
 from torchload.training.report import ResumeReport
-from torchload.training.restoring import RefusedError, like, receive, replace_attributes, restorer, taking_back
+from torchload.training.restoring import like, receive, replace_attributes, restorer, taking_back
 from torchload.training.run_folder import lies_beside
 from torchload.training.several import NotPairedError, as_list, pairs_of
 from torchload.training.state import Found, average_of, find_training_state, plain_values, weights_of

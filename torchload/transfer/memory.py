@@ -100,13 +100,7 @@ def scatter(descriptor: int, position: int, places: Sequence[int]) -> int:
 
 
 def advise(address: int, nbytes: int, advice: int) -> bool:
-    """``madvise(2)`` without holding the GIL, as `mmap.madvise` does; False where the kernel has no such advice.
-
-    Args:
-        address: Start of the range; rounded down to a page.
-        nbytes: Length in bytes.
-        advice: One of the kernel's ``MADV_*`` numbers.
-    """
+    """``madvise(2)`` without holding the GIL, as `mmap.madvise` does; False where the kernel has no such advice."""
     madvise = _library("madvise", ctypes.c_int, _ADDRESS, ctypes.c_size_t, ctypes.c_int)
     head = address % mmap.PAGESIZE
     return madvise is not None and madvise(address - head, nbytes + head, advice) == 0
@@ -131,12 +125,7 @@ def is_resident(address: int, nbytes: int) -> bool:
 
 
 def replace_pages(address: int, nbytes: int) -> bool:
-    """Put pages of this process alone in the place of a mapped file's, with what these hold; False where it fails.
-
-    Args:
-        address: Start of the range; rounded down to a page.
-        nbytes: Length in bytes; rounded up to whole pages.
-    """
+    """Put pages of this process alone in the place of a mapped file's, with what these hold; False where it fails."""
     number = ctypes.c_int
     function = _library("mmap", _ADDRESS, _ADDRESS, ctypes.c_size_t, number, number, number, ctypes.c_long)
     head = address % mmap.PAGESIZE

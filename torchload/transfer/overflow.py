@@ -109,15 +109,7 @@ def largest_finite(source: torch.Tensor) -> float:
 def overflow_error(
     name: str, source: torch.dtype, target: torch.dtype, overflowing: Mapping[str, float], advice: str = "Load"
 ) -> CastOverflowError:
-    """The error for tensors whose largest finite magnitudes don't fit the dtype that they would get.
-
-    Args:
-        name: One of them.
-        source: Its dtype.
-        target: The dtype that it would get.
-        overflowing: Name → largest finite magnitude; of this one, and of all others that would be spoiled with it.
-        advice: What to do, up to the verb.
-    """
+    """The error for a copy, and for all others that the load would spoil: name → largest finite magnitude."""
     others = listing((other for other in overflowing if other != name), _SHOWN)
     also = f"; nor {'does' if len(overflowing) == 2 else 'do'} {others}" if others else ""
     wider = _wider(source, max(overflowing.values()))

@@ -121,12 +121,7 @@ def needs_swap(extent: Extent, dtype: torch.dtype) -> bool:
 
 
 def schedule(copies: Iterable[Copy], is_cold: Callable[[Source], bool] = lambda _: False) -> list[Job]:
-    """The jobs that carry out the copies, in the order of the files.
-
-    Args:
-        copies: What goes where.
-        is_cold: Whether a source is best read in large requests to its device.
-    """
+    """The jobs that carry out the copies, in the order of the files; cold sources are read in large requests."""
     groups: dict[tuple[torch.device, Source], list[Piece]] = {}
     source: Source | None = None
     device: torch.device | None = None
