@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import torchload
@@ -162,3 +165,83 @@ def test_extra_state_that_refuses_is_skipped_in_smart_resume_too(save: Save) -> 
     error = refusal(smart_resume, Picky(2, 2), path := save(newer.state_dict()))
     [advice] = re.findall(r"smart_resume\(\.\.\., (.*?)\)", str(error))
     smart_resume(Picky(2, 2), path, **eval(f"dict({advice})"))
+
+
+# --- one part of several ---
+
+
+def stored(folder: Path, names: str, state: dict[str, torch.Tensor]) -> list[Path]:
+    """The state in three files, by number."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / names.format(number) for number in (1, 2, 3)]
+    keys = list(state)
+    for path, part in zip(paths, (keys[:2], keys[2:6], keys[6:])):
+        tensors = {name: state[name] for name in part}
+        save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+    return paths
+
+
+def given_instead(error: Exception) -> Any:
+    [text] = re.findall(r"This file is one of 3 parts: give (.*)$", str(error), re.MULTILINE)
+    return eval(text, {"glob": glob})
+
+
+NUMBERED = ["model-{:05}-of-00003.safetensors", "pytorch_model-{:05}-of-00003.bin"]
+
+
+@pytest.mark.parametrize("names", NUMBERED)
+@pytest.mark.parametrize("has_index", [True, False])
+def test_one_part_of_a_set_is_told_what_to_give(tmp_path: Path, names: str, has_index: bool) -> None:
+    old = Net(2)
+    paths = stored(tmp_path / "set", names, old.state_dict())
+    if has_index:
+        weight_map = {name: path.name for path in paths for name in torchload.read_state_dict(path)}
+        (tmp_path / "set" / f"{paths[0].stem}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for path in paths:
+        error = refusal(smart_load, Net(2), path)
+        assert "skip=" not in str(error)
+        smart_load(model := Net(2), given_instead(error))
+        assert torch.equal(model.head.weight, old.head.weight)
+    with pytest.warns(errors.CheckpointWarning, match="kept initial values.*This file is one of 3 parts: give "):
+        smart_load(Net(2), paths[0], strict=False)
+
+
+def test_an_index_tells_of_parts_whose_names_do_not(tmp_path: Path) -> None:
+    paths = stored(tmp_path / "set", "weights{}.safetensors", Net(2).state_dict())
+    assert "one of" not in str(refusal(smart_load, Net(2), paths[1]))
+    weight_map = {name: path.name for path in paths for name in torchload.read_state_dict(path)}
+    (tmp_path / "set" / "weights.index.json").write_text(json.dumps(weight_map))
+    smart_load(Net(2), given_instead(refusal(smart_load, Net(2), paths[1])))
+
+
+@pytest.mark.parametrize("other", ["other.safetensors", "model.safetensors"])
+def test_parts_in_a_folder_with_others_are_listed(tmp_path: Path, other: str) -> None:
+    paths = stored(tmp_path / "set", NUMBERED[0], Net(2).state_dict())
+    save_file(Net(3).state_dict(), tmp_path / "set" / other)
+    advised = given_instead(refusal(smart_load, Net(2), paths[0]))
+    assert sorted(advised) == list(map(str, paths))
+    smart_load(Net(2), advised)
+
+
+def test_a_part_whose_others_are_not_there(tmp_path: Path) -> None:
+    paths = stored(tmp_path / "there", NUMBERED[0], Net(2).state_dict())
+    (tmp_path / "here").mkdir()
+    alone = paths[0].rename(tmp_path / "here" / paths[0].name)
+    error = refusal(smart_load, Net(2), alone)
+    assert "one of 3 parts, of which 2 are not beside it: download all of them into one folder" in str(error)
+    for path in paths[1:]:
+        path.rename(alone.parent / path.name)
+    smart_load(Net(2), alone.parent)
+
+
+def test_a_set_that_begins_at_zero(tmp_path: Path) -> None:
+    paths = stored(tmp_path / "set", NUMBERED[0], Net(2).state_dict())
+    moved = [path.rename(path.with_name(f"model-0000{place}-of-00003.safetensors")) for place, path in enumerate(paths)]
+    for path in moved:
+        smart_load(Net(2), given_instead(refusal(smart_load, Net(2), path)))
+
+
+def test_a_part_that_holds_all_that_the_model_has_is_no_part_to_speak_of(tmp_path: Path) -> None:
+    paths = stored(tmp_path / "set", NUMBERED[0], Net(2).state_dict())
+    smart_load(nn.ModuleDict({"body": nn.Linear(4, 4)}), paths[0])
+    assert "one of" not in str(refusal(smart_load, nn.ModuleDict({"body": nn.Linear(3, 4, bias=False)}), paths[0]))

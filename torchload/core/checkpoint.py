@@ -297,6 +297,7 @@ class Checkpoint:
         end: Position just past it in its file, where something else may follow; ``None`` where it takes all.
         confirm: Compares what open took for equal without reading it; raises `CheckpointFormatError` where it differs.
             To be called by whoever goes on to the tensors' data.
+        whole: Says what to give instead of a file that is one part of several; ``None`` where nothing tells of others.
     """
 
     path: str
@@ -308,6 +309,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     end: int | None = None
     confirm: Callable[[], object] = tuple
+    whole: Callable[[], str | None] = lambda: None
 
     @property
     def size_bytes(self) -> int:

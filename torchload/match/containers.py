@@ -221,6 +221,13 @@ def _is_above(identity: int, above: _Above) -> bool:
     return True
 
 
+def _is_same(known: Leaf, value: Leaf) -> bool:
+    """Whether two leaves of one name are the same data; what isn't a tensor is taken where it stands nearest."""
+    if isinstance(known, TensorEntry) and isinstance(value, TensorEntry):
+        return (known.dtype, known.shape, known.location) == (value.dtype, value.shape, value.location)
+    return not isinstance(known, (TensorEntry, OpaqueTensor))
+
+
 def _flatten(
     container: Mapping[Any, Any],
     containers: Mapping[int, _Known],
@@ -229,7 +236,7 @@ def _flatten(
 ) -> dict[str, Leaf]:
     """All tensors under a container by dotted name, in the file's order.
 
-    A name that would stand twice (``{"a.b": …, "a": {"b": …}}``) is kept once, as it stands nearest to the root.
+    A name that stands for two tensors (``{"a.b": …, "a": {"b": …}}``, ``{0: …, "0": …}``) can't be read as either.
 
     Raises:
         CorruptCheckpointError: There would be more.
@@ -242,7 +249,9 @@ def _flatten(
         allowance.check(max(len(inside), len(leaves)), len(prefix) + longest)
         for name, value in inside.items():
             if type(value) is TensorEntry or _is_leaf(name, value, whole):
-                leaves.setdefault(name if not prefix and type(name) is str else f"{prefix}{name}", value)
+                full = name if not prefix and type(name) is str else f"{prefix}{name}"
+                if (known := leaves.setdefault(full, value)) is not value and not _is_same(known, value):
+                    leaves[full] = OpaqueTensor("one name of two tensors", shape_of(known))
             elif id(value) in containers and not _is_above(id(value), above):
                 deeper.append((f"{prefix}{name}.", containers[id(value)][1], (id(value), above)))
         allowance.check(len(leaves), 0)

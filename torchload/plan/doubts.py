@@ -64,7 +64,8 @@ def doubts_about(
         )
     problems += _unproved_aliases(target, selection, strict=options.strict)
     if not options.strict and (parts := list(_left_as_it_is(selection))):
-        warnings.append(f"loaded in part (strict=False): {'; '.join(parts)}")
+        whole = checkpoint.whole() if selection.missing else None
+        warnings.append(f"loaded in part (strict=False): {'; '.join([*parts, *filter(None, [whole])])}")
     if not options.strict and selection.averaged:
         warnings.append(f"took averaged weights, {selection.path!r}; key= chooses others")
     warnings += differing_constants(target, selection, Allowance(checkpoint.size_bytes))

@@ -25,7 +25,7 @@ _MOST_IN_ALL = 2_900
 
 
 def incompatible(
-    target: Target, selection: Selection, problems: Sequence[str], slips: Sequence[str] = ()
+    target: Target, selection: Selection, problems: Sequence[str], slips: Sequence[str] = (), whole: str | None = None
 ) -> IncompatibleCheckpointError:
     """The error that says everything that keeps a checkpoint from fitting a model.
 
@@ -34,6 +34,7 @@ def incompatible(
         selection: What was chosen for it, and what that lacks.
         problems: What stands against it even if all names and shapes fit.
         slips: What is wrong with the caller's patterns, each with what to do about it.
+        whole: What to give instead of this file, if it is one part of several.
     """
     model = type(target.model).__name__
     where = f" (looked at {selection.path!r})" if selection.path else ""
@@ -62,7 +63,9 @@ def incompatible(
     lines += [f"  {sentence}" for sentence in likeness(missing, unexpected)]
     fitting = sum(name not in selection.mismatched and not _stands_in(name, problems) for name in selection.pairs)
     lines.append(f"  {fitting:,} of {plural(len(target.names), 'tensor')} fit.")
-    if not problems and not any(map(is_scale, unexpected)):
+    if whole and missing:
+        lines.append(f"  {whole}")
+    elif not problems and not any(map(is_scale, unexpected)):
         lines += advice.lines()
     return IncompatibleCheckpointError(
         _bounded(lines),
@@ -86,8 +89,12 @@ def _cut_problems(problems: Sequence[str]) -> list[str]:
 def _bounded(lines: list[str]) -> str:
     """The lines as a message that can still be read, however long the names are."""
     first, *rest = (printable(line, None) for line in lines)  # names in them may have line breaks
+    keeps = ("(..., ", " parts: give ")  # what is to be copied
     rest = [
-        line if len(line) <= _MOST_CHARACTERS or "(..., " in line else f"{line[:_MOST_CHARACTERS]}…" for line in rest
+        line
+        if len(line) <= _MOST_CHARACTERS or any(words in line for words in keeps)
+        else f"{line[:_MOST_CHARACTERS]}…"
+        for line in rest
     ]
     while sum(map(len, rest)) + len(rest) > _MOST_IN_ALL:
         listed = [index for index, line in enumerate(rest) if line.startswith("    ")]

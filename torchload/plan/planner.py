@@ -294,7 +294,7 @@ class _Planner:
         said = {*selection.missing, *selection.mismatched} if is_refused else set()
         problems += self._without_values(said)
         if problems or slips or is_refused:
-            raise incompatible(target, selection, problems, slips)
+            raise incompatible(target, selection, problems, slips, self.checkpoint.whole())
 
     def _without_values(self, said: set[str]) -> Iterator[str]:
         """What nothing fills of what is on the meta device, by the reason, but for the names that an error lists."""

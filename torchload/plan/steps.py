@@ -56,7 +56,8 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
             raise
         problem = quantized_problem(target, unmatched)
         problems = [problem] if problem else []
-        raise incompatible(target, _advisable(unmatched, skip, attempt), problems) from None
+        advisable = _advisable(unmatched, skip, attempt)
+        raise incompatible(target, advisable, problems, whole=checkpoint.whole()) from None
     if not strict:
         selection = held_back(selection, wanted)
     if selection.fits:
