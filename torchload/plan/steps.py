@@ -1,4 +1,4 @@
-"""Steps that several of the public functions take."""
+"""Choosing for a model, with the second look that its own hooks and loaders get: one step of several public functions."""
 
 from __future__ import annotations
 
