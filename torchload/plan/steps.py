@@ -1,4 +1,4 @@
-"""Choosing for a model, with the second look that its own hooks and loaders get: one step of several public functions."""
+"""Choosing for a model, with the second look that its own hooks and loaders get; several public functions take it."""
 
 from __future__ import annotations
 
