@@ -47,13 +47,7 @@ class StateDict:
 
 
 def find_state_dict(root: Any, key: str | None = None, size_bytes: int = 0, read: Read | None = None) -> StateDict:
-    """Find the weights of a checkpoint.
-
-    Args:
-        root: The checkpoint's tree.
-        key: Dotted path of the container to take, or of one tensor; ``""`` takes the whole file; ``None`` looks for it.
-        size_bytes: Length of the checkpoint's files, which bounds what its names may cost.
-        read: What reads values where two containers may hold the same.
+    """Find the weights of a checkpoint, or what is at a dotted path, a container or a tensor; ``""`` is the whole file.
 
     Returns:
         The container. Tensors in containers inside it count as its own, under dotted names.

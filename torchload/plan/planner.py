@@ -210,7 +210,8 @@ class _Planner:
 
     def plan_views(self) -> None:
         """What lies in the memory of another tensor of the model: one value for both, and new memory for both."""
-        items = {item.name: item for item in self.plan.assignments} if self.target.views else {}
+        has_views = self.target.views or self.target.transient_views
+        items = {item.name: item for item in self.plan.assignments} if has_views else {}
         wholes: set[str] = set()
         for part in items.values():
             for view in self.target.views.get(part.name, ()):
@@ -226,6 +227,29 @@ class _Planner:
                     wholes.add(whole.name)
                     part.way, part.check, part.whole = Way.SEEN, Check.NONE, (whole, view)
                     break
+
+        self._plan_transient_views(items)
+
+    def _plan_transient_views(self, items: dict[str, Assignment]) -> None:
+        """Non-persistent buffers that lie in memory which is exchanged: they go on to show what they are views of."""
+        transient = self.target.transient_views
+        for slot in [
+            slot for slot in self.target.slots if transient and not slot.persistent and slot.name in transient
+        ]:
+            found = [(items[view.name], view) for view in transient[slot.name] if view.name in items]
+            if not found or found[0][0].way is Way.IN_PLACE or id(slot) in self._by_themselves:
+                continue
+            whole, view = found[0]
+            moves = [item for item in self.plan.conversions if item.slot is slot]
+            dtype, device = (moves[0].dtype, moves[0].device) if moves else (slot.tensor.dtype, slot.tensor.device)
+            seen = part_of(whole.entry, view.whole, view.part)
+            item = Assignment(slot, slot.name, whole.source, seen or whole.entry, dtype, device, Way.FRESH)
+            if (whole.dtype, whole.device) == (dtype, device):
+                item.way, item.whole = Way.SEEN, (whole, view)
+            elif seen is None:
+                continue
+            self.plan.conversions = [other for other in self.plan.conversions if other.slot is not slot]
+            self.plan.assignments.append(item)
 
     # --- how it gets its bytes ---
 
@@ -261,8 +285,9 @@ class _Planner:
     @cached_property
     def _in_views(self) -> frozenset[str]:
         """Names of tensors that lie in one piece of memory with others; a view of the file would part them."""
-        views = self.target.views
-        return frozenset([*views, *(view.name for found in views.values() for view in found)])
+        views, transient = self.target.views, self.target.transient_views
+        wholes = [view.name for found in (*views.values(), *transient.values()) for view in found]
+        return frozenset([*views, *wholes])
 
     @cached_property
     def _own_memory(self) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""Steps that several of the public functions take."""
+"""Choosing for a model, with the second look that its own hooks and loaders get; several public functions take it."""
 
 from __future__ import annotations
 

@@ -35,18 +35,11 @@ def pairs_of(
     fits: Callable[[Any, Found], bool],
     names: Callable[[Any, str], bool],
 ) -> list[tuple[Any, Found]]:
-    """Pair what was given with the file's states.
+    """Pair what was given, one or several in a list or under names, with the file's states.
 
     By name where both sides have names, and then some of the file's will do; by position where neither has. Names
     that only the file has say nothing of positions: there the states must fit in one way only, or belong to parts
     of the model that are called like them.
-
-    Args:
-        what: What they are: ``"optimizer"``, ``"scheduler"``.
-        given: One, or several in a list or under names.
-        found: The file's states.
-        fits: Whether a state is one for something given.
-        names: Whether something given belongs to a part of the model that has this name.
 
     Raises:
         NotPairedError: There are more or less of them, or it can't be told.

@@ -231,13 +231,7 @@ def _is_run(part: torch.Tensor, shape: Shape, strides: Shape) -> bool:
 def _split(
     target: torch.Tensor, shape: Shape, strides: Shape, limit: int, gap: int
 ) -> Iterator[tuple[torch.Tensor, int, Shape]]:
-    """Cut a strided region until each part spans at most `limit` elements of its source.
-
-    Args:
-        target: Where the region goes.
-        shape, strides: How it lies in the source, in elements.
-        limit: How many elements a part may span.
-        gap: Rows that are at least so many elements apart are parts of their own.
+    """Cut a strided region into parts that span at most `limit` elements of its source, with rows beyond a `gap` apart.
 
     Yields:
         The part of the target, its first element's distance from the region's, and its shape.
@@ -317,13 +311,7 @@ def _fill_lanes(device: torch.device, source: Source, pieces: Iterable[Piece]) -
 
 
 def _cut_off(piece: Piece, room: int, may_wait: bool) -> tuple[Piece | None, Piece | None]:
-    """What of a piece fits into so many bytes, and what is left of it.
-
-    Args:
-        piece: What is to be put there.
-        room: For how many bytes there is room.
-        may_wait: Whether there will be more room; else something is taken.
-    """
+    """What of a piece fits where there is room for so many bytes, and what is left; something, unless it may wait."""
     if piece.nbytes <= room:
         return piece, None
     is_flat = piece.strides == (1,)
