@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_model, save_file, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from tests.law import assert_equal_bits, randomise, snapshot
-from torchload import errors, smart_load, verify_weights
+from torchload import errors, smart_load, smart_resume, smart_save, verify_weights
 
 
 class Pair(nn.Module):
@@ -164,3 +164,63 @@ def test_many_views_of_one_flat_tensor(tmp_path: Path) -> None:
         smart_load(model, tmp_path / "x.safetensors", **options)
         assert torch.equal(model.flat, trained.flat)
         assert_equal_bits(snapshot(model), snapshot(trained))
+
+
+class Lazy(nn.Module):
+    """A parameter, a buffer that shows it conjugated, and one that is negated, both lazily."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Parameter(torch.randn(2, 3, dtype=torch.complex64))
+        self.register_buffer("conjugate", self.plain.detach().conj())
+        self.register_buffer("negative", torch._neg_view(torch.randn(3)))
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2] + OPTIONS[3:], ids=str)
+def test_lazily_conjugated_and_negated_views_hold_values_of_their_own(tmp_path: Path, options: dict[str, Any]) -> None:
+    trained, model = Lazy(), Lazy()
+    values = {name: tensor.resolve_conj().resolve_neg().clone() for name, tensor in trained.state_dict().items()}
+    torch.save(values, tmp_path / "x.pth")
+    smart_load(model, tmp_path / "x.pth", **options)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, values[name]), name
+    assert verify_weights(model, tmp_path / "x.pth").ok
+    assert not verify_weights(Lazy(), tmp_path / "x.pth").ok
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_a_lazily_conjugated_view_is_saved_as_what_it_shows(tmp_path: Path, name: str) -> None:
+    model = Lazy()
+    smart_save(model, tmp_path / name)
+    saved = load_file(tmp_path / name) if name.endswith("safetensors") else torch.load(tmp_path / name)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(saved[key], tensor), key
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"dtype": torch.float16, "keep_fp32": ["enc"]}], ids=str)
+@pytest.mark.parametrize("view", [*VIEWS, *STRIDED])
+def test_a_non_persistent_buffer_goes_on_to_show_what_it_is_a_view_of(
+    tmp_path: Path, view: str, options: dict[str, Any]
+) -> None:
+    shown = {**VIEWS, **STRIDED}[view]
+
+    def build() -> nn.Module:
+        model = nn.Module()
+        model.enc = nn.Parameter(torch.randn(4, 6))
+        model.fc = nn.Linear(2, 2)
+        model.register_buffer("dec", shown(model.enc.detach()), persistent=False)
+        return model
+
+    trained, model = build(), build()
+    torch.save(trained.state_dict(), tmp_path / "x.pth")
+    buffer = model.dec
+    report = smart_load(model, tmp_path / "x.pth", **options)
+    assert (report.tensors, model.dec is buffer) == (3, True)
+    assert torch.equal(model.dec, shown(trained.enc.detach()).to(model.dec.dtype))
+    if "keep_fp32" not in options:
+        with torch.no_grad():
+            model.enc.zero_()
+        assert not model.dec.any()
+    model = build()
+    smart_resume(model, tmp_path / "x.pth")
+    assert torch.equal(model.dec, shown(trained.enc.detach()))

@@ -75,9 +75,9 @@ def test_a_bad_entry_is_refused_by_name(case: str) -> None:
     assert expected in message
 
 
-def test_equal_looking_sizes_of_other_types_are_refused_also_after_good_ones() -> None:
-    for size in (True, 1.0):
-        header = {"good": tensor("U8", [1], 0, 1), "bad": tensor("U8", [size], 1, 2)}
+def test_equal_looking_shapes_of_other_types_are_refused_also_after_good_ones() -> None:
+    for good, bad in (([1], [True]), ([1], [1.0]), ([], ""), ([], {})):
+        header = {"good": tensor("U8", good, 0, 1), "bad": tensor("U8", bad, 1, 2)}
         assert "'bad'" in refused(safetensors_bytes(header, b"xy"))
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from torchload.core.copies import Copy
 from torchload.core.source import FileSource, MemorySource, Source
 from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.transfer import run
+from torchload.transfer.crew import Crew
 from torchload.transfer.pieces import DIRECT_BYTES, STAGED_BYTES, STRIDED_BYTES, schedule
 
 LARGE = 3 * STAGED_BYTES // 8 + 17
@@ -420,6 +422,29 @@ def test_control_c() -> None:
         run([whole(source, torch.zeros(nbytes // 4), torch.float32)], threads=3)
     # Python itself goes on listing a thread whose start was interrupted: it never ran, and is not alive.
     assert not [thread for thread in threading.enumerate() if thread.is_alive() and thread not in running]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="POSIX signals")
+def test_an_interrupt_waits_for_jobs_that_others_are_at() -> None:
+    """Python before 3.13 takes a thread for ended when waiting for it is interrupted."""
+    main = threading.main_thread()
+    begun = threading.Event()
+    ended: list[int] = []
+
+    def work(job: int) -> int:
+        if threading.current_thread() is main:
+            begun.wait()
+            return 0
+        begun.set()
+        time.sleep(0.2)  # until the main thread waits for this one
+        signal.pthread_kill(main.ident or 0, signal.SIGINT)
+        time.sleep(0.2)
+        ended.append(job)
+        return 0
+
+    with pytest.raises(KeyboardInterrupt):
+        Crew([0, 1], lambda: work, threads=2).run()
+    assert len(ended) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from tests.unit.test_transfer import whole, write
 from torchload.core.source import FileSource
-from torchload.errors import CorruptCheckpointError
+from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.transfer import lease, run
 from torchload.transfer.lease import LeasedFile
 from torchload.transfer.pieces import STAGED_BYTES
@@ -138,6 +139,48 @@ def test_pages_that_are_not_there_arent_lent(source: FileSource) -> None:
     file.give_back()
     file.close()
     assert file.borrow(0, 4096) is None
+
+
+@pytest.mark.parametrize("end", [LeasedFile.give_back, LeasedFile.close])
+def test_whatever_was_borrowed_others_may_write_in_the_end(
+    source: FileSource, end: Callable[[LeasedFile], None]
+) -> None:
+    """Also where somebody keeps a tensor of it, and where there is no lease: the kernel takes it after 45 s."""
+    assert source.fd is not None
+    file = LeasedFile.open(source.fd)
+    assert file is not None
+    data = file.borrow(0, 4096)
+    assert data is not None
+    end(file)
+    os.close(os.open(source.name, os.O_WRONLY | os.O_NONBLOCK))
+    end(file)
+
+
+def test_interrupted_while_it_is_tried(source: FileSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    assert source.fd is not None
+    monkeypatch.setattr(lease, "_end_lease", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        LeasedFile.open(source.fd)
+    assert caught.traceback  # its frames hold whatever was open
+    os.close(os.open(source.name, os.O_WRONLY | os.O_NONBLOCK))
+
+
+def test_an_error_that_is_kept_holds_no_pages(
+    source: FileSource, values: torch.Tensor, borrowings: type[Borrowings]
+) -> None:
+    before = descriptors()
+    with open(source.name, "r+b") as file:
+        file.seek(8 + 4 * COUNT // 2)
+        file.write(torch.tensor([1e6]).numpy().tobytes())
+    changed = FileSource(source.name)
+    with pytest.raises(CastOverflowError) as caught:
+        run([whole(changed, torch.zeros(COUNT, dtype=torch.float16), torch.float32, 8)])
+    changed.close()
+    assert borrowings.borrowed
+    assert descriptors() == before, caught.value
 
 
 def test_a_programs_own_handler_is_left_alone(

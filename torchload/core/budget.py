@@ -58,11 +58,7 @@ class Budget:
         self.left_steps += size_bytes // _BYTES_PER_STEP
 
     def spend(self, nbytes: int, name: str) -> None:
-        """Account for memory, before it is taken.
-
-        Args:
-            nbytes: How much.
-            name: What asks for it, for messages.
+        """Account for memory, before it is taken for what messages call `name`.
 
         Raises:
             CorruptCheckpointError: It is more than the files account for.

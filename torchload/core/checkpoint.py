@@ -98,6 +98,12 @@ class Box:
         """Identity of the data: boxes of equal location hold the same bytes."""
         return id(self.extent.source), self.extent.offset + self.start, self.shape, self.strides
 
+    def narrow(self, dimension: int, first: int, count: int, itemsize: int) -> Box:
+        """What it has of positions `first` … along a dimension, `count` of them, in elements of `itemsize` bytes."""
+        shape = (*self.shape[:dimension], count, *self.shape[dimension + 1 :])
+        origin = (*self.origin[:dimension], self.origin[dimension] + first, *self.origin[dimension + 1 :])
+        return Box(self.extent, self.start + first * self.strides[dimension] * itemsize, shape, self.strides, origin)
+
 
 @dataclass(slots=True, eq=False)
 class TensorEntry:
@@ -291,6 +297,7 @@ class Checkpoint:
         end: Position just past it in its file, where something else may follow; ``None`` where it takes all.
         confirm: Compares what open took for equal without reading it; raises `CheckpointFormatError` where it differs.
             To be called by whoever goes on to the tensors' data.
+        whole: Says what to give instead of a file that is one part of several; ``None`` where nothing tells of others.
     """
 
     path: str
@@ -302,6 +309,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     end: int | None = None
     confirm: Callable[[], object] = tuple
+    whole: Callable[[], str | None] = lambda: None
 
     @property
     def size_bytes(self) -> int:
@@ -353,13 +361,7 @@ def contiguous_strides(shape: Shape) -> Shape:
 
 
 def box_end_bytes(start: int, shape: Shape, strides: Shape, itemsize: int) -> int:
-    """Byte just past the last element of a strided region that starts at byte `start`.
-
-    Args:
-        start: Byte offset of element 0.
-        shape: Size along each dimension, in elements.
-        strides: Distances in elements, all non-negative.
-        itemsize: Bytes per element.
+    """Byte just past the last element of a strided region (no stride is negative) that starts at byte `start`.
 
     Example:
         >>> box_end_bytes(0, (2, 3), (3, 1), 4)
@@ -371,14 +373,7 @@ def box_end_bytes(start: int, shape: Shape, strides: Shape, itemsize: int) -> in
 
 
 def record_fields(record: Record) -> dict[str, Any]:
-    """The attributes that a recorded object would have, as far as its pickle tells.
-
-    Args:
-        record: An object with a ``__dict__`` or ``__slots__``, or a `torch.fx` graph module, which is rebuilt from its
-            attributes.
-
-    Returns:
-        Attribute name → value; empty where the state is something else.
+    """The attributes that a recorded object would have, as far as its pickle tells; none where its state is another.
 
     Example:
         >>> record_fields(Record("argparse.Namespace", state={"lr": 0.1}))

@@ -66,11 +66,7 @@ class MemoryEntries:
 
 
 def entry_of(tensor: torch.Tensor, name: str) -> TensorEntry:
-    """The entry of one tensor.
-
-    Args:
-        tensor: A strided tensor with memory, on any device.
-        name: What to call its memory in messages.
+    """The entry of one strided tensor with memory, on any device, which messages call `name`.
 
     Example:
         >>> entry = entry_of(torch.zeros(2, 3).t(), "<computed>")

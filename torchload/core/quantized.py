@@ -12,13 +12,7 @@ __all__ = ["quantized_tensor"]
 
 
 def quantized_tensor(shape: Shape, quantized: Quantized, read: Callable[[TensorEntry], torch.Tensor]) -> torch.Tensor:
-    """Build a quantized tensor on the CPU.
-
-    Args:
-        shape: Its shape.
-        quantized: What it is made of.
-        read: Gives the tensor of an entry, in its shape and dtype; its memory becomes that of the result.
-    """
+    """Build a quantized tensor on the CPU. The memory of what `read` gives for the integers becomes its own."""
     integers = read(quantized.data)
     dtype, scale, zero_point = quantized.dtype, quantized.scale, quantized.zero_point
     if isinstance(scale, TensorEntry) and isinstance(zero_point, TensorEntry):

@@ -42,11 +42,7 @@ class Ranks:
         return rank if self.group is None else int(self._distributed.get_global_rank(self.group, rank))
 
     def agree(self, error: BaseException | None, what: object) -> None:
-        """Go on only if every rank can, and means the same.
-
-        Args:
-            error: What keeps this rank from going on.
-            what: What this rank is about to do; small, with equality.
+        """Go on only if no rank has an `error`, and all mean the same by `what`, which is small.
 
         Raises:
             BaseException: `error`, or that of the first rank that has one.
@@ -61,11 +57,7 @@ class Ranks:
             )
 
     def gather(self, error: BaseException | None, what: Any) -> list[Any]:
-        """What every rank has to say, if every rank can go on.
-
-        Args:
-            error: What keeps this rank from going on.
-            what: What this rank has to say; small.
+        """What every rank has to say, which is small, if none has an `error` that keeps it from going on.
 
         Raises:
             BaseException: `error`, or that of the first rank that has one.
@@ -100,9 +92,6 @@ class Ranks:
 
     def share(self, error: BaseException | None, result: Any) -> Any:
         """What the writer has to say, on every rank.
-
-        Returns:
-            The writer's `result`.
 
         Raises:
             BaseException: The writer's `error`.

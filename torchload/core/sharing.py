@@ -13,7 +13,7 @@ import torch
 
 from torchload.core.checkpoint import Box, Shape, TensorEntry, box_end_bytes
 
-__all__ = ["Layout", "Run", "View", "part_of", "shared_runs"]
+__all__ = ["Layout", "Run", "View", "layout_of", "part_of", "shared_runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +85,24 @@ class View:
     part: Layout
 
 
+def layout_of(tensor: torch.Tensor) -> Layout:
+    """How a strided tensor lies in memory.
+
+    One that is conjugated or negated lazily shows other values of its memory than one that isn't, so that they have
+    nothing in common.
+
+    Example:
+        >>> plain = torch.zeros(2, dtype=torch.complex64)
+        >>> layout_of(plain) == layout_of(plain[:]), layout_of(plain) == layout_of(plain.conj())
+        (True, False)
+    """
+    memory = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.is_conj(), tensor.is_neg())
+    start = int(tensor.storage_offset()) * tensor.dtype.itemsize
+    return Layout(memory, start, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+
+
 def shared_runs(layouts: Sequence[Layout]) -> list[Run]:
-    """Group tensors by the memory that they share.
-
-    Args:
-        layouts: The tensors.
-
-    Returns:
-        Runs that don't overlap, each tensor in exactly one, in the order of their first members.
+    """Group tensors by the memory that they share: runs that don't overlap, in the order of their first members.
 
     Example:
         >>> whole = Layout("storage", 0, torch.float32, (4, 2), (2, 1))
@@ -147,12 +157,7 @@ def _run(layouts: Sequence[Layout], members: list[int], *, is_alone: bool = Fals
 
 
 def part_of(entry: TensorEntry, whole: Layout, part: Layout) -> TensorEntry | None:
-    """What a view of a tensor holds once the tensor holds what an entry of a file does.
-
-    Args:
-        entry: What the tensor is given; of its shape.
-        whole: How the tensor lies in memory.
-        part: How a view of it does.
+    """What a part of a tensor's memory holds, once the whole holds what an entry of its shape does.
 
     Returns:
         An entry over the same bytes; ``None`` where no strides lead from one element to the next as they do in memory.
@@ -177,8 +182,7 @@ def part_of(entry: TensorEntry, whole: Layout, part: Layout) -> TensorEntry | No
     if found is None:
         return None
     start = box.start + found[0] * entry.dtype.itemsize
-    view = Box(box.extent, start, part.shape, found[1], (0,) * len(part.shape))
-    return TensorEntry(entry.dtype, part.shape, (view,))
+    return TensorEntry.over(box.extent, entry.dtype, part.shape, found[1], start)
 
 
 def _retraced(first: int, part: Layout, axes: Sequence[tuple[int, int, int]]) -> tuple[int, Shape] | None:

@@ -207,13 +207,7 @@ class MemorySource(Source):
     __slots__ = ("view",)
 
     def __init__(self, data: Buffer, name: str = "<memory>", budget: Budget | None = None) -> None:
-        """Bytes as a source.
-
-        Args:
-            data: Them.
-            name: What to call them in messages.
-            budget: That of the source which they were read from; without one, these bytes are a file of their own.
-        """
+        """Bytes as a source; a file of their own unless the `budget` of what they were read from is given."""
         self.view = memoryview(data).cast("B").toreadonly()
         super().__init__(name, self.view.nbytes, budget or _grown(None, self.view.nbytes))
 

@@ -23,13 +23,9 @@ __all__ = [
 
 
 def printable(text: str, limit: int | None = 120) -> str:
-    r"""Text that may come from a file, as one line that does nothing to a terminal.
+    r"""Text that may come from a file, as one line of at most `limit` characters that does nothing to a terminal.
 
     Control characters, line breaks, and what changes the direction of writing are spelled out, as `repr` does.
-
-    Args:
-        text: Anything.
-        limit: Characters of it that are shown; the rest is cut off. ``None`` shows all.
 
     Example:
         >>> print(printable("fc\x1b[2K\nweight"), printable("weight", 4))

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from itertools import tee
 
 from torchload.core.budget import Allowance
-from torchload.core.wrappers import WRAPPER_STATE, WRAPPERS
+from torchload.core.wrappers import WRAPPER_STATE
 from torchload.match.company import is_copy_of
 from torchload.match.containers import Leaf, Place
 from torchload.match.leftovers import Leftovers
 from torchload.match.names import Alignment, Node, align, tree_of
-from torchload.match.paths import joined, last
+from torchload.match.paths import joined, last, unwrapped
 from torchload.match.rename import Rename, renamed_from
 from torchload.match.selection import Selection, Wanted, mismatched
 from torchload.match.tables import AVERAGED_WORDS, GENERIC, NEVER_THE_MODELS, container_standing, words_of
@@ -59,12 +59,7 @@ class Search:
     masks: dict[int, bool] = field(default_factory=dict)
 
     def candidates(self, least: int, *, parts: bool = False) -> Iterator[Selection]:
-        """Every sub-tree with at least `least` tensors that shares names with the model, judged.
-
-        Args:
-            least: How many tensors it has to have.
-            parts: Whether to try it on parts of the model too.
-        """
+        """Every sub-tree of at least `least` tensors that shares names with the model, or some `parts`, judged."""
         views = _model_views(self.wanted, parts)  # each made when it is first come to: as a rule the whole fits
         is_bare = self.wanted.is_bare
         own: dict[tuple[str, ...], Selection] = {}
@@ -279,4 +274,4 @@ def needed_tensors(wanted: Wanted) -> int:
 
 def _is_prefix(below: str, prefix: str) -> bool:
     """Whether a path in the file is the prefix that the caller gave, wrappers aside."""
-    return below == prefix or [part for part in below.split(".") if part not in WRAPPERS] == prefix.split(".")
+    return below == prefix or (prefix != "" and unwrapped(below) == prefix)

@@ -54,13 +54,7 @@ def standing_in_company(candidate: Selection, others: Sequence[Selection], root:
 
 
 def is_average_of(average: Selection, raw: Selection, *, only: bool = False) -> bool:
-    """Whether an average is of the same network as some raw weights.
-
-    Args:
-        average: The average.
-        raw: The raw weights.
-        only: Whether there are no other raw weights: then a name that says nothing of the network will do.
-    """
+    """Whether an average is of the same network as raw weights; if those are the `only` ones, any name will do."""
     averaged, trained = _subject(average.segments), _subject(raw.segments)
     if "teacher" in averaged:
         averaged = (averaged - {"teacher"}) | {"student"}

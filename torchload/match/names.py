@@ -32,12 +32,7 @@ class Node:
     __slots__ = ("_allowance", "_chain", "_children", "names")
 
     def __init__(self, names: dict[str, str], allowance: Allowance | None = None) -> None:
-        """A node whose children are made when they are looked at.
-
-        Args:
-            names: As the attribute.
-            allowance: What making them may cost, where the names are a stranger's.
-        """
+        """A node whose children are made when they are looked at, for which a stranger's names may cost so much."""
         self.names = names
         self._allowance = allowance
         self._children: dict[str, Node] | None = None
@@ -110,10 +105,6 @@ class Alignment:
 def tree_of(names: Iterable[str], allowance: Allowance | None = None) -> Node:
     """The tree of whole names. Names that can't be a path (empty segments, absurd length) are left out.
 
-    Args:
-        names: The names.
-        allowance: What taking them apart may cost, where they are a stranger's.
-
     Example:
         >>> tree_of(["fc.weight", "a..b"]).names
         {'fc.weight': 'fc.weight'}
@@ -134,9 +125,6 @@ def align(source: Node, model: Node, *, lift: Iterable[str] = ()) -> Alignment:
         model: The model's names.
         lift: Labels below the root whose children may stand beside it, as wrappers' may (a file that keeps
             ``model`` and ``generator`` apart although together they are the model).
-
-    Returns:
-        The pairs found. Names of the model that are not in `pairs` have no counterpart.
 
     Example:
         >>> align(tree_of(["module.fc._orig_mod.weight"]), tree_of(["fc.weight"])).pairs

@@ -88,12 +88,7 @@ def _offloads(hook: Any) -> bool:
 
 
 def refusal(model: nn.Module, found: Mapping[str, list[str]]) -> IncompatibleCheckpointError:
-    """The error for a model with such modules.
-
-    Args:
-        model: The model.
-        found: What `elsewhere` said → paths of the modules.
-    """
+    """The error for a model with such modules."""
     problems = []
     for what, paths in found.items():
         first = repr(paths[0]) if paths[0] else "the model"

@@ -73,9 +73,6 @@ def is_hollow(tensor: torch.Tensor) -> bool:
 def local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
     """The memory of a tensor in this process, and which part of the whole it is.
 
-    Args:
-        tensor: Any dense tensor; a parameter or buffer of a model.
-
     Returns:
         A view without autograd history, and its region. For ``Shard``-ed or ``Replicate``-d `DTensor`s the local tensor
         and what `torch.distributed.tensor` says that it holds.
@@ -107,12 +104,7 @@ def _region(sharded: Any) -> Region:
 
 
 def held_numel(tensor: torch.Tensor, shape: Shape) -> int:
-    """How many elements of a tensor this process holds.
-
-    Args:
-        tensor: A tensor of a model.
-        shape: The whole tensor's shape, which a lazy one doesn't know.
-    """
+    """How many elements of a tensor this process holds; of a lazy one, which has no shape, as many as `shape` says."""
     return math.prod(shape if is_ordinary(tensor) or is_lazy(tensor) else local_region(tensor)[1].shape)
 
 

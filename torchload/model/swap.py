@@ -193,10 +193,6 @@ def _outlast(before: Iterable[torch.Tensor], devices: Iterable[torch.device]) ->
 
     An operator holds a reference to each tensor it was given. Once no one but Python does, none is left.
 
-    Args:
-        before: The tensors.
-        devices: Where the memory is that they showed.
-
     Returns:
         An interrupt that ended the wait.
     """

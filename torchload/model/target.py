@@ -18,14 +18,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchload.core.checkpoint import Shape
-from torchload.core.sharing import Layout, View, shared_runs
+from torchload.core.sharing import View, layout_of, shared_runs
 from torchload.model.elsewhere import elsewhere, refusal
 from torchload.model.shards import is_sharded, local_region, show_shards
 from torchload.model.walk import paths_of
 
 __all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders", "settle"]
 
-# Classes of torch whose `_load_from_state_dict` only tolerates what older versions saved; `keys.tables` covers that.
+# Classes of torch whose `_load_from_state_dict` only tolerates what older versions saved; `match.tables` covers that.
 _HARMLESS_OVERRIDES = (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm)
 
 # Hooks of torch that only prepare what is prepared here by other means: lazy parameters are materialised, and the names
@@ -65,10 +65,7 @@ class Slot:
 
     def shows(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor that begins where this one does is the same, or its twin."""
-        mine = self.tensor
-        if mine is tensor:
-            return True
-        return (mine.dtype, mine.shape, mine.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
+        return self.tensor is tensor or _form(self.tensor) == _form(tensor)
 
     def meet(self, other: Slot) -> None:
         """Take note of another place where it is registered; real names count, not that of a transient alias."""
@@ -176,6 +173,7 @@ class Target:
         overrides: Modules with a `_load_from_state_dict` of their own.
         post_hooks: Modules with load-state-dict post-hooks.
         views: Names of tensors that lie in the memory of others, in another shape or as a part → those others.
+        transient_views: The same of non-persistent buffers.
     """
 
     model: nn.Module
@@ -187,6 +185,7 @@ class Target:
     overrides: list[HookedModule] = field(default_factory=list)
     post_hooks: list[HookedModule] = field(default_factory=list)
     views: Mapping[str, list[View]] = field(default_factory=dict)
+    transient_views: Mapping[str, list[View]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -196,12 +195,6 @@ class Target:
 
 def describe_model(model: nn.Module) -> Target:
     """Read off a model what can be loaded into it. Changes nothing.
-
-    Args:
-        model: Any module; wrapped, shared, tied, partly on the meta device.
-
-    Returns:
-        Its slots and the modules that take part in their own loading.
 
     Raises:
         IncompatibleCheckpointError: Its weights live elsewhere (offloaded, flattened or partitioned by a framework).
@@ -229,7 +222,7 @@ def describe_model(model: nn.Module) -> Target:
     if lives_elsewhere:
         raise refusal(model, lives_elsewhere)
     target.slots = memory.slots
-    target.views = memory.views()
+    target.views, target.transient_views = memory.views()
     return target
 
 
@@ -253,23 +246,31 @@ class _Memory:
         self.slots.append(new)
         return new
 
-    def views(self) -> dict[str, list[View]]:
-        """Which tensors of the state dict lie in the memory of others, in another shape or as a part of it."""
+    def views(self) -> tuple[dict[str, list[View]], dict[str, list[View]]]:
+        """Which tensors lie in the memory of others of the state dict: those of the state dict, and those beside it."""
         starts = sorted(start for start in self._by_place if start > 0)
         ends = [start + self._by_place[start].tensor.nbytes for start in starts]
         if not (self._beside or any(map(operator.gt, ends, starts[1:]))):
-            return {}  # nearly always, and quickly seen
-        slots = [slot for slot in self.slots if slot.persistent and _address(slot.tensor)]
-        layouts = [_layout(slot.tensor) for slot in slots]
-        found: dict[str, list[View]] = {}
-        for run in shared_runs(layouts):
-            dense = [index for index in run.members if layouts[index].is_dense]
-            for whole in [index for index in dense if math.prod(layouts[index].shape) == run.numel]:
-                for part in run.members:
-                    views = [View(name, layouts[whole], layouts[part]) for name in slots[whole].names]
-                    for name in slots[part].names if part != whole else ():
-                        found.setdefault(name, []).extend(views)
-        return found
+            return {}, {}  # nearly always, and quickly seen
+        slots = [slot for slot in self.slots if _address(slot.tensor)]
+        persistent = [slot for slot in slots if slot.persistent]
+        beside = {} if len(persistent) == len(slots) else _views(slots)
+        names = [slot.name for slot in slots if not slot.persistent and slot.name in beside]
+        return _views(persistent), {name: beside[name] for name in names}
+
+
+def _views(slots: list[Slot]) -> dict[str, list[View]]:
+    """Names of slots that lie in the memory of one of the state dict, in another shape or as a part → those."""
+    layouts = [layout_of(slot.tensor) for slot in slots]
+    found: dict[str, list[View]] = {}
+    for run in shared_runs(layouts):
+        dense = [index for index in run.members if slots[index].persistent and layouts[index].is_dense]
+        for whole in [index for index in dense if math.prod(layouts[index].shape) == run.numel]:
+            for part in run.members:
+                views = [View(name, layouts[whole], layouts[part]) for name in slots[whole].names]
+                for name in slots[part].names if part != whole else ():
+                    found.setdefault(name, []).extend(views)
+    return found
 
 
 class _Kind(NamedTuple):
@@ -333,10 +334,9 @@ def _address(tensor: torch.Tensor) -> int:
         return 0
 
 
-def _layout(tensor: torch.Tensor) -> Layout:
-    start = tensor.untyped_storage().data_ptr()
-    memory = (tensor.device, start)
-    return Layout(memory, tensor.data_ptr() - start, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What a tensor makes of the memory where it begins."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
 
 def settle(slots: Iterable[Slot]) -> None:

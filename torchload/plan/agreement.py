@@ -21,11 +21,6 @@ __all__ = ["agree_on"]
 def agree_on(plan: LoadPlan, replicas: Replicas, path: str) -> None:
     """Go on only if all ranks have planned the same load.
 
-    Args:
-        plan: What this rank is about to do.
-        replicas: The ranks.
-        path: What this rank calls the checkpoint.
-
     Raises:
         IncompatibleCheckpointError: They read different files, or nothing tells whether they do; or they hold different
             parts of the model, or load it in different ways.

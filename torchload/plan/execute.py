@@ -96,9 +96,6 @@ def carry_out(
         move: Carries out copies, as `torchload.transfer.run` does.
         changes: Kept up to date, whatever happens.
 
-    Returns:
-        How much that was.
-
     Raises:
         CastOverflowError, CorruptCheckpointError, OSError: As the transfer does; the attribute ``written`` names the
             model's tensors that have changed, which are none where old memory is kept.

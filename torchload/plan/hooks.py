@@ -32,11 +32,6 @@ COMPUTED = "<computed by a hook>"
 def run_pre_hooks(target: Target, selection: Selection, read: ReadTensor) -> Selection:
     """Let load-state-dict pre-hooks rewrite the part of the state dict that is theirs.
 
-    Args:
-        target: The model.
-        selection: What was chosen for it.
-        read: Gives a tensor over the file's bytes, without reading them.
-
     Returns:
         The selection as the hooks left it. Tensors that they passed on stay where they are in the file; those that they
         computed are held in memory.
@@ -67,16 +62,7 @@ def _early(target: Target) -> list[HookedModule]:
 
 
 def call_pre_hooks(target: Target, state: dict[str, Any], metadata: Callable[[str], dict[str, Any]]) -> list[str]:
-    """Call load-state-dict pre-hooks, parents first, each with what is below its module.
-
-    Args:
-        target: The model.
-        state: Its state dict, under the model's names; rewritten.
-        metadata: What the checkpoint's `_metadata` says of the module at a prefix.
-
-    Returns:
-        What they complain of.
-    """
+    """Call load-state-dict pre-hooks, parents first, each with what is below its module; gives their complaints."""
     complaints: list[str] = []
     for hooked in _early(target):
         part = {name: state.pop(name) for name in list(state) if name.startswith(hooked.prefix)}
@@ -130,14 +116,6 @@ def run_post_hooks(target: Target, missing: Sequence[str], unexpected: Sequence[
 
     Each is told what the modules lack that `load_state_dict` would have come to before: those above it, all below it,
     and those before it. What a hook takes out or adds is seen by those after it.
-
-    Args:
-        target: The model.
-        missing: Its names that nothing filled.
-        unexpected: Names without a place in it, as they would be in it.
-
-    Returns:
-        What the hooks left of both, and what they added.
     """
     order = {path: index for index, (path, _) in enumerate(paths_of(target.model))} if target.post_hooks else {}
     keys = _IncompatibleKeys([], [])

@@ -26,11 +26,6 @@ class Verdict(Enum):
 def judge_numbers(name: str, entry: TensorEntry, tensor: torch.Tensor) -> Verdict | str:
     """Whether numbers of a file can become integers or bools without a change.
 
-    Args:
-        name: What the model calls them.
-        entry: Those of the file: floats, or integers that are to become bools.
-        tensor: Those of the model.
-
     Returns:
         A verdict, or why not, as the rest of a sentence that begins with the name.
     """

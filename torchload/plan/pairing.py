@@ -14,13 +14,7 @@ __all__ = ["copies_of"]
 
 
 def copies_of(name: str, entry: TensorEntry, memory: torch.Tensor) -> Sequence[Copy]:
-    """The copies that fill a tensor: one as a rule, several where the file or the tensor is sharded.
-
-    Args:
-        name: What to call it in messages.
-        entry: What to load.
-        memory: Where to: of the entry's shape, as a whole.
-    """
+    """The copies that fill a whole tensor: one as a rule, several where the file or the tensor is sharded."""
     if len(entry.boxes) == 1 and entry.boxes[0].shape == memory.shape and is_ordinary(memory):
         return (Copy(name, entry.boxes[0], entry.dtype, memory),)
     local, region = local_region(memory)

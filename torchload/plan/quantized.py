@@ -82,13 +82,7 @@ def _suspects(target: Target, selection: Selection) -> list[tuple[str, str, torc
 
 
 def quantized_problem(target: Target, selection: Selection, checkpoint: Checkpoint | None = None) -> str | None:
-    """What stands against loading quantized weights as if they were numbers; ``None`` if there are none.
-
-    Args:
-        target: The model.
-        selection: What was chosen for it.
-        checkpoint: Where else to look for what says that they are quantized.
-    """
+    """What stands against loading quantized weights as if they were numbers; ``None`` if there are none."""
     packed = [name for name in selection.unexpected if not _PACKED.isdisjoint(name.split("."))]
     suspects = _suspects(target, selection)
     if not suspects and not packed:

@@ -21,9 +21,6 @@ class _MalformedError(Exception):
 def malformed(state: Mapping[Any, Any]) -> str | None:
     """What keeps a mapping from being the state of an optimizer, if anything does.
 
-    Args:
-        state: As `torch.optim.Optimizer.state_dict` returns it, or the same in one flat mapping.
-
     Example:
         >>> malformed({"state": {}, "param_groups": [{"params": [0, 1], "lr": 0.1}]})
         >>> malformed({"state": {}, "param_groups": [{"params": 2}]})

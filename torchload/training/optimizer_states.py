@@ -28,11 +28,7 @@ def extents_in(plans: Sequence[OptimizerPlan]) -> list[Extent]:
 
 
 def read_states(plans: Sequence[OptimizerPlan], places: Mapping[int, Place]) -> list[dict[str, Any]]:
-    """Build the states in memory of their own, in the dtypes and on the devices that `torch.optim` gives them.
-
-    Args:
-        plans: Whose states.
-        places: Identity of a parameter → the device and the dtype that it will have.
+    """Build the states in memory of their own, as `torch.optim` has them on the device and in the dtype of a parameter.
 
     Returns:
         For each what its `load_state_dict` takes. Nothing of the model or the optimizer was touched.

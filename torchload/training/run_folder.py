@@ -27,13 +27,7 @@ _MODEL_OF_RUN = re.compile(
 
 
 def training_tree(checkpoint: Checkpoint, path: Any, stack: ExitStack) -> Any:
-    """Where the training state is: in the file itself, or in what lies beside the weights in a folder.
-
-    Args:
-        checkpoint: The weights, opened.
-        path: What they were opened by: the folder of a run, or one of the models in it.
-        stack: Closes what is opened here.
-    """
+    """Where the training state is: in the file itself, or in what lies beside the weights in a folder."""
     folder, number = _run_of(path)
     if number is not None and find_training_state(checkpoint.root).optimizers:
         return checkpoint.root
@@ -67,12 +61,7 @@ def _run_of(path: Any) -> tuple[str, int | None]:
 
 
 def lies_beside(path: Any, what: str) -> str | None:
-    """What to do about a part that was not found, where it seems to lie beside the weights; else ``None``.
-
-    Args:
-        path: What the weights were opened by.
-        what: Which part: ``"optimizer"``, ``"scheduler"``, ``"scaler"``.
-    """
+    """What to do about a part that was not found, where it seems to lie beside the weights; else ``None``."""
     if not isinstance(path, (str, os.PathLike)):
         return None
     here = os.path.realpath(path)

@@ -17,14 +17,35 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-__all__ = ["Crew", "available_cores", "can_limit_intra_op"]
+__all__ = ["Crew", "Helper", "available_cores", "can_limit_intra_op"]
 
 JobT = TypeVar("JobT")
 
 _PATIENCE_SECONDS = 0.5
+_PAUSE_SECONDS = 0.001
 
 Worker = Callable[[JobT], int]
 """Does one job; returns how many bytes it moved."""
+
+
+class Helper(threading.Thread):
+    """A thread that is over when `join` returns; it ends with the process."""
+
+    def __init__(self, target: Callable[..., None], name: str, args: tuple[object, ...] = ()) -> None:
+        super().__init__(target=target, name=name, args=args, daemon=True)
+        self._is_over = False
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self._is_over = True
+
+    def join(self, timeout: float | None = None) -> None:
+        super().join(timeout)
+        # Until Python 3.13, a thread counts as ended once waiting for it was interrupted.
+        while timeout is None and not self._is_over:
+            time.sleep(_PAUSE_SECONDS)
 
 
 class Crew(Generic[JobT]):
@@ -42,20 +63,12 @@ class Crew(Generic[JobT]):
         threads: int,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Ready to run.
-
-        Args:
-            jobs: What is to be done.
-            new_worker: Makes what does it; called once in each thread, so that each has its own scratch memory.
-            threads: How many threads at most, including the calling one.
-            on_progress: Receives `done_bytes` now and then, always in the calling thread.
-        """
+        """Ready to run, in at most so many threads, each with a worker of its own; the calling one tells progress."""
         self.started: list[JobT] = []
         self._queue = deque(jobs)
         self._new_worker = new_worker
         self._helpers = [
-            threading.Thread(target=self._help, args=(slot,), name=f"torchload-{slot}", daemon=True)
-            for slot in range(1, min(threads, len(self._queue)))
+            Helper(self._help, f"torchload-{slot}", (slot,)) for slot in range(1, min(threads, len(self._queue)))
         ]
         self._done = [0] * (len(self._helpers) + 1)
         self._errors: list[BaseException] = []
@@ -71,7 +84,7 @@ class Crew(Generic[JobT]):
         Raises:
             BaseException: What the first worker that failed raised, or `on_progress`, or a KeyboardInterrupt.
         """
-        running: list[threading.Thread] = []
+        running: list[Helper] = []
         try:
             for helper in self._helpers:
                 running.append(helper)  # first: an interrupt in `start` leaves a thread that runs
@@ -122,11 +135,11 @@ class Crew(Generic[JobT]):
                     self._on_progress(self.done_bytes)
 
 
-def _join(helper: threading.Thread) -> None:
+def _join(helper: Helper) -> None:
     """Wait for a thread, also for one whose start was interrupted: it may run, and not have said so yet."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while helper.ident is None and time.monotonic() < deadline:
-        time.sleep(0.001)
+        time.sleep(_PAUSE_SECONDS)
     if helper.ident is not None:  # else it was never started
         helper.join()
 

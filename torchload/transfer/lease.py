@@ -62,13 +62,17 @@ class LeasedFile:
             return None
         if file_system_of(descriptor) not in _LOCAL:
             return None
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            own = Descriptor()  # what is set of it is set for nobody else
+        own = Descriptor()  # what is set of it is set for nobody else
+        try:
             own.take(os.open, f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
             _lease(own.number)  # refused unless the file is the user's own
             _end_lease(own.number)
             flags = mmap.MAP_PRIVATE | NO_RESERVE
             return cls(own, mmap.mmap(own.number, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE))
+        except BaseException as error:
+            own.close()
+            if not isinstance(error, (OSError, ValueError, AttributeError)):
+                raise
         return None
 
     def borrow(self, position: int, nbytes: int) -> torch.Tensor | None:
@@ -90,10 +94,12 @@ class LeasedFile:
         return None
 
     def give_back(self) -> None:
-        """Let others write."""
-        _end_lease(self._descriptor.number)
+        """Let others write; harmless where the kernel has taken the lease, or there is none."""
+        with contextlib.suppress(OSError, ValueError):
+            _end_lease(self._descriptor.number)
 
     def close(self) -> None:
         """Give up the file; unmapped when nobody holds what was borrowed."""
+        self.give_back()  # an interrupt may have come before anybody could; the mapping would keep the lease
         self._bytes = None
         self._descriptor.close()

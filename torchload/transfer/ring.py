@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
@@ -18,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from torchload.transfer.crew import Helper
 from torchload.transfer.memory import memory_at
 from torchload.transfer.pieces import Job
 from torchload.transfer.reader import Reader
@@ -130,7 +130,7 @@ class Ring:
             self._free.put(None)
         self._loads: SimpleQueue[Load | None] = SimpleQueue()
         self._failure: BaseException | None = None
-        self._sender = threading.Thread(target=self._work, name="torchload-sender", daemon=True)
+        self._sender = Helper(self._work, "torchload-sender")
 
     def borrow(self) -> Lane:
         """A lane whose memory may be overwritten; to be handed to `send` or `give_back`.

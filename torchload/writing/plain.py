@@ -33,12 +33,7 @@ class PlainCopy:
         self.problems: list[str] = []
 
     def of(self, value: Any, name: str, levels: int = _MOST_LEVELS) -> Any:
-        """The copy of a value.
-
-        Args:
-            value: Numbers, text, tensors, and mappings, lists, tuples and sets of such.
-            name: What to call it.
-            levels: How deep it may be nested.
+        """The copy of a value, which messages call `name`: numbers, text, tensors, and collections of such.
 
         Example:
             >>> PlainCopy().of({"milestones": Counter([30, 60]), "best": float("inf")}, "scheduler")

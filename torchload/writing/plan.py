@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, deque
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,15 @@ from torch.nn.parameter import is_lazy
 
 from torchload.core.checkpoint import contiguous_strides
 from torchload.core.ranks import Ranks, attempt
-from torchload.core.sharing import Layout, shared_runs
+from torchload.core.sharing import Layout, layout_of, shared_runs
 from torchload.core.text import listing, printable, short_dtype
+from torchload.errors import CastOverflowError
 from torchload.match.globs import Globs
 from torchload.model.elsewhere import is_placeholder
 from torchload.model.shards import is_hollow, is_sharded
 from torchload.model.unwrapping import State
 from torchload.plan.dtypes import final_dtype
-from torchload.writing.blocks import Block, Content, StoredTensor
+from torchload.writing.blocks import Block, Content, StoredTensor, joined, overflows_in
 from torchload.writing.formats import FileFormat
 from torchload.writing.plain import PlainCopy
 from torchload.writing.replacing import replacing
@@ -81,8 +82,13 @@ class SavePlan:
         return result
 
     def _write(self, started: float) -> SaveReport:
-        with replacing(self.path) as file:
-            self.kind.write(file, self.content)
+        try:
+            with replacing(self.path) as file:
+                self.kind.write(file, self.content)
+        except CastOverflowError as first:
+            blocks = [self.content.blocks[index] for index in self.kind.order(self.content)]
+            position = next(index for index, block in enumerate(blocks) if block.name == first.tensor)
+            raise joined([first, *overflows_in(blocks[position + 1 :])]) from None
         names: dict[StoredTensor, list[str]] = {}
         for name, stored in self.content.tensors.items():
             names.setdefault(stored, []).append(name)
@@ -220,13 +226,9 @@ def _fill(
 
 
 def _layout(tensor: torch.Tensor, kind: FileFormat) -> Layout:
-    shape = tuple(tensor.shape)
-    memory: Hashable
     if is_sharded(tensor):
-        memory, start, strides = ("sharded", id(tensor)), 0, contiguous_strides(shape)
-    else:
-        memory = (tensor.device, tensor.untyped_storage().data_ptr())
-        start, strides = int(tensor.storage_offset()) * tensor.dtype.itemsize, tuple(tensor.stride())
-        if not kind.keeps_views:  # only what is the very same tensor stays together
-            memory = (*memory, start, shape, strides)
-    return Layout(memory, start, tensor.dtype, shape, strides)
+        shape = tuple(tensor.shape)
+        return Layout(("sharded", id(tensor)), 0, tensor.dtype, shape, contiguous_strides(shape))
+    layout = layout_of(tensor)
+    # Without views only what is the very same tensor stays together.
+    return layout if kind.keeps_views else replace(layout, memory=layout)

@@ -37,9 +37,6 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     Whatever happens before that removes it, and leaves what was at `path` as it was. A symbolic link is followed: what
     it points at is replaced. What is replaced hands on its permissions; those of a new file are as the umask says.
 
-    Args:
-        path: The name that the file will have. Its folder must exist.
-
     Yields:
         The file, open for writing and seeking.
 
@@ -75,10 +72,6 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def replacing_folder(path: str, may_replace: Callable[[str], bool]) -> Iterator[str]:
     """A temporary folder beside `path`, which takes its name once everything is in it.
-
-    Args:
-        path: The name that the folder will have. The folder around it must exist.
-        may_replace: Whether an entry of this name, in a folder that is there already, may go.
 
     Yields:
         The path of the temporary folder. What is written into it has to be on the disk already.

@@ -50,12 +50,7 @@ def order(content: Content) -> list[int]:
 
 
 def write(file: BinaryIO, content: Content) -> None:
-    """Write a content whose blocks each hold exactly one tensor in row-major order, under one name or several.
-
-    Raises:
-        CastOverflowError: A finite value is infinite in the file's dtype.
-        OSError: The device failed or is full.
-    """
+    """Write a content whose blocks each hold exactly one tensor in row-major order, under one name or several."""
     kept = _kept_names(content)
     aliases = {name: kept[stored.block] for name, stored in content.tensors.items() if name != kept[stored.block]}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **aliases, **content.beside}}

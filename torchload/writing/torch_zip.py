@@ -38,12 +38,7 @@ def order(content: Content) -> list[int]:
 
 
 def write(file: BinaryIO, content: Content) -> None:
-    """Write a content as `torch.load` reads it: a state dict, or, beside other things, ``{"state_dict": …, …}``.
-
-    Raises:
-        CastOverflowError: A finite value is infinite in the file's dtype.
-        OSError: The device failed or is full.
-    """
+    """Write a content as `torch.load` reads it: a state dict, or, beside other things, ``{"state_dict": …, …}``."""
     import zipfile  # only needed for saving
 
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:

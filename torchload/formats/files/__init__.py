@@ -6,6 +6,7 @@ How files begin is told here, so that opening one kind imports the reader of tha
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,8 +46,9 @@ class Format(NamedTuple):
         name: What to call it.
         recognizes: Whether a file that begins with these bytes (at most `HEAD_BYTES`) is one, sound or damaged.
         module: Of this folder, which reads it.
-        function: Of that module, called with the source and the path; raises `CheckpointFormatError` for what turns
-            out to be something else after all.
+        function: Of that module, called with the source, which stays open, and the path as the caller named it. It
+            raises `CorruptCheckpointError` for what is truncated, damaged or hostile, and `CheckpointFormatError` for
+            what turns out to be something else after all.
         inside: Its function for such a file inside an archive; empty where archives are not searched for it.
         confirms: Its function that tells whether a recognized file is one after a closer look, which is taken where a
             folder holds several; ``None`` where it always is, empty where it may hold anything, and was not meant.
@@ -111,8 +113,8 @@ FORMATS: tuple[Format, ...] = (
 
 
 def reader(module: str) -> Any:
-    """A module of this folder, imported when a file first needs it; only names in our own tables get here."""
-    return __import__(f"{__name__}.{module}", fromlist=("open",))
+    """A module of this folder, imported when a file first needs it; the names are those of our own tables."""
+    return importlib.import_module(f"{__name__}.{module}")
 
 
 def head_of(source: Source) -> bytes:

@@ -66,16 +66,7 @@ ARCHIVES: tuple[Archive, ...] = (
 
 
 def open(source: Source, path: str) -> Checkpoint:
-    """Index a zip archive of any kind without reading tensor data.
-
-    Args:
-        source: The whole archive.
-        path: The checkpoint as the caller named it.
-
-    Raises:
-        CheckpointFormatError: It holds no weights.
-        CorruptCheckpointError: It is truncated, damaged or hostile.
-    """
+    """Index a zip archive of any kind without reading tensor data."""
     archive = read_directory(source)
     members = _candidates(archive)
     return _open_known(archive, path) or open_members(members, source, path, "zip archive") or _refuse(archive, path)
@@ -97,21 +88,11 @@ def is_checkpoint(source: Source) -> bool:
 
 
 def open_members(members: Iterable[tuple[str, Source]], archive: Source, path: str, kind: str) -> Checkpoint | None:
-    """Index every checkpoint among the members of an archive without reading tensor data.
-
-    Args:
-        members: Name and content of those that may be one.
-        archive: What they are in.
-        path: The checkpoint as the caller named it.
-        kind: What to call the archive.
+    """Index every checkpoint among the members (name and content) of an archive without reading tensor data.
 
     Returns:
         Its root maps each member's name, without folder and suffix where that is clear, to what the member holds.
         ``None`` if there is no checkpoint inside.
-
-    Raises:
-        CheckpointFormatError: There are too many.
-        CorruptCheckpointError: One of them is truncated, damaged or hostile.
     """
     found: dict[str, Checkpoint] = {}
     for name, member in members:

@@ -68,19 +68,7 @@ _DTYPES: dict[int, torch.dtype] = {
 
 
 def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
-    """Index a program's weights without reading them.
-
-    Args:
-        directory: The archive.
-        path: The checkpoint as the caller named it.
-
-    Returns:
-        Its root is the state dict, or a mapping of model name → state dict where there are several models.
-
-    Raises:
-        CheckpointFormatError: It holds no weights, as the archives of compiled models may.
-        CorruptCheckpointError: It is truncated, damaged or hostile.
-    """
+    """Index a program's weights without reading them: a state dict, or model name → state dict where it has several."""
     source, records = directory.source, directory.records
     models: dict[str, Any] = {}
     for old in _OLD_STATE:

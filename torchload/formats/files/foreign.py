@@ -48,13 +48,7 @@ class Foreign:
 
 
 def describe(source: Source, head: bytes, path: str) -> CheckpointFormatError:
-    """The error that says what a file is instead of a checkpoint.
-
-    Args:
-        source: The file.
-        head: Its first bytes, 4 KiB where it has as many.
-        path: The file as the caller named it.
-    """
+    """The error that says what a file is instead of a checkpoint."""
     for kind in KINDS:
         if kind.recognizes(head) and (kind.confirms is None or kind.confirms(source)):
             # Whoever made a link may have no right to read what it leads to, and would read it in the message.

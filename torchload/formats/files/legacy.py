@@ -32,16 +32,7 @@ _SMALL_BYTES = _WINDOW_BYTES // 8  # storages up to this size are near one anoth
 
 
 def open(source: Source, path: str) -> Checkpoint:
-    """Index a legacy file without reading tensor data.
-
-    Args:
-        source: The whole file.
-        path: The checkpoint as the caller named it.
-
-    Raises:
-        CheckpointFormatError: It is written in a version that torch never released.
-        CorruptCheckpointError: It is truncated, damaged or hostile.
-    """
+    """Index a legacy file without reading tensor data."""
     unpickled, keys = from_growing_window(source, lambda data: _read_head(data, source, path))
     extents, end = _locate(source, unpickled, keys, path)
 

@@ -50,18 +50,7 @@ class _Header(NamedTuple):
 
 
 def open_npz(directory: ZipDirectory, path: str) -> Checkpoint:
-    """Index a numpy archive; of compressed arrays, the data is read.
-
-    Args:
-        directory: The archive.
-        path: The checkpoint as the caller named it.
-
-    Returns:
-        Its root maps names to arrays; those of strings, objects and the like are inert records.
-
-    Raises:
-        CorruptCheckpointError: It is truncated, damaged or hostile.
-    """
+    """Index a numpy archive: names → arrays, or inert records of strings and objects; what is compressed is read."""
     root = Container()
     for record in directory.records.values():
         name = record.name.removesuffix(".npy")
@@ -115,16 +104,7 @@ def _read_header(source: Source, name: str, path: str) -> _Header:
 
 
 def open_pickle(source: Source, path: str) -> Checkpoint:
-    """Index a plain pickle that has arrays in it; their data stays in the file.
-
-    Args:
-        source: The whole file.
-        path: The checkpoint as the caller named it.
-
-    Raises:
-        CheckpointFormatError: There are no arrays in it.
-        CorruptCheckpointError: It is truncated, damaged or hostile.
-    """
+    """Index a plain pickle that has arrays in it; their data stays in the file."""
     if b"joblib.numpy_pickle" in source.read(0, min(MAX_HEADER_BYTES, source.size)):
         raise CheckpointFormatError(
             f"{path} was written by joblib, which puts arrays between the pickle's opcodes in a way of its own. "

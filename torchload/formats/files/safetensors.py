@@ -7,6 +7,7 @@ The format records no checksums.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from torchload.core.source import Source
 from torchload.errors import CorruptCheckpointError, damaged, incomplete
 from torchload.formats.json_text import parse_object
 
-__all__ = ["open"]
+__all__ = ["first_file", "open"]
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own bound
 
@@ -66,17 +67,10 @@ _MAX_ELEMENTS = 2**63 - 1  # sizes and strides are signed 64-bit integers in tor
 def open(source: Source, path: str) -> Checkpoint:
     """Index a safetensors file.
 
-    Args:
-        source: The file; it is not closed, whatever happens.
-        path: The checkpoint as the caller named it.
-
     Returns:
         A checkpoint whose root maps each name to a `TensorEntry` (an `OpaqueTensor` for dtypes that this torch lacks),
         in the header's order. Names that `save_model` dropped because they were tied are there again, as the same
         entries. ``metadata`` is the header's ``__metadata__``.
-
-    Raises:
-        CorruptCheckpointError: The file is truncated or breaks a rule of the format.
     """
     header, data_offset = _read_header(source, path)
     metadata = _take_metadata(header, path)
@@ -85,6 +79,16 @@ def open(source: Source, path: str) -> Checkpoint:
     _restore_tied_names(root, metadata)
     notes = _metadata_notes(metadata)
     return Checkpoint(path, "safetensors", root, (source,), notes=notes, metadata=metadata)
+
+
+def first_file(source: Source) -> Source:
+    """The file that a run of bytes begins with, where others follow it; the whole run if that can't be told."""
+    with contextlib.suppress(CorruptCheckpointError):
+        header, data_offset = _read_header(source, source.name)
+        _take_metadata(header, source.name)
+        _, placed = _Header(Extent(source, data_offset, source.size - data_offset), source.name).entries(header)
+        return source.slice(0, min(data_offset + max((end for _, end, _ in placed), default=0), source.size))
+    return source
 
 
 def _read_header(source: Source, path: str) -> tuple[dict[str, Any], int]:
@@ -154,8 +158,8 @@ class _Header:
                 layout = layouts.get((code, tuple(sizes)))
             except (KeyError, TypeError, ValueError):
                 raise self._bad_entry(name, fields) from None
-            # A cached layout says nothing about the types of these sizes: True and 1.0 are equal to 1.
-            if layout is None or not _INT.issuperset(map(type, sizes)):
+            # A cached layout says nothing about types: True and 1.0 are equal to 1, "" and {} have no sizes, like [].
+            if layout is None or type(sizes) is not list or not _INT.issuperset(map(type, sizes)):
                 layout = self._layout(name, fields)
             if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
                 positions = _short(fields["data_offsets"])
@@ -243,10 +247,19 @@ def _check_coverage(placed: list[tuple[int, int, str]], source: Source, data_off
 
 
 def _restore_tied_names(root: Container, metadata: dict[str, str]) -> None:
-    """Give back the names that `safetensors.torch.save_model` dropped: it lists them as dropped → kept."""
-    for dropped, kept in metadata.items():
-        if dropped != "format" and dropped not in root and isinstance(entry := root.get(kept), TensorEntry):
-            root[dropped] = entry
+    """Give back the names that `safetensors.torch.save_model` dropped: it lists them as dropped → kept.
+
+    The kept one may be listed as dropped itself, before or after.
+    """
+    followed: set[str] = {"format"}
+    for dropped in metadata:
+        name, chain = dropped, list[str]()
+        while name not in root and name in metadata and name not in followed:
+            followed.add(name)
+            chain.append(name)
+            name = metadata[name]
+        if isinstance(entry := root.get(name), TensorEntry):
+            root.update(dict.fromkeys(chain, entry))
 
 
 def _metadata_notes(metadata: dict[str, str]) -> tuple[str, ...]:

@@ -50,16 +50,7 @@ class _Part(NamedTuple):
 
 
 def open(source: Source, path: str) -> Checkpoint:
-    """Index a tar archive without reading tensor data.
-
-    Args:
-        source: The whole archive.
-        path: The checkpoint as the caller named it.
-
-    Raises:
-        CheckpointFormatError: It holds no checkpoint.
-        CorruptCheckpointError: It is truncated, damaged or hostile.
-    """
+    """Index a tar archive without reading tensor data."""
     members = read_members(source, path)
     if {"storages", "tensors", "pickle"} <= members.keys():
         root = _read_torch(members, path)
@@ -72,12 +63,7 @@ def open(source: Source, path: str) -> Checkpoint:
 
 
 def read_members(source: Source, path: str) -> dict[str, Source]:
-    """The files in a tar archive, by name.
-
-    Raises:
-        CheckpointFormatError: It holds too many files.
-        CorruptCheckpointError: It is truncated, damaged or hostile.
-    """
+    """The files in a tar archive, by name."""
     members: dict[str, Source] = {}
     position = 0
     extended: dict[str, Any] = {}  # what a pax header says about the file that follows it

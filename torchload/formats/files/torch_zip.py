@@ -20,16 +20,7 @@ SMALL_BYTES = 1 << 16  # records this short, beside the tensors', are checked wh
 
 
 def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
-    """Index a zip checkpoint without reading tensor data.
-
-    Args:
-        directory: The archive.
-        path: The checkpoint as the caller named it.
-
-    Raises:
-        CheckpointFormatError: A zip archive of something else.
-        CorruptCheckpointError: It is truncated, damaged or hostile.
-    """
+    """Index a zip checkpoint without reading tensor data."""
     source = directory.source
     top = _top_folder(directory, path)
     data_folder = f"{top}data/"

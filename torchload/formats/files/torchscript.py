@@ -53,16 +53,7 @@ class _ModuleClass:
 
 
 def open_directory(directory: ZipDirectory, path: str) -> Checkpoint:
-    """Index a TorchScript archive without reading tensor data.
-
-    Args:
-        directory: The archive.
-        path: The checkpoint as the caller named it.
-
-    Raises:
-        CheckpointFormatError: It holds no scripted module.
-        CorruptCheckpointError: It is truncated, damaged or hostile.
-    """
+    """Index a TorchScript archive without reading tensor data."""
     checkpoint = torch_zip.open_directory(directory, path)
     if not _is_scripted(checkpoint.root):
         raise CheckpointFormatError(

@@ -110,10 +110,7 @@ class ZipDirectory:
 
 
 def read_directory(source: Source) -> ZipDirectory:
-    """Read and check the directory of an archive; no record's data is read.
-
-    Args:
-        source: The whole archive, without anything before or after it.
+    """Read and check the directory of an archive, which the source is alone; no record's data is read.
 
     Raises:
         CorruptCheckpointError: It is truncated, contradicts itself, or has records that overlap or occur twice.

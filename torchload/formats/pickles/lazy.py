@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchload.core.checkpoint import Box, Extent, OpaqueTensor, TensorEntry, box_end_bytes, contiguous_strides
+from torchload.core.checkpoint import Extent, OpaqueTensor, TensorEntry, box_end_bytes
 from torchload.core.source import UnpackedSource
 
 if TYPE_CHECKING:
@@ -17,13 +17,7 @@ __all__ = ["resolved"]
 
 
 def resolved(walk: Walk, entry: Any, metadata: Any) -> Any:
-    """A tensor as its metadata says that it is; worked out when its data is first read.
-
-    Args:
-        walk: The tree in the making.
-        entry: The tensor as it lies in the file.
-        metadata: What `torch.save` noted beside it: ``{"conj": True}``, ``{"neg": True}``, both, or nothing.
-    """
+    """A tensor as what `torch.save` noted beside it says that it is (``conj``, ``neg``); worked out when first read."""
     flags = [flag for flag in ("conj", "neg") if isinstance(metadata, dict) and metadata.get(flag) is True]
     if not flags or type(entry) is not TensorEntry or not entry.boxes:
         return entry
@@ -47,8 +41,7 @@ def resolved(walk: Walk, entry: Any, metadata: Any) -> Any:
 
     source = UnpackedSource(work_out, entry.nbytes, walk.name, walk.budget)
     extent = Extent(source, 0, entry.nbytes, big_endian=sys.byteorder == "big")
-    strides, origin = contiguous_strides(entry.shape), (0,) * len(entry.shape)
-    return TensorEntry(entry.dtype, entry.shape, (Box(extent, 0, entry.shape, strides, origin),))
+    return TensorEntry.over(extent, entry.dtype, entry.shape)
 
 
 def _as_flagged(tensor: torch.Tensor, flags: list[str]) -> torch.Tensor:

@@ -124,13 +124,7 @@ class PickleStream(NamedTuple):
 def check_stream(
     data: bytes | bytearray | mmap, start: int = 0, *, name: str, budget: Budget | None = None
 ) -> PickleStream:
-    r"""Check the opcodes of one pickle, up to its STOP.
-
-    Args:
-        data: Bytes that hold the pickle. More may follow it.
-        start: Position of its first opcode.
-        name: What to call it in messages.
-        budget: What its objects may cost.
+    r"""Check the opcodes of one pickle, from the byte `start` up to its STOP.
 
     Returns:
         The stream to unpickle. Every length and memo index in it is bounded by the data.

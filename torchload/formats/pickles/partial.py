@@ -21,14 +21,7 @@ MAX_DIMENSIONS = 64
 
 
 def one_part(kind: str, state: Any, shape: Shape, walk: Walk) -> OpaqueTensor:
-    """A tensor of one of the `KNOWN_SUBCLASSES`; without parts where its state is laid out as no known version does.
-
-    Args:
-        kind: Qualified name of the class.
-        state: What was pickled with the tensor, still recorded.
-        shape: Of the whole tensor.
-        walk: The tree in the making.
-    """
+    """A tensor of one of the `KNOWN_SUBCLASSES`; without parts where its state is laid out as no known version does."""
     try:
         return KNOWN_SUBCLASSES[kind](state, shape, walk)
     except (TypeError, LookupError, AttributeError):

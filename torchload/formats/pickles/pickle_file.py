@@ -20,20 +20,10 @@ _WINDOWS_BYTES = (4 << 20, 64 << 20)
 
 
 def from_growing_window(source: Source, read: Callable[[bytes | mmap.mmap], Result]) -> Result:
-    """Give `read` the beginning of a file, and more of it where that was too little.
+    """What `read` gives for the beginning of a file, or for more of it where that was too little.
 
     Only a file whose pickles are longer than 64 MiB is mapped: then long payloads stay on disk, for the price that a
     file which another process truncates at this very moment would kill this one. Reads have no such risk.
-
-    Args:
-        source: The file.
-        read: Reads pickles from the bytes, which begin where the file does.
-
-    Returns:
-        What `read` returned.
-
-    Raises:
-        CorruptCheckpointError: As `read` raised it, given all it could use.
     """
     for window_bytes in _WINDOWS_BYTES:
         size = min(window_bytes, source.size)

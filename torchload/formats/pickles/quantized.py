@@ -41,15 +41,7 @@ _LETTERS = {torch.float64: "d", torch.float32: "f", torch.int64: "q"}  # of the 
 
 
 def quantized(walk: Walk, dtype: torch.dtype, shape: Shape, data: Any, quantizer: Any) -> OpaqueTensor:
-    """A quantized tensor over integers that were checked.
-
-    Args:
-        walk: The tree in the making.
-        dtype: The quantized element type.
-        shape: The shape of the tensor.
-        data: Its integers, as an entry.
-        quantizer: As torch records it: ``(scheme, scale, zero point)``, or ``(scheme, scales, zero points, axis)``.
-    """
+    """A quantized tensor over integers that were checked, with the scales that `quantizer` has as torch records it."""
     if data.is_expanded:  # torch would need memory for all of it
         return OpaqueTensor("a quantized tensor", shape)
     scheme = getattr(quantizer[0], "qualified", "")

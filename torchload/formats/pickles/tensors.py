@@ -69,15 +69,7 @@ KNOWN_MAPPINGS = frozenset(
 def _strided_tensor(
     walk: Walk, storage: Any, dtype: torch.dtype | None, offset: Any, shape: Any, strides: Any
 ) -> TensorEntry | OpaqueTensor:
-    """A tensor over a storage, checked against it in integers that can't overflow.
-
-    Args:
-        walk: The tree in the making.
-        storage: What stands in the storage's place.
-        dtype: Element type; ``None`` takes the storage's.
-        offset: Position of the first element, in elements.
-        shape, strides: As torch gives them, in elements.
-    """
+    """A tensor over a storage, checked against it in integers that can't overflow; without `dtype` in the storage's."""
     if isinstance(storage, Call):
         storage = _storage_over(walk.value(storage))
     if type(storage) is not Storage:

@@ -73,9 +73,6 @@ def read_pickle(
 
     Arguments and errors are those of `unpickle` and of its result's `finish`.
 
-    Returns:
-        The tree (see `torchload.core.checkpoint`).
-
     Example:
         >>> import argparse, pickle
         >>> from torchload.formats.pickles.unpickle import read_pickle
@@ -148,10 +145,7 @@ class Unpickled:
             raise CorruptCheckpointError(f"{self.name}: {problem}", path=self.name) from error
 
     def finish(self, extent_of: Callable[[Storage], Extent] | None = None) -> Any:
-        """The tree; the recording is used up.
-
-        Args:
-            extent_of: Where the data of a storage is; asked once per storage. Without it, there may be none.
+        """The tree; the recording is used up. `extent_of` says where a storage is; without it there may be none.
 
         Raises:
             CorruptCheckpointError: A tensor does not lie inside its storage, or the objects are nested too deeply.
@@ -273,10 +267,8 @@ class _Reader(pickle.Unpickler):
         return declared
 
 
-def _view(view: Any, key: str, numel: int) -> tuple[int, int] | None:
-    """What part of a storage a legacy file means by ``(key, offset, length)``; ``None`` for all of it."""
-    if view is None:
-        return None
+def _view(view: Any, key: str, numel: int) -> tuple[int, int]:
+    """What part of a storage a legacy file means by ``(key, offset, length)``."""
     if type(view) is not tuple or len(view) != 3 or not all(type(number) is int for number in view[1:]):
         raise TypeError(f"a view of storage {key[:80]!r} is not described as torch describes one")
     if min(view[1:]) < 0 or view[1] + view[2] > numel:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from torchload.core.checkpoint import Checkpoint, Container, TensorEntry
 from torchload.core.text import listed, plural
 from torchload.errors import (
+    GET_IT_AGAIN,
     AmbiguousCheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
@@ -41,11 +42,7 @@ _LAYER_FILE = re.compile(r"layer_\d+-model_\d+-model_states\.pt")
 
 
 def open_folder(path: str, open_member: OpenFile) -> Checkpoint:
-    """Index a DeepSpeed checkpoint.
-
-    Args:
-        path: The folder that was given to ``save_checkpoint``, or one step's folder inside it.
-        open_member: Opens one file.
+    """Index a DeepSpeed checkpoint: the folder that was given to ``save_checkpoint``, or one step's inside it.
 
     Returns:
         The first rank's tree, in which ``module`` is complete whatever the ZeRO stage.
@@ -64,8 +61,7 @@ def open_folder(path: str, open_member: OpenFile) -> Checkpoint:
     plain = [name for name in names if _MODEL_FILE.fullmatch(name)]
     if not plain and not rank_files:
         raise CheckpointNotFoundError(
-            f"The checkpoint has no model states in {step}, only {listed(sorted(names)) or 'nothing'}. "
-            "Copy the folder again."
+            f"The checkpoint has no model states in {step}, only {listed(sorted(names)) or 'nothing'}. {GET_IT_AGAIN}"
         )
     with Members(open_member) as members:
         ranks = _Ranks(path, step, members)

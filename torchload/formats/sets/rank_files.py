@@ -15,6 +15,7 @@ from typing import Any
 from torchload.core.checkpoint import Checkpoint, Container, OpaqueTensor, Shape, TensorEntry
 from torchload.core.text import listed
 from torchload.errors import (
+    GET_IT_AGAIN,
     AmbiguousCheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
@@ -69,10 +70,6 @@ def _rank_set(names: Iterable[str]) -> dict[int, str] | None:
 
 def open_rank_set(path: str, open_member: OpenFile) -> Checkpoint:
     """Put together the files of all ranks of a job that saved sharded tensors.
-
-    Args:
-        path: The folder.
-        open_member: Opens one file.
 
     Returns:
         The first rank's tree, in which every sharded tensor is one entry of all ranks' parts.
@@ -186,10 +183,6 @@ def is_megatron(names: Iterable[str]) -> bool:
 def open_megatron(path: str, open_member: OpenFile) -> Checkpoint:
     """Open a Megatron-LM folder, if one rank had the whole model, or if it was saved in the distributed format.
 
-    Args:
-        path: The folder with ``latest_checkpointed_iteration.txt``, or an iteration's folder inside it.
-        open_member: Opens a file or a folder.
-
     Raises:
         CheckpointFormatError: Several ranks hold parts of the model.
         CheckpointNotFoundError: The iteration or its files are missing.
@@ -210,7 +203,7 @@ def open_megatron(path: str, open_member: OpenFile) -> Checkpoint:
     found = [name for name in _MEGATRON_FILES if os.path.exists(os.path.join(inside, name))]
     if not found:
         raise CheckpointNotFoundError(
-            f"The checkpoint has none of {', '.join(_MEGATRON_FILES)} in {inside}. Copy the folder again."
+            f"The checkpoint has none of {', '.join(_MEGATRON_FILES)} in {inside}. {GET_IT_AGAIN}"
         )
     return replace(open_member(os.path.join(inside, found[0])), path=path)
 

@@ -24,11 +24,9 @@ class MisfitError(ValueError):
 
 
 def assemble(parts: Iterable[tuple[Shape, Any]], shape: Shape | None = None) -> TensorEntry:
-    """Make one tensor of parts that say where they begin. Parts of the same region are replicas: one of them is taken.
+    """Make one tensor of parts, each behind the position where it begins; as large as they reach, without `shape`.
 
-    Args:
-        parts: (position of the part's first element in the whole tensor, the part).
-        shape: Of the whole tensor; ``None`` if it is as large as the parts reach.
+    Parts of the same region are replicas: one of them is taken.
 
     Raises:
         MisfitError: They overlap, leave a hole, or differ in dtype or number of dimensions.
@@ -81,10 +79,6 @@ def tiles(shape: Shape, regions: Iterable[Region]) -> bool:
     the regions must cancel to those of the whole tensor. That takes n · 2ᵈ steps for n regions that cut d dimensions,
     and a sort, however they lie.
 
-    Args:
-        shape: Of the tensor.
-        regions: In any order, all with as many dimensions as `shape`.
-
     Raises:
         MisfitError: There are more than half a million corners: cut up along so many dimensions, or into so many parts,
             nobody can have meant it.
@@ -120,15 +114,10 @@ def _corners(region: Region, dimensions: list[int], sign: int) -> list[tuple[Sha
 
 
 def regions_of_run(shape: Shape, first: int, count: int) -> Iterator[Region]:
-    """The boxes that a run of a tensor's elements in row-major order is made of.
+    """The boxes that `count` elements of a tensor without a dimension of 0 are, from the `first` in row-major order on.
 
     At most 2·d − 1 of them for d dimensions: the end of a row, the rest of a plane, …, whole planes, and down again.
     Each is contiguous in the tensor's own memory as well as in the run.
-
-    Args:
-        shape: Of the tensor; no dimension is 0.
-        first: Position of the first element in the flattened tensor.
-        count: Number of elements.
 
     Example:
         >>> for region in regions_of_run((4, 3), 2, 8):

@@ -59,11 +59,7 @@ class Zero:
         return self.whole([state.get(self.weights_key) for state in self.states])
 
     def frozen(self, models: Sequence[Any]) -> dict[str, TensorEntry]:
-        """Parameters that are not trained, by name: in the model states, cut up as well under ZeRO 3.
-
-        Args:
-            models: The model states; of all ranks under ZeRO 3.
-        """
+        """Parameters that are not trained, by name: in the model states (under ZeRO 3 of all ranks, cut up as well)."""
         fragments = [model.get("frozen_param_fragments") or {} for model in models]
         if not self.is_stage3:
             entries = fragments[0].items() if isinstance(fragments[0], dict) else ()
