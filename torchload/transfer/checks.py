@@ -118,7 +118,7 @@ def _turns(parts: Iterable[_Part]) -> dict[int | None, _Turns]:
     by_file: dict[int | None, deque[_Part]] = {}
     for part in parts:
         by_file.setdefault(part.extent.source.fd, deque()).append(part)
-    turns = {
+    turns: dict[int | None, _Turns] = {
         number: _Turns(threading.Lock(), members, iter(list(members)))
         for number, members in by_file.items()
         if number is not None and is_cold(number)
