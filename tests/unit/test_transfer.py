@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import gc
 import os
@@ -22,7 +23,7 @@ from torchload.core.copies import Copy
 from torchload.core.source import FileSource, MemorySource, Source
 from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.transfer import run
-from torchload.transfer.crew import Crew
+from torchload.transfer.crew import Crew, Helper
 from torchload.transfer.pieces import DIRECT_BYTES, STAGED_BYTES, STRIDED_BYTES, schedule
 
 LARGE = 3 * STAGED_BYTES // 8 + 17
@@ -445,6 +446,25 @@ def test_an_interrupt_waits_for_jobs_that_others_are_at() -> None:
     with pytest.raises(KeyboardInterrupt):
         Crew([0, 1], lambda: work, threads=2).run()
     assert len(ended) == 1
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="threads begin in another way there")
+def test_an_interrupt_that_leaves_a_thread_unable_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a number, and waits for a lock that nobody opens."""
+    locked: list[threading.Condition] = []
+
+    def start(helper: Helper) -> None:
+        locked.append(helper._started._cond)  # type: ignore[attr-defined]
+        locked[0].acquire()
+        _thread.start_new_thread(helper._bootstrap, ())  # type: ignore[attr-defined]
+        while helper.ident is None:
+            time.sleep(0.001)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Helper, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        Crew([0, 1], lambda: int, threads=2).run()
+    locked[0].release()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
