@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from torchload.core.text import printable, printable_lines
@@ -127,14 +128,14 @@ class CorruptCheckpointError(CheckpointFormatError):
 GET_IT_AGAIN = "Download or copy it again."
 
 
-def damaged(path: str, what: str) -> CorruptCheckpointError:
-    """The error of a file that contradicts itself; `what` it does is a clause."""
-    return CorruptCheckpointError(f"{path} is damaged: {what}. {GET_IT_AGAIN}", path=path)
+def damaged(path: str | None, what: str) -> CorruptCheckpointError:
+    """The error of a file, or of the whole checkpoint, that contradicts itself; `what` it does is a clause."""
+    return CorruptCheckpointError(f"{path or _SUBJECT} is damaged: {what}. {GET_IT_AGAIN}", path=path)
 
 
-def incomplete(path: str, what: str) -> CorruptCheckpointError:
-    """The error of a file that ends too early; `what` is missing is a clause."""
-    return CorruptCheckpointError(f"{path} is incomplete: {what}. {GET_IT_AGAIN}", path=path)
+def incomplete(path: str | None, what: str) -> CorruptCheckpointError:
+    """The error of a file, or of the whole checkpoint, that ends too early; `what` is missing is a clause."""
+    return CorruptCheckpointError(f"{path or _SUBJECT} is incomplete: {what}. {GET_IT_AGAIN}", path=path)
 
 
 def refused(path: str, what: str) -> CorruptCheckpointError:
@@ -235,6 +236,17 @@ class DeviceError(TorchLoadError, RuntimeError):
 
 _SUBJECT = "The checkpoint"
 _SHOWN = 3
+_called: ContextVar[str] = ContextVar("called", default="smart_load")
+
+
+def advised(arguments: str) -> str:
+    """Advice, spelled as the call that the user made, with these arguments in it.
+
+    Example:
+        >>> advised("skip=['fc.*']")
+        "smart_load(..., skip=['fc.*'])"
+    """
+    return f"{_called.get()}(..., {arguments})"
 
 
 class Boundary:
@@ -255,17 +267,21 @@ class Boundary:
         self,
         written: Callable[[], Sequence[str]] | None = None,
         unchanged: str = "Nothing was loaded; the model is unchanged.",
+        called: str = "smart_load",
     ) -> None:
         """Ready to be entered.
 
         Args:
             written: Gives the names of what has changed by now; ``None`` where the function changes nothing.
             unchanged: What to say where that is nothing.
+            called: Name of the public function, for advice.
         """
         self.path: str | None = None
+        self._called = called
         self._written, self._unchanged = written, unchanged
 
     def __enter__(self) -> Boundary:
+        self._before = _called.set(self._called)
         return self
 
     def warn(self, texts: Iterable[str]) -> None:
@@ -274,6 +290,7 @@ class Boundary:
             warnings.warn(printable(f"{self.path}: {text}", None), CheckpointWarning, stacklevel=4)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        _called.reset(self._before)
         if error is None:
             return
         state = ""

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
+from tests.dcp_folders import whole
 from tests.distributed._ranks import on_ranks
 from tests.law import assert_equal_bits, randomise, same_bits, snapshot
 from torchload import LoadReport, errors, smart_load
@@ -274,8 +275,18 @@ def hybrid(rank: int, folder: Path) -> None:
         smart_load(model, folder / "linear.pth", process_group=distributed.GroupMember.NON_GROUP_MEMBER)
 
 
+def chunks_are_cut(folder: Path) -> None:
+    """A chunk of a distributed checkpoint is looked up when somebody wants it, also where a share ends in it."""
+    model = nn.Sequential(nn.Linear(301, 2003), nn.Linear(2003, 7))
+    report = smart_load(model, folder / "linear.dcp", process_group=distributed.group.WORLD)
+    want = torch.load(folder / "linear.pth")
+    assert_equal_bits(model.state_dict(), want)
+    assert report.read_bytes < 0.6 * sum(value.nbytes for value in want.values())
+
+
 def _on_two(rank: int, folder: Path) -> None:
     loaded_together(folder, 2)
+    chunks_are_cut(folder)
     failed_together(rank, folder)
     not_there(rank, folder)
 
@@ -301,7 +312,10 @@ def saved(tmp_path: Path) -> Path:
     huge = build(1)
     huge.row.data[0, 80_000] = 1e9
     torch.save(huge.state_dict(), tmp_path / "huge.pth")
-    torch.save(nn.Sequential(nn.Linear(301, 2003), nn.Linear(2003, 7)).state_dict(), tmp_path / "linear.pth")
+    linear = nn.Sequential(nn.Linear(301, 2003), nn.Linear(2003, 7)).state_dict()
+    torch.save(linear, tmp_path / "linear.pth")
+    (tmp_path / "linear.dcp").mkdir()
+    whole(linear).write(tmp_path / "linear.dcp")
     return tmp_path
 
 

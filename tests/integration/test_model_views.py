@@ -12,7 +12,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from tests.law import assert_equal_bits, randomise, snapshot
-from torchload import errors, smart_load, smart_save, verify_weights
+from torchload import errors, smart_load, smart_resume, smart_save, verify_weights
 
 
 class Pair(nn.Module):
@@ -195,3 +195,32 @@ def test_a_lazily_conjugated_view_is_saved_as_what_it_shows(tmp_path: Path, name
     saved = load_file(tmp_path / name) if name.endswith("safetensors") else torch.load(tmp_path / name)
     for key, tensor in model.state_dict().items():
         assert torch.equal(saved[key], tensor), key
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"dtype": torch.float16, "keep_fp32": ["enc"]}], ids=str)
+@pytest.mark.parametrize("view", [*VIEWS, *STRIDED])
+def test_a_non_persistent_buffer_goes_on_to_show_what_it_is_a_view_of(
+    tmp_path: Path, view: str, options: dict[str, Any]
+) -> None:
+    shown = {**VIEWS, **STRIDED}[view]
+
+    def build() -> nn.Module:
+        model = nn.Module()
+        model.enc = nn.Parameter(torch.randn(4, 6))
+        model.fc = nn.Linear(2, 2)
+        model.register_buffer("dec", shown(model.enc.detach()), persistent=False)
+        return model
+
+    trained, model = build(), build()
+    torch.save(trained.state_dict(), tmp_path / "x.pth")
+    buffer = model.dec
+    report = smart_load(model, tmp_path / "x.pth", **options)
+    assert (report.tensors, model.dec is buffer) == (3, True)
+    assert torch.equal(model.dec, shown(trained.enc.detach()).to(model.dec.dtype))
+    if "keep_fp32" not in options:
+        with torch.no_grad():
+            model.enc.zero_()
+        assert not model.dec.any()
+    model = build()
+    smart_resume(model, tmp_path / "x.pth")
+    assert torch.equal(model.dec, shown(trained.enc.detach()))

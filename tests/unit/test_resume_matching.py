@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 from tests.law import same_bits, snapshot
 from tests.versions import save_folder
-from torchload import errors, smart_load, smart_resume, smart_save
+from torchload import errors, read_state_dict, smart_load, smart_resume, smart_save
 
 
 def step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
@@ -122,6 +122,33 @@ def test_schedulers_go_with_their_optimizers(tmp_path):
     assert mine[1].state_dict() == schedulers["discriminator"].state_dict()
 
 
+@pytest.mark.parametrize("pattern", ["optim_{}", "{}_opt", "{}Optimizer", "optimizer_{}_state_dict"])
+def test_states_under_names_of_their_own_are_found_by_what_they_hold(tmp_path, pattern):
+    model = Pair(0)
+    old = two(model)
+    schedulers = {name: lr_scheduler.StepLR(optimizer, 1) for name, optimizer in old.items()}
+    step(model, *old.values())
+    schedulers["generator"].step()
+    states = {pattern.format(name): optimizer.state_dict() for name, optimizer in old.items()}
+    rates = {f"sched_{name}": scheduler.state_dict() for name, scheduler in schedulers.items()}
+    torch.save({"model": model.state_dict(), **states, **rates}, tmp_path / "x.pth")
+    names = {name: pattern.format(name) if pattern == "{}Optimizer" else name for name in old}
+    other = Pair(1)
+    new = two(other)
+    mine = {name: lr_scheduler.StepLR(new[name], 1) for name in new}
+    smart_resume(other, tmp_path / "x.pth", {names[name]: new[name] for name in reversed(new)}, mine)
+    for name in new:
+        assert_same_moments(new[name], old[name])
+        assert mine[name].state_dict() == schedulers[name].state_dict()
+    part = torch.optim.Adam(other.generator.parameters(), 0.5)
+    report = smart_resume(other, tmp_path / "x.pth", {names["generator"]: part})
+    assert_same_moments(part, old["generator"])
+    assert any(pattern.format("discriminator") in note for note in report.notes)
+    with pytest.raises(errors.IncompatibleCheckpointError, match="1 was given; to choose by name") as caught:
+        smart_resume(other, tmp_path / "x.pth", part)
+    assert "leave" not in str(caught.value)
+
+
 # --- by position ---
 
 
@@ -210,6 +237,21 @@ def test_sorted_names_say_nothing_of_a_models_order(tmp_path, sorted_by):
         torch.save({"model": weights, "optimizer": old.state_dict()}, path)
     new = torch.optim.Adam(saved.parameters())
     smart_resume(saved, path, new)
+    assert_same_moments(new, old)
+
+
+def test_names_sorted_within_each_shard_say_nothing_of_a_models_order(tmp_path):
+    saved, old = saved_in_order(tmp_path / "x.pth", "c", "a", "d", "b")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    weights = saved.state_dict()
+    shards = [tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors"]
+    for shard, layers in zip(shards, ("ca", "db")):
+        save_file({name: weights[name] for name in weights if name[0] in layers}, shard)
+    mapping = read_state_dict(shards)
+    assert [*mapping] != sorted(mapping)
+    assert [*mapping] != [*weights]
+    new = torch.optim.Adam(saved.parameters())
+    smart_resume(saved, {"model": mapping, "optimizer": old.state_dict()}, new)
     assert_same_moments(new, old)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,13 @@ def test_names_may_look_like_what_is_looked_for_in_the_text() -> None:
     assert {name: dense(entry).tolist() for name, entry in checkpoint.root.items()} == {
         name: [float(number)] * 2 for number, name in enumerate(names)
     }
+
+
+@pytest.mark.parametrize("order", list(permutations(["a", "b", "c"])))
+def test_a_chain_of_names_is_followed_whatever_its_order(tmp_path: Path, order: tuple[str, ...]) -> None:
+    following = {"a": "b", "b": "c", "c": "kept"}
+    metadata = {"loop": "pool", "pool": "loop", "title": "net", **{name: following[name] for name in order}}
+    save_file({"kept": torch.ones(2)}, tmp_path / "x.safetensors", metadata=metadata)
+    with open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
+        assert set(checkpoint.root) == {"a", "b", "c", "kept"}
+        assert all(entry is checkpoint.root["kept"] for entry in checkpoint.root.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import signal
 import stat
@@ -277,6 +278,22 @@ def test_overflow_is_named_and_leaves_what_was_there(tmp_path, suffix):
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     smart_save(model, path, dtype=torch.float16, keep_fp32=["norm.*"])
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ""])
+def test_all_that_overflows_is_named_and_the_advice_saves(tmp_path, suffix):
+    model = Net()
+    with torch.no_grad():
+        model.norm.running_var[1] = 1e9
+        model.norm.running_mean[0] = -1e6
+        model.module.weight[0, 0] = 1e5
+    with pytest.raises(errors.CastOverflowError) as caught:
+        smart_save(model, tmp_path / f"model{suffix}", dtype=torch.float16)
+    for name in ("norm", "running_var", "running_mean", "module.weight"):
+        assert name in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    [advice] = re.findall(r"(keep_fp32=\[.*\])\.$", str(caught.value))
+    smart_save(model, tmp_path / f"model{suffix}", dtype=torch.float16, **eval(f"dict({advice})"))
 
 
 def test_large_tensors_go_through_small_memory(tmp_path):

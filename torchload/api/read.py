@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchload.core.checkpoint import Box, Copies, OpaqueTensor, Record, TensorEntry, contiguous_strides, is_tensor
+from torchload.core.checkpoint import Copies, OpaqueTensor, Record, TensorEntry, contiguous_strides, is_tensor
 from torchload.core.collector import collector_paused
 from torchload.core.public import CheckpointLike, public
 from torchload.core.quantized import quantized_tensor
@@ -96,7 +96,7 @@ def read_state_dict(
             entries = _tensors(chosen)
         rivals = listed([repr(rival) for rival in chosen.rivals])
         if chosen.is_guess:
-            text = f"read {chosen.key!r}, called as weights usually are, but {rivals} may be meant; key= chooses"
+            text = f"read {chosen.key!r}, a usual name for weights; it may be that {rivals} is meant: key= chooses"
             boundary.warn([text])
         elif chosen.rivals:
             _log.info("%s: read %r; beside it are %s", printable(checkpoint.path, None), chosen.key, rivals)
@@ -214,5 +214,4 @@ def _source(entry: TensorEntry, item: Run) -> TensorEntry:
     box = entry.boxes[0] if len(entry.boxes) == 1 else None
     if box is None or not item.is_flat or (len(item.members) == 1 and box.is_contiguous):
         return entry
-    shape = (item.numel,)
-    return TensorEntry(entry.dtype, shape, (Box(box.extent, item.start_bytes, shape, (1,), (0,)),))
+    return TensorEntry.over(box.extent, entry.dtype, (item.numel,), start=item.start_bytes)

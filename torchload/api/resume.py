@@ -101,7 +101,7 @@ def smart_resume(
     check_choice(key, prefix, rename, strict)
     left_changed: list[str] = []
     unchanged = "Nothing was restored; everything is as it was."
-    with Boundary(lambda: left_changed, unchanged) as boundary, ExitStack() as stack:
+    with Boundary(lambda: left_changed, unchanged, "smart_resume") as boundary, ExitStack() as stack:
         with collector_paused():
             checkpoint = stack.enter_context(open_checkpoint(path))
             boundary.path = checkpoint.path

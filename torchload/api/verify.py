@@ -151,7 +151,7 @@ def verify_weights(
     started = time.perf_counter()
     check_arguments(model, None, skip, (), False)
     check_choice(key, prefix, rename)
-    with Boundary() as boundary, open_checkpoint(path) as checkpoint, torch.no_grad():
+    with Boundary(called="verify_weights") as boundary, open_checkpoint(path) as checkpoint, torch.no_grad():
         boundary.path = checkpoint.path
         checkpoint.confirm()
         with collector_paused():
@@ -218,8 +218,8 @@ def _keeps_its_own(name: str, slot: Slot, leaf: object) -> bool:
 
 def _incomparable(name: str, slot: Slot, leaf: object, selection: Selection) -> str | None:
     if name in selection.mismatched:
-        theirs, ours = selection.mismatched[name]
-        return f"file {theirs}, model {ours}"
+        in_file, in_model = selection.mismatched[name]
+        return f"file {in_file}, model {in_model}"
     if isinstance(leaf, OpaqueTensor):
         return f"the file holds {leaf.reason}"
     if not isinstance(leaf, TensorEntry):

@@ -98,6 +98,12 @@ class Box:
         """Identity of the data: boxes of equal location hold the same bytes."""
         return id(self.extent.source), self.extent.offset + self.start, self.shape, self.strides
 
+    def narrow(self, dimension: int, first: int, count: int, itemsize: int) -> Box:
+        """What it has of positions `first` … along a dimension, `count` of them, in elements of `itemsize` bytes."""
+        shape = (*self.shape[:dimension], count, *self.shape[dimension + 1 :])
+        origin = (*self.origin[:dimension], self.origin[dimension] + first, *self.origin[dimension + 1 :])
+        return Box(self.extent, self.start + first * self.strides[dimension] * itemsize, shape, self.strides, origin)
+
 
 @dataclass(slots=True, eq=False)
 class TensorEntry:
@@ -291,6 +297,7 @@ class Checkpoint:
         end: Position just past it in its file, where something else may follow; ``None`` where it takes all.
         confirm: Compares what open took for equal without reading it; raises `CheckpointFormatError` where it differs.
             To be called by whoever goes on to the tensors' data.
+        whole: Says what to give instead of a file that is one part of several; ``None`` where nothing tells of others.
     """
 
     path: str
@@ -302,6 +309,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     end: int | None = None
     confirm: Callable[[], object] = tuple
+    whole: Callable[[], str | None] = lambda: None
 
     @property
     def size_bytes(self) -> int:

@@ -182,8 +182,7 @@ def part_of(entry: TensorEntry, whole: Layout, part: Layout) -> TensorEntry | No
     if found is None:
         return None
     start = box.start + found[0] * entry.dtype.itemsize
-    view = Box(box.extent, start, part.shape, found[1], (0,) * len(part.shape))
-    return TensorEntry(entry.dtype, part.shape, (view,))
+    return TensorEntry.over(box.extent, entry.dtype, part.shape, found[1], start)
 
 
 def _retraced(first: int, part: Layout, axes: Sequence[tuple[int, int, int]]) -> tuple[int, Shape] | None:

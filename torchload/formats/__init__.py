@@ -6,10 +6,12 @@ list of shards come down to single files again. What one ordinary file doesn't n
 
 from __future__ import annotations
 
+import glob
 import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torchload.core.budget import Budget
@@ -18,7 +20,7 @@ from torchload.core.collector import collector_paused
 from torchload.core.optimizers import is_optimizer_state
 from torchload.core.source import Source
 from torchload.errors import AmbiguousCheckpointError, CheckpointNotFoundError, TorchLoadError
-from torchload.formats.files import head_of, is_zip, kind_of, reader
+from torchload.formats.files import head_of, is_safetensors, is_zip, kind_of, reader
 from torchload.formats.locate import folder_around, path_text, source_of_file, source_of_object, status_of
 
 __all__ = ["open_checkpoint"]
@@ -89,8 +91,11 @@ class _Opening:
         source = source_of_object(file)
         position = file.tell()
         try:
-            if is_zip(head_of(source)):
+            head = head_of(source)
+            if is_zip(head):
                 source = reader("zip_directory").first_archive(source)
+            elif is_safetensors(head):
+                source = reader("safetensors").first_file(source)
             checkpoint = self.source(source, source.name)
         except BaseException:
             file.seek(position)
@@ -156,7 +161,8 @@ class _Opening:
         if (folder := folder_around(path)) is not None:
             status_of(path)  # what was named must be there
             return self.folder(folder)
-        return self.source(source_of_file(path, self.budget), path)
+        checkpoint = self.source(source_of_file(path, self.budget), path)
+        return replace(checkpoint, whole=partial(_whole_of, path))
 
     def shard(self, path: str) -> Checkpoint:
         """Open one file of a set, which can't be an index of another set."""
@@ -179,6 +185,57 @@ class _Opening:
         except BaseException:
             source.close()
             raise
+
+
+def _whole_of(path: str) -> str | None:
+    """What to give instead of a file that is one part of several, by an index beside it or by its name."""
+    from torchload.formats.sets import folder
+
+    around, name = os.path.split(path)
+    try:
+        beside = sorted(os.listdir(around or "."))
+    except OSError:
+        return None
+    parts, give, index = folder.parts_by_name(name, beside), around or ".", None
+    for other in beside:
+        if other.endswith(".index.json") and name in (listed := _listed_in(os.path.join(around, other))):
+            parts, give = listed, (index := os.path.join(around, other))
+    if len(parts) < 2:
+        return None
+    if missing := set(parts).difference(beside):
+        be = "is" if len(missing) == 1 else "are"
+        return (
+            f"This file is one of {len(parts)} parts, of which {len(missing)} {be} not beside it: download all of them "
+            "into one folder, and give that folder."
+        )
+    if index is None and not _opens_with(give, name):  # a folder that holds other checkpoints as well
+        differing = ("?" if len({*column}) > 1 else glob.escape(column[0]) for column in zip(*parts))
+        give = os.path.join(glob.escape(around), "".join(differing))
+        return f"This file is one of {len(parts)} parts: give glob.glob({give!r})"
+    return f"This file is one of {len(parts)} parts: give {give!r}"
+
+
+def _opens_with(folder: str, name: str) -> bool:
+    """Whether a folder opens as a checkpoint that has a file as one of its parts."""
+    try:
+        with open_checkpoint(folder) as whole:
+            return name in {os.path.basename(source.name) for source in whole.sources}
+    except (TorchLoadError, OSError):
+        return False
+
+
+def _listed_in(index: str) -> list[str]:
+    """The files that an index names; none if it can't be read."""
+    from torchload.formats.sets import sharded
+
+    try:
+        source = source_of_file(index)
+        try:
+            return sharded.files_of(source, index)
+        finally:
+            source.close()
+    except (TorchLoadError, OSError):
+        return []
 
 
 def _is_checkpoint(path: str) -> bool:

@@ -151,9 +151,11 @@ def source_of_object(file: Any) -> Source:
         CorruptCheckpointError: It is empty, or stands at its end.
     """
     name = getattr(file, "name", None)
-    name = name if isinstance(name, str) else f"<{type(file).__name__}>"
+    name = name if name and isinstance(name, str) else f"<{type(file).__name__}>"
     if isinstance(file, io.TextIOBase):
         raise TypeError(f"{name} is open as text; open it in binary mode: open(path, 'rb')")
+    if isinstance(file, io.IOBase) and not file.closed and not file.readable():
+        raise TypeError(f"{name} is open for writing only; open it for reading: open(path, 'rb')")
     if callable(seekable := getattr(file, "seekable", None)) and not seekable():
         raise TypeError(
             f"{name} can't seek, and a checkpoint is read at many places. Write it to a file first, or read it into "
@@ -171,8 +173,8 @@ def source_of_object(file: Any) -> Source:
         source = StreamSource(file, name)
     else:
         raise TypeError(
-            f"a checkpoint is a path, a list of paths, or a binary file object with seek and read, "
-            f"not {type(file).__name__}"
+            "a checkpoint is a path, a list of paths, a binary file object with seek and read, or a mapping such as a "
+            f"state dict, not {type(file).__name__}"
         )
     position = file.tell()
     if source.size == 0 or position >= source.size:
@@ -194,7 +196,7 @@ def _absence(path: str, error: OSError) -> str:
     if path.startswith(("http://", "https://", "s3://", "gs://", "hf://")):
         return f"{path} is a URL; download it first and give the path of the file."
     if os.path.islink(path):
-        return f"{path} is a symbolic link to {os.readlink(path)}, which does not exist. Download the file again."
+        return f"{path} is a symbolic link to {os.readlink(path)}, which does not exist. {GET_IT_AGAIN}"
     if not path:
         return "The path is empty; it must name a file or a folder."
     hint = _hint(path)
@@ -209,10 +211,10 @@ def _hint(path: str) -> str:
         existing = folder
         while existing and not os.path.isdir(existing) and existing != os.path.dirname(existing):
             existing = os.path.dirname(existing)
-        if re.fullmatch(_HUB_ID, path):
+        if re.fullmatch(_HUB_ID, repository := re.sub(r"^hf[-_]hub:", "", path)):
             return (
                 "If it is the id of a model on the Hugging Face hub, download it first and give the folder: "
-                f"huggingface_hub.snapshot_download({path!r})."
+                f"huggingface_hub.snapshot_download({repository!r})."
             )
         return f"The folder {folder} does not exist either; {existing or os.curdir} does."
     try:

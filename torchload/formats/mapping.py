@@ -101,6 +101,8 @@ class _Tree:
         return made if isinstance(value, list) else self._remember(value, tuple(made))
 
     def _leaf(self, tensor: torch.Tensor) -> TensorEntry | OpaqueTensor:
+        if tensor.is_nested:
+            return OpaqueTensor("a nested tensor")
         shape = tuple(tensor.shape) if not nn.parameter.is_lazy(tensor) else None
         if shape is None:
             kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"

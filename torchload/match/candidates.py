@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from itertools import tee
 
 from torchload.core.budget import Allowance
-from torchload.core.wrappers import WRAPPER_STATE, WRAPPERS
+from torchload.core.wrappers import WRAPPER_STATE
 from torchload.match.company import is_copy_of
 from torchload.match.containers import Leaf, Place
 from torchload.match.leftovers import Leftovers
 from torchload.match.names import Alignment, Node, align, tree_of
-from torchload.match.paths import joined, last
+from torchload.match.paths import joined, last, unwrapped
 from torchload.match.rename import Rename, renamed_from
 from torchload.match.selection import Selection, Wanted, mismatched
 from torchload.match.tables import AVERAGED_WORDS, GENERIC, NEVER_THE_MODELS, container_standing, words_of
@@ -274,4 +274,4 @@ def needed_tensors(wanted: Wanted) -> int:
 
 def _is_prefix(below: str, prefix: str) -> bool:
     """Whether a path in the file is the prefix that the caller gave, wrappers aside."""
-    return below == prefix or [part for part in below.split(".") if part not in WRAPPERS] == prefix.split(".")
+    return below == prefix or (prefix != "" and unwrapped(below) == prefix)

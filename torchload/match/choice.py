@@ -10,11 +10,11 @@ from typing import Any
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import TensorEntry
-from torchload.core.text import printable
+from torchload.core.text import listed, printable
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError, TorchLoadError
 from torchload.match.candidates import Search, needed_tensors
 from torchload.match.company import is_average_of, lags_behind, standing_in_company
-from torchload.match.containers import Place, cut, find_places
+from torchload.match.containers import Place, find_places
 from torchload.match.names import is_path
 from torchload.match.rename import Rename
 from torchload.match.selection import Selection, Wanted
@@ -265,7 +265,7 @@ class _Choice:
             for candidate in replace(self._search, places=[place]).candidates(max(1, len(place.leaves) // 2)):
                 buffers = self._search.wanted.buffers
                 if not candidate.mismatched and candidate.missing and buffers.issuperset(candidate.missing):
-                    lacking = cut(candidate.missing[:3]) + (", …" if len(candidate.missing) > 3 else "")
+                    lacking = listed(candidate.missing, 3)
                     yield f"the average {candidate.path!r} lacks buffers of the model ({lacking}): took the raw weights"
                     break
 
@@ -356,7 +356,7 @@ def _nothing(
     if prefix is not None:
         tops = sorted({name.partition(".")[0][:_SHOWN] for place in places for name in place.leaves})
         what = f"no names under the prefix {prefix!r} that this model has"
-        hint = f"Its names begin with: {cut(tops)}."
+        hint = f"Its names begin with: {listed(tops, _LISTED)}."
     else:
         what = "not one name in common with this model" + (" after rename=" if is_renamed else "")
         in_file, in_model = (

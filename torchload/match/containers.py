@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import OpaqueTensor, Record, Shape, TensorEntry, record_fields
-from torchload.core.text import printable
+from torchload.core.text import listed
 from torchload.errors import IncompatibleCheckpointError
 from torchload.match.paths import last
 
-__all__ = ["Leaf", "Place", "as_mapping", "cut", "find_places", "shape_of"]
+__all__ = ["Leaf", "Place", "as_mapping", "find_places", "shape_of"]
 
 Leaf = TensorEntry | OpaqueTensor | Any
 _DEEPEST = 64  # containers inside each other, within one state dict
@@ -94,23 +94,12 @@ def find_places(root: Any, key: str | None, allowance: Allowance, whole: frozens
         return found
     chosen = [place for place in found if place.path == key]
     if not chosen:
-        here = "none; its tensors stand at the top (key='')" if found else "no containers with tensors"
-        known = cut([repr(place.path) for place in found if place.path]) or here
+        here = "none; its tensors are at the top (key='')" if found else "no containers with tensors"
+        known = listed([repr(place.path) for place in found if place.path], _LISTED) or here
         raise IncompatibleCheckpointError(
             f"The checkpoint has no container {key[:_SHOWN]!r} that holds tensors. It has: {known}."
         )
     return chosen
-
-
-def cut(names: Sequence[str]) -> str:
-    """Names as a list for a message, cut where there are many.
-
-    Example:
-        >>> cut(["'a'", "'b'"])
-        "'a', 'b'"
-    """
-    listed = [printable(name, _SHOWN + 1) for name in names[:_LISTED]]
-    return ", ".join([*listed, *([f"and {len(names) - _LISTED:,} more"] if len(names) > _LISTED else [])])
 
 
 _Known = tuple[tuple[str, ...], Mapping[Any, Any]]
@@ -232,6 +221,13 @@ def _is_above(identity: int, above: _Above) -> bool:
     return True
 
 
+def _is_same(known: Leaf, value: Leaf) -> bool:
+    """Whether two leaves of one name are the same data; what isn't a tensor is taken where it stands nearest."""
+    if isinstance(known, TensorEntry) and isinstance(value, TensorEntry):
+        return (known.dtype, known.shape, known.location) == (value.dtype, value.shape, value.location)
+    return not isinstance(known, (TensorEntry, OpaqueTensor))
+
+
 def _flatten(
     container: Mapping[Any, Any],
     containers: Mapping[int, _Known],
@@ -240,7 +236,7 @@ def _flatten(
 ) -> dict[str, Leaf]:
     """All tensors under a container by dotted name, in the file's order.
 
-    A name that would stand twice (``{"a.b": …, "a": {"b": …}}``) is kept once, as it stands nearest to the root.
+    A name that stands for two tensors (``{"a.b": …, "a": {"b": …}}``, ``{0: …, "0": …}``) can't be read as either.
 
     Raises:
         CorruptCheckpointError: There would be more.
@@ -253,7 +249,9 @@ def _flatten(
         allowance.check(max(len(inside), len(leaves)), len(prefix) + longest)
         for name, value in inside.items():
             if type(value) is TensorEntry or _is_leaf(name, value, whole):
-                leaves.setdefault(name if not prefix and type(name) is str else f"{prefix}{name}", value)
+                full = name if not prefix and type(name) is str else f"{prefix}{name}"
+                if (known := leaves.setdefault(full, value)) is not value and not _is_same(known, value):
+                    leaves[full] = OpaqueTensor("one name of two tensors", shape_of(known))
             elif id(value) in containers and not _is_above(id(value), above):
                 deeper.append((f"{prefix}{name}.", containers[id(value)][1], (id(value), above)))
         allowance.check(len(leaves), 0)

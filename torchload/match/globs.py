@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 
-from torchload.core.wrappers import WRAPPERS
+from torchload.match.paths import unwrapped
 
 __all__ = ["Globs"]
 
@@ -43,7 +43,7 @@ class Globs:
         """
         if self._expression is None:
             return False
-        return self.match(name) or self.match(".".join(part for part in name.split(".") if part not in WRAPPERS))
+        return self.match(name) or self.match(unwrapped(name))
 
     def of(self, bare: Mapping[str, str]) -> frozenset[str]:
         """Those names of a model that they match; `bare` has each without the wrappers that are really there."""

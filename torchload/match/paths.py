@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["joined", "last"]
+from torchload.core.wrappers import WRAPPERS
+
+__all__ = ["joined", "last", "unwrapped"]
 
 
 def joined(*parts: str) -> str:
@@ -13,3 +15,13 @@ def joined(*parts: str) -> str:
 def last(name: str) -> str:
     """The last segment of a path."""
     return name.rpartition(".")[2]
+
+
+def unwrapped(name: str) -> str:
+    """A path without the segments that wrappers put into names, whoever owns them.
+
+    Example:
+        >>> unwrapped("module.fc._orig_mod.weight")
+        'fc.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -151,6 +151,7 @@ class Selection:
         claimed: Names without a place in the model that a module which loads itself is offered all the same.
         added: Prefix that all of the model's names have and the file's lack.
         original: Name in `leaves` → name in the file, where `rename` changed it.
+        globs: The patterns of the caller's `skip` that match something.
         attempt: Tells whether a `skip` and a `rename` beside what the caller gave would make the file fit.
         aliases: Of `mismatched`, names that the file has only as other names of a tensor → what that is called there.
         alignment: The matcher's account.
@@ -180,6 +181,7 @@ class Selection:
     rivals: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    globs: tuple[str, ...] = ()
     attempt: Callable[[Sequence[str], Mapping[str, str] | None], bool] | None = None
 
     @property

@@ -14,10 +14,10 @@ from typing import Any
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import TensorEntry, is_tensor
 from torchload.core.optimizers import is_optimizer_state
-from torchload.core.wrappers import WRAPPERS
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError
 from torchload.match.company import is_average_of, lags_behind, standing_in_company
 from torchload.match.containers import Leaf, Place, find_places
+from torchload.match.paths import unwrapped
 from torchload.match.selection import Selection
 from torchload.match.tables import NEVER_THE_MODELS, UNTOUCHED, USUAL_CONTAINERS, Standing
 from torchload.match.values import Read, each_once, was_never_updated
@@ -47,13 +47,7 @@ class StateDict:
 
 
 def find_state_dict(root: Any, key: str | None = None, size_bytes: int = 0, read: Read | None = None) -> StateDict:
-    """Find the weights of a checkpoint.
-
-    Args:
-        root: The checkpoint's tree.
-        key: Dotted path of the container to take, or of one tensor; ``""`` takes the whole file; ``None`` looks for it.
-        size_bytes: Length of the checkpoint's files, which bounds what its names may cost.
-        read: What reads values where two containers may hold the same.
+    """Find the weights of a checkpoint, or what is at a dotted path, a container or a tensor; ``""`` is the whole file.
 
     Returns:
         The container. Tensors in containers inside it count as its own, under dotted names.
@@ -184,10 +178,7 @@ def _alike(one: Selection, other: Selection) -> bool:
 
 def _signature(leaves: Mapping[str, Leaf]) -> set[tuple[str, object]]:
     """Names without wrappers, with shapes; without what averages keep beside the weights."""
-    bare = (
-        (".".join(part for part in name.split(".") if part not in WRAPPERS), getattr(leaf, "shape", None))
-        for name, leaf in leaves.items()
-    )
+    bare = ((unwrapped(name), getattr(leaf, "shape", None)) for name, leaf in leaves.items())
     return {(name, shape) for name, shape in bare if name not in UNTOUCHED}
 
 

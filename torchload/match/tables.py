@@ -23,7 +23,7 @@ __all__ = [
     "UNTOUCHED",
     "USUAL_CONTAINERS",
     "Benign",
-    "Rename",
+    "Respelling",
     "Standing",
     "Swap",
     "container_standing",
@@ -81,7 +81,7 @@ BENIGN_UNEXPECTED: dict[str, Benign] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rename:
+class Respelling:
     """Two spellings of the same tensors inside one module; `{p}` stands for the parameter's own name.
 
     A spelling applies only where all of its names are there and none of the other's, so a name that merely looks alike
@@ -98,18 +98,18 @@ class Rename:
         yield self.new, self.old
 
 
-RENAMES: tuple[Rename, ...] = (
-    Rename(
+RENAMES: tuple[Respelling, ...] = (
+    Respelling(
         "weight_norm",  # torch.nn.utils.weight_norm ↔ torch.nn.utils.parametrizations.weight_norm: same g, same v
         ("{p}_g", "{p}_v"),
         ("parametrizations.{p}.original0", "parametrizations.{p}.original1"),
     ),
-    Rename(
+    Respelling(
         "spectral_norm",  # torch.nn.utils.spectral_norm ↔ torch.nn.utils.parametrizations.spectral_norm
         ("{p}_orig", "{p}_u", "{p}_v"),
         ("parametrizations.{p}.original", "parametrizations.{p}.0._u", "parametrizations.{p}.0._v"),
     ),
-    Rename(
+    Respelling(
         "LayerNorm gamma/beta",  # as TensorFlow named them; transformers renames the same way on loading
         ("gamma", "beta"),
         ("weight", "bias"),

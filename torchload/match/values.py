@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from torchload.core.budget import Allowance
-from torchload.core.checkpoint import Box, Shape, TensorEntry
+from torchload.core.checkpoint import TensorEntry
 from torchload.match.tables import UNTOUCHED
 
 __all__ = ["Read", "each_once", "hold_same_values", "is_mask", "rows_of", "was_never_updated"]
@@ -104,9 +104,8 @@ def _narrowed(entry: TensorEntry, first: int, count: int) -> TensorEntry:
     """Some rows of a tensor that lies in one box."""
     (box,) = entry.boxes
     count = min(count, entry.shape[0] - first)
-    shape: Shape = (count, *entry.shape[1:])
     start = box.start + first * box.strides[0] * entry.dtype.itemsize
-    return TensorEntry(entry.dtype, shape, (Box(box.extent, start, shape, box.strides, (0,) * len(shape)),))
+    return TensorEntry.over(box.extent, entry.dtype, (count, *entry.shape[1:]), box.strides, start)
 
 
 def rows_of(entry: TensorEntry, read: Read, allowance: Allowance) -> tuple[list[int], torch.Tensor] | None:
@@ -143,9 +142,7 @@ def is_mask(entry: Any, read: Read, allowance: Allowance) -> bool:
     if entry.shape[-2] != size or size < 2 or any(one != 1 for one in entry.shape[:-2]):
         return False
     box = entry.boxes[0]
-    square = TensorEntry(
-        entry.dtype, (size, size), (Box(box.extent, box.start, (size, size), box.strides[-2:], (0, 0)),)
-    )
+    square = TensorEntry.over(box.extent, entry.dtype, (size, size), box.strides[-2:], box.start)
     found = rows_of(square, read, allowance)
     if found is None:
         return False

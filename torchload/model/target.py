@@ -173,6 +173,7 @@ class Target:
         overrides: Modules with a `_load_from_state_dict` of their own.
         post_hooks: Modules with load-state-dict post-hooks.
         views: Names of tensors that lie in the memory of others, in another shape or as a part → those others.
+        transient_views: The same of non-persistent buffers.
     """
 
     model: nn.Module
@@ -184,6 +185,7 @@ class Target:
     overrides: list[HookedModule] = field(default_factory=list)
     post_hooks: list[HookedModule] = field(default_factory=list)
     views: Mapping[str, list[View]] = field(default_factory=dict)
+    transient_views: Mapping[str, list[View]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -220,7 +222,7 @@ def describe_model(model: nn.Module) -> Target:
     if lives_elsewhere:
         raise refusal(model, lives_elsewhere)
     target.slots = memory.slots
-    target.views = memory.views()
+    target.views, target.transient_views = memory.views()
     return target
 
 
@@ -244,23 +246,31 @@ class _Memory:
         self.slots.append(new)
         return new
 
-    def views(self) -> dict[str, list[View]]:
-        """Which tensors of the state dict lie in the memory of others, in another shape or as a part of it."""
+    def views(self) -> tuple[dict[str, list[View]], dict[str, list[View]]]:
+        """Which tensors lie in the memory of others of the state dict: those of the state dict, and those beside it."""
         starts = sorted(start for start in self._by_place if start > 0)
         ends = [start + self._by_place[start].tensor.nbytes for start in starts]
         if not (self._beside or any(map(operator.gt, ends, starts[1:]))):
-            return {}  # nearly always, and quickly seen
-        slots = [slot for slot in self.slots if slot.persistent and _address(slot.tensor)]
-        layouts = [layout_of(slot.tensor) for slot in slots]
-        found: dict[str, list[View]] = {}
-        for run in shared_runs(layouts):
-            dense = [index for index in run.members if layouts[index].is_dense]
-            for whole in [index for index in dense if math.prod(layouts[index].shape) == run.numel]:
-                for part in run.members:
-                    views = [View(name, layouts[whole], layouts[part]) for name in slots[whole].names]
-                    for name in slots[part].names if part != whole else ():
-                        found.setdefault(name, []).extend(views)
-        return found
+            return {}, {}  # nearly always, and quickly seen
+        slots = [slot for slot in self.slots if _address(slot.tensor)]
+        persistent = [slot for slot in slots if slot.persistent]
+        beside = {} if len(persistent) == len(slots) else _views(slots)
+        names = [slot.name for slot in slots if not slot.persistent and slot.name in beside]
+        return _views(persistent), {name: beside[name] for name in names}
+
+
+def _views(slots: list[Slot]) -> dict[str, list[View]]:
+    """Names of slots that lie in the memory of one of the state dict, in another shape or as a part → those."""
+    layouts = [layout_of(slot.tensor) for slot in slots]
+    found: dict[str, list[View]] = {}
+    for run in shared_runs(layouts):
+        dense = [index for index in run.members if slots[index].persistent and layouts[index].is_dense]
+        for whole in [index for index in dense if math.prod(layouts[index].shape) == run.numel]:
+            for part in run.members:
+                views = [View(name, layouts[whole], layouts[part]) for name in slots[whole].names]
+                for name in slots[part].names if part != whole else ():
+                    found.setdefault(name, []).extend(views)
+    return found
 
 
 class _Kind(NamedTuple):

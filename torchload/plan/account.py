@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torchload.core.checkpoint import Checkpoint, Extent, Record, TensorEntry
-from torchload.core.text import format_bytes, plural, short_dtype
+from torchload.core.text import format_bytes, listed, plural, short_dtype
 from torchload.match import Selection
-from torchload.match.containers import cut
 from torchload.model.target import Target
 from torchload.plan.execute import Moved
 from torchload.plan.plan import LoadPlan
@@ -105,7 +104,7 @@ def _notes(checkpoint: Checkpoint, selection: Selection, plan: LoadPlan, verify:
     if verify:
         yield from _unverified(plan.extents)
     yield from selection.notes
-    rivals = cut([repr(rival) for rival in selection.rivals])
+    rivals = listed([repr(rival) for rival in selection.rivals])
     if selection.averaged and rivals:
         yield f"took the averaged weights; {rivals} would fit too (key= chooses)"
     elif rivals:

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torchload.core.checkpoint import Shape
 from torchload.core.text import as_glob
+from torchload.errors import advised
 from torchload.match import Selection
 from torchload.match.paths import last
 from torchload.model.target import Target
@@ -39,12 +40,14 @@ class Advice:
         lines = []
         if self.renaming:
             rules = ", ".join(f"{_literal(pattern)}: {_literal(new)}" for pattern, new in self.renaming.items())
-            lines.append(f"  If that is the same part under another name: smart_load(..., rename={{{rules}}})")
+            lines.append(f"  If that is the same part under another name: {advised(f'rename={{{rules}}}')}")
         fitting = [name for name in self._selection.pairs if name not in self._selection.mismatched]
         globs = _globs([*self._lacking, *self._surplus], fitting)
         if len(globs) <= _MOST_GLOBS and len(self._lacking) <= len(fitting) and self._fits(skip=globs):
             what = "For a part that is meant to be new" if self._lacking else "To leave these out"
-            lines.append(f"  {what}: smart_load(..., skip={globs})")
+            if any(slot.tensor.is_meta for name in self._lacking if (slot := self._target.by_name.get(name))):
+                what += ": build it on a real device, not on meta, and then"
+            lines.append(f"  {what}: {advised(f'skip={[*self._selection.globs, *globs]}')}")
         return lines
 
     @cached_property
@@ -56,9 +59,9 @@ class Advice:
             return None
         if max(len(leftovers), len(selection.missing)) > _MOST_NAMES:
             return None
-        theirs = {selection.alignment.leftover.get(name, name): _shape(selection, name) for name in leftovers}
-        ours = {name: slot.shape for name in selection.missing if (slot := self._target.by_name.get(name))}
-        for rules in _proposals(theirs, ours):
+        in_file = {selection.alignment.leftover.get(name, name): _shape(selection, name) for name in leftovers}
+        in_model = {name: slot.shape for name in selection.missing if (slot := self._target.by_name.get(name))}
+        for rules in _proposals(in_file, in_model):
             if 0 < len(rules) <= _MOST_RULES and self._fits(rename=rules):
                 return rules
         return None
@@ -93,20 +96,20 @@ def _literal(text: str) -> str:
     return f"r'{text}'" if "\\" in text and "'" not in text and not text.endswith("\\") else repr(text)
 
 
-def _proposals(theirs: Mapping[str, Shape | None], ours: Mapping[str, Shape | None]) -> Iterator[Rules]:
+def _proposals(in_file: Mapping[str, Shape | None], in_model: Mapping[str, Shape | None]) -> Iterator[Rules]:
     """Tables that might turn the names of the file into those of the model, the simplest first."""
-    if rules := _by_contents(theirs, ours):
+    if rules := _by_contents(in_file, in_model):
         for table in (_with_numbers(rules), rules):
             yield table
             yield {pattern.replace("^", r"\b", 1): new for pattern, new in table.items()}  # below a prefix
-    yield from _by_another_way_to_number(theirs, ours)
-    yield from _by_a_level(theirs, ours)
+    yield from _by_another_way_to_number(in_file, in_model)
+    yield from _by_a_level(in_file, in_model)
 
 
-def _by_contents(theirs: Mapping[str, Shape | None], ours: Mapping[str, Shape | None]) -> Rules:
+def _by_contents(in_file: Mapping[str, Shape | None], in_model: Mapping[str, Shape | None]) -> Rules:
     """Modules of one place with the same contents, by names and shapes: `classifier` is `fc`."""
     rules: Rules = {}
-    todo = [("", "", dict(theirs), dict(ours))]
+    todo = [("", "", dict(in_file), dict(in_model))]
     while todo:
         here, there, left, right = todo.pop()
         parts, wanted = _children(left), _children(right)
@@ -154,22 +157,22 @@ def _with_numbers(rules: Rules) -> Rules:
     return joined if len(joined) < len(rules) else rules
 
 
-def _by_another_way_to_number(theirs: Mapping[str, object], ours: Mapping[str, object]) -> Iterator[Rules]:
+def _by_another_way_to_number(in_file: Mapping[str, object], in_model: Mapping[str, object]) -> Iterator[Rules]:
     """`stages.0` is `stages_0` or `stages0`, and the other way round."""
     for separator in ("_", ""):
         joined = re.compile(rf"([A-Za-z]\w*?){separator}(\d+)\.")
         dotted = re.compile(r"([A-Za-z]\w*?)\.(\d+)\.")
         for pattern, new in ((joined, r"\1.\2."), (dotted, rf"\1{separator}\2.")):
-            stems = {found[1] for name in theirs if (found := pattern.match(name))}
-            if len(stems) == 1 and {pattern.sub(new, name, count=1) for name in theirs} >= ours.keys():
+            stems = {found[1] for name in in_file if (found := pattern.match(name))}
+            if len(stems) == 1 and {pattern.sub(new, name, count=1) for name in in_file} >= in_model.keys():
                 stem = re.escape(next(iter(stems)))
                 between = separator if pattern is joined else r"\."
                 yield {rf"^({stem}){between}(\d+)\.": new}
 
 
-def _by_a_level(theirs: Mapping[str, object], ours: Mapping[str, object]) -> Iterator[Rules]:
+def _by_a_level(in_file: Mapping[str, object], in_model: Mapping[str, object]) -> Iterator[Rules]:
     """One side has a level of modules that the other lacks: `text.transformer` is `transformer`, or an adapter's."""
-    for inner, outer, adds in ((theirs, ours, True), (ours, theirs, False)):
+    for inner, outer, adds in ((in_file, in_model, True), (in_model, in_file, False)):
         below_label: dict[str, set[str]] = {}
         for name in outer:
             label, dot, rest = name.partition(".")

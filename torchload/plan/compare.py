@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchload.core.checkpoint import Box, Shape, TensorEntry
+from torchload.core.checkpoint import Box, TensorEntry
 from torchload.core.copies import Copy
 from torchload.core.public import public
 from torchload.model.target import Slot
@@ -69,7 +69,7 @@ class _Piece(NamedTuple):
 
     pair: int
     box: Box
-    ours: torch.Tensor
+    model: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -93,10 +93,10 @@ def compare(pairs: Sequence[Pair]) -> list[Difference]:
     """
     tallies: dict[int, _Tally] = {}
     for batch in _batches(pairs, _to_look_at(pairs)):
-        theirs = allocate([(piece.box.shape, pairs[piece.pair].entry.dtype) for piece in batch], _CPU)
-        run([Copy(pairs[piece.pair].name, piece.box, tensor.dtype, tensor) for piece, tensor in zip(batch, theirs)])
-        for piece, tensor in zip(batch, theirs):
-            _look(tensor, piece.ours.to(_CPU), tallies, piece.pair)
+        stored = allocate([(piece.box.shape, pairs[piece.pair].entry.dtype) for piece in batch], _CPU)
+        run([Copy(pairs[piece.pair].name, piece.box, tensor.dtype, tensor) for piece, tensor in zip(batch, stored)])
+        for piece, tensor in zip(batch, stored):
+            _look(tensor, piece.model.to(_CPU), tallies, piece.pair)
     return [
         Difference(pair.name, pair.source, tally.count, pair.entry.numel, tally.largest, tally.nans)
         for index, tally in tallies.items()
@@ -112,30 +112,30 @@ def _to_look_at(pairs: Sequence[Pair]) -> list[int]:
     return sorted({owners[copy] for copy in not_seen_equal(list(owners))})
 
 
-def compare_values(name: str, source: str, theirs: object, ours: object) -> Difference | None:
+def compare_values(name: str, source: str, file: object, model: object) -> Difference | None:
     """Compare two values in memory: tensors, quantized ones among them, containers of such, or anything with ``==``.
 
     Objects that compare by identity are compared by their attributes.
     """
-    if type(theirs) is type(ours) and type(ours).__eq__ is object.__eq__:
-        theirs, ours = dict(getattr(theirs, "__dict__", {})), dict(getattr(ours, "__dict__", {}))
-    if isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)) and len(theirs) == len(ours):
-        theirs, ours = dict(enumerate(theirs)), dict(enumerate(ours))
-    if isinstance(theirs, Mapping) and isinstance(ours, Mapping) and theirs.keys() == ours.keys():
-        parts = (compare_values(name, source, theirs[key], ours[key]) for key in theirs)
+    if type(file) is type(model) and type(model).__eq__ is object.__eq__:
+        file, model = dict(getattr(file, "__dict__", {})), dict(getattr(model, "__dict__", {}))
+    if isinstance(file, (list, tuple)) and isinstance(model, (list, tuple)) and len(file) == len(model):
+        file, model = dict(enumerate(file)), dict(enumerate(model))
+    if isinstance(file, Mapping) and isinstance(model, Mapping) and file.keys() == model.keys():
+        parts = (compare_values(name, source, file[key], model[key]) for key in file)
         return next((part for part in parts if part is not None), None)
-    if not (isinstance(theirs, torch.Tensor) and isinstance(ours, torch.Tensor)):
-        same = type(theirs) is type(ours) and _is_equal(theirs, ours)
-        reason = f"{_brief(theirs)} in the file, {_brief(ours)} here"
+    if not (isinstance(file, torch.Tensor) and isinstance(model, torch.Tensor)):
+        same = type(file) is type(model) and _is_equal(file, model)
+        reason = f"{_brief(file)} in the file, {_brief(model)} here"
         return None if same else Difference(name, source, 1, 1, reason=reason)
-    numel = theirs.numel()
-    if (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
-        reason = f"{theirs.dtype} {tuple(theirs.shape)} in the file, {ours.dtype} {tuple(ours.shape)} here"
+    numel = file.numel()
+    if (file.dtype, file.shape) != (model.dtype, model.shape):
+        reason = f"{file.dtype} {tuple(file.shape)} in the file, {model.dtype} {tuple(model.shape)} here"
         return Difference(name, source, numel, numel, reason=reason)
-    if theirs.is_quantized:  # the numbers that they stand for: another scale is another weight
-        theirs, ours = theirs.dequantize(), ours.dequantize()
+    if file.is_quantized:  # the numbers that they stand for: another scale is another weight
+        file, model = file.dequantize(), model.dequantize()
     tallies: dict[int, _Tally] = {}
-    _look(theirs.to(_CPU), ours.to(_CPU), tallies, 0)
+    _look(file.to(_CPU), model.to(_CPU), tallies, 0)
     if (tally := tallies.get(0)) is None:
         return None
     return Difference(name, source, tally.count, numel, tally.largest, tally.nans)
@@ -181,21 +181,19 @@ def _split(box: Box, view: torch.Tensor, itemsize: int, limit: int) -> Iterator[
     rows = max(limit * size // numel, 1)
     for first in range(0, size, rows):
         count = min(rows, size - first)
-        shape: Shape = (*box.shape[:dimension], count, *box.shape[dimension + 1 :])
-        start = box.start + first * box.strides[dimension] * itemsize
-        part = Box(box.extent, start, shape, box.strides, (0,) * len(shape))
+        part = box.narrow(dimension, first, count, itemsize)
         yield from _split(part, view.narrow(dimension, first, count), itemsize, limit)
 
 
-def _look(theirs: torch.Tensor, ours: torch.Tensor, tallies: dict[int, _Tally], index: int) -> None:
+def _look(file: torch.Tensor, model: torch.Tensor, tallies: dict[int, _Tally], index: int) -> None:
     """Compare one piece and note what differs."""
-    wanted = theirs.to(ours.dtype)
-    became_infinite = overflows(theirs, wanted)
-    if torch.equal(_bits(wanted), _bits(ours)) and not became_infinite:
+    wanted = file.to(model.dtype)
+    became_infinite = overflows(file, wanted)
+    if torch.equal(_bits(wanted), _bits(model)) and not became_infinite:
         return
-    differs = _bits(wanted) != _bits(ours)
-    left, right = _numbers(theirs if became_infinite else wanted), _numbers(ours)
-    if theirs.dtype is not ours.dtype:
+    differs = _bits(wanted) != _bits(model)
+    left, right = _numbers(file if became_infinite else wanted), _numbers(model)
+    if file.dtype is not model.dtype:
         differs &= ~(left.isnan() & right.isnan())  # a cast may change what kind of NaN it is
     if became_infinite:
         differs |= left.isfinite() & right.isinf()
@@ -203,7 +201,7 @@ def _look(theirs: torch.Tensor, ours: torch.Tensor, tallies: dict[int, _Tally], 
     one_nan = left.isnan() != right.isnan()
     apart = (left - right).abs()
     numbers = apart[~apart.isnan()]
-    count = int(differs.reshape(*ours.shape, -1).any(-1).sum()) if ours.dtype.is_complex else int(differs.sum())
+    count = int(differs.reshape(*model.shape, -1).any(-1).sum()) if model.dtype.is_complex else int(differs.sum())
     if not count:
         return
     tally = tallies.setdefault(index, _Tally())

@@ -64,10 +64,10 @@ def _difference(leaf: object, slots: list[Slot], allowance: Allowance) -> str | 
     if found is None:
         return None
     numbers, rows = found
-    ours = [_rows(slot.tensor, numbers) for slot in slots]
-    if any(_is_same(rows, mine) for mine in ours):
+    constants = [_rows(slot.tensor, numbers) for slot in slots]
+    if any(_is_same(rows, own) for own in constants):
         return None
-    return f"file {_brief(rows)}, model {_brief(ours[0])}"
+    return f"file {_brief(rows)}, model {_brief(constants[0])}"
 
 
 def _rows(tensor: torch.Tensor, numbers: list[int]) -> torch.Tensor:
@@ -75,11 +75,11 @@ def _rows(tensor: torch.Tensor, numbers: list[int]) -> torch.Tensor:
     return (tensor[numbers] if tensor.dim() else tensor.reshape(1)).cpu()
 
 
-def _is_same(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
-    if not (theirs.dtype.is_floating_point and ours.dtype.is_floating_point):
-        return torch.equal(theirs.to(torch.float64), ours.to(torch.float64))
-    coarser = max((theirs.dtype, ours.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    left, right = (side.to(coarser).to(torch.float64) for side in (theirs, ours))
+def _is_same(file: torch.Tensor, model: torch.Tensor) -> bool:
+    if not (file.dtype.is_floating_point and model.dtype.is_floating_point):
+        return torch.equal(file.to(torch.float64), model.to(torch.float64))
+    coarser = max((file.dtype, model.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    left, right = (side.to(coarser).to(torch.float64) for side in (file, model))
     apart = (left - right).abs()
     near = apart <= _UNITS * torch.finfo(coarser).eps * torch.maximum(left.abs(), right.abs())
     return bool((near | (left == right)).all())

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchload.core.text import quoted
+from torchload.core.text import as_glob, quoted
 from torchload.core.undo import Undo
-from torchload.errors import TorchLoadError
+from torchload.errors import TorchLoadError, advised
 from torchload.match import Selection
 from torchload.model.target import HookedModule, Slot
 from torchload.model.walk import modules_of
@@ -41,7 +41,7 @@ _NO_REFUSAL = (MemoryError, OSError, TorchLoadError)  # a failure to read, which
 
 
 class RefusedError(Exception):
-    """A module did not take what the checkpoint has for it."""
+    """A module, an optimizer or a scheduler did not take what the checkpoint has for it."""
 
 
 def is_given(hooked: HookedModule, selection: Selection) -> bool:
@@ -157,7 +157,7 @@ def set_extra_state(name: str, module: nn.Module, value: Any, read: ReadTensor, 
     except _NO_REFUSAL:
         raise
     except Exception as error:
-        advice = f'To load the rest: smart_load(..., skip=["{name}"])'
+        advice = f"To load the rest: {advised(f'skip={[as_glob(name)]}')}"
         raise RefusedError(f"The extra state {name!r} can't be restored: {quoted(error)}. {advice}") from error
 
 

@@ -29,8 +29,8 @@ def unkept(
     warnings: list[str] = []
     if not (skip.patterns or keep_fp32 or rename):
         return problems, warnings
-    ours = [*bare_names(target.model, target.names).items()]
-    model_names = [name for pair in ours for name in pair]
+    bare = [*bare_names(target.model, target.names).items()]
+    model_names = [name for pair in bare for name in pair]
     original = [selection.original.get(name, name) for name in selection.leaves]
     spelled = [*selection.leaves, *original, *selection.alignment.leftover.values()]
     found = [
@@ -48,7 +48,8 @@ def doubts_about(
     target: Target, checkpoint: Checkpoint, selection: Selection, options: Options
 ) -> tuple[list[str], list[str]]:
     """Everything of the kind: what refuses the load, one sentence each, and what is worth a warning."""
-    problems, warnings = unkept(target, selection, options.skip, options.keep_fp32, options.rename)
+    problems: list[str] = []
+    warnings: list[str] = []
     if (problem := quantized_problem(target, selection, checkpoint)) is not None:
         problems.append(problem)
     elif options.dtype != "auto" and (plain := float8_sources(target, selection)):
@@ -63,7 +64,8 @@ def doubts_about(
         )
     problems += _unproved_aliases(target, selection, strict=options.strict)
     if not options.strict and (parts := list(_left_as_it_is(selection))):
-        warnings.append(f"loaded in part (strict=False): {'; '.join(parts)}")
+        whole = checkpoint.whole() if selection.missing else None
+        warnings.append(f"loaded in part (strict=False): {'; '.join([*parts, *filter(None, [whole])])}")
     if not options.strict and selection.averaged:
         warnings.append(f"took averaged weights, {selection.path!r}; key= chooses others")
     warnings += differing_constants(target, selection, Allowance(checkpoint.size_bytes))

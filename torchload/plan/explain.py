@@ -24,8 +24,18 @@ _MOST_CHARACTERS = 240  # of a line
 _MOST_IN_ALL = 2_900
 
 
-def incompatible(target: Target, selection: Selection, problems: Sequence[str]) -> IncompatibleCheckpointError:
-    """The error that says everything that keeps a checkpoint from fitting a model."""
+def incompatible(
+    target: Target, selection: Selection, problems: Sequence[str], slips: Sequence[str] = (), whole: str | None = None
+) -> IncompatibleCheckpointError:
+    """The error that says everything that keeps a checkpoint from fitting a model.
+
+    Args:
+        target: The model.
+        selection: What was chosen for it, and what that lacks.
+        problems: What stands against it even if all names and shapes fit.
+        slips: What is wrong with the caller's patterns, each with what to do about it.
+        whole: What to give instead of this file, if it is one part of several.
+    """
     model = type(target.model).__name__
     where = f" (looked at {selection.path!r})" if selection.path else ""
     held_back = {*selection.missing} & {*selection.unexpected}  # with the rest of their layer, which doesn't fit
@@ -33,7 +43,11 @@ def incompatible(target: Target, selection: Selection, problems: Sequence[str]) 
     unexpected = [selection.original.get(name, name) for name in selection.unexpected if name not in held_back]
     advice = Advice(target, selection)
     near = _near(target, selection, advice.renamed) if selection.missing else {}
-    what = "does not fit" if selection.pairs or not target.names else "has not one name in common with"
+    what = (
+        "does not fit"
+        if selection.pairs or selection.skipped or not target.names
+        else "has not one name in common with"
+    )
     lines = [f"The checkpoint {what} this {model}{where}."]
     if selection.mismatched:
         lines.append(f"  {plural(len(selection.mismatched), 'tensor')} {_have(selection.mismatched)} another shape")
@@ -45,18 +59,20 @@ def incompatible(target: Target, selection: Selection, problems: Sequence[str]) 
         count = plural(len(unexpected), "tensor")
         lines.append(f"  {count} of the file {_have(unexpected)} no place in the model")
         lines += _listing(unexpected)
-    lines += [f"  {problem}" for problem in _cut_problems(problems)]
+    lines += [f"  {problem}" for problem in _cut_problems([*problems, *slips])]
     lines += [f"  {sentence}" for sentence in likeness(missing, unexpected)]
     fitting = sum(name not in selection.mismatched and not _stands_in(name, problems) for name in selection.pairs)
     lines.append(f"  {fitting:,} of {plural(len(target.names), 'tensor')} fit.")
-    if not problems and not any(map(is_scale, unexpected)):
+    if whole and missing:
+        lines.append(f"  {whole}")
+    elif not problems and not any(map(is_scale, unexpected)):
         lines += advice.lines()
     return IncompatibleCheckpointError(
         _bounded(lines),
         missing_keys=selection.missing,
         unexpected_keys=unexpected,
         mismatched=selection.mismatched,
-        problems=problems,
+        problems=[*problems, *slips],
     )
 
 
@@ -73,8 +89,11 @@ def _cut_problems(problems: Sequence[str]) -> list[str]:
 def _bounded(lines: list[str]) -> str:
     """The lines as a message that can still be read, however long the names are."""
     first, *rest = (printable(line, None) for line in lines)  # names in them may have line breaks
+    keeps = ("(..., ", " parts: give ")  # what is to be copied
     rest = [
-        line if len(line) <= _MOST_CHARACTERS or "smart_load(" in line else f"{line[:_MOST_CHARACTERS]}…"
+        line
+        if len(line) <= _MOST_CHARACTERS or any(words in line for words in keeps)
+        else f"{line[:_MOST_CHARACTERS]}…"
         for line in rest
     ]
     while sum(map(len, rest)) + len(rest) > _MOST_IN_ALL:
@@ -122,9 +141,9 @@ def _shapes(mismatched: dict[str, tuple[Shape, Shape]]) -> list[str]:
     lines = []
     for names in groups.values():
         (label,) = group_names(names)
-        ours = ", ".join(str(mismatched[name][0]) for name in names)
-        theirs = ", ".join(str(mismatched[name][1]) for name in names)
-        lines.append(f"    {label}    file {ours}    model {theirs}")
+        in_file = ", ".join(str(mismatched[name][0]) for name in names)
+        in_model = ", ".join(str(mismatched[name][1]) for name in names)
+        lines.append(f"    {label}    file {in_file}    model {in_model}")
     return _cut(lines)
 
 

@@ -5,7 +5,7 @@ All problems are collected and raised together; until the plan stands the model 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -14,13 +14,15 @@ from torchload.core.checkpoint import Box, Checkpoint, OpaqueTensor, Record, Ten
 from torchload.core.copies import Copy
 from torchload.core.in_memory import TensorSource
 from torchload.core.sharing import part_of
+from torchload.core.text import listing
+from torchload.errors import advised
 from torchload.match import Selection
 from torchload.match.globs import Globs
 from torchload.model.placement import check_room
 from torchload.model.shards import held_numel, home_of, is_hollow, is_ordinary, is_sharded
 from torchload.model.target import Slot, Target, own_loaders
 from torchload.model.unwrapping import bare_names
-from torchload.plan.doubts import doubts_about
+from torchload.plan.doubts import doubts_about, unkept
 from torchload.plan.dtypes import final_dtype, impossible_cast
 from torchload.plan.explain import incompatible
 from torchload.plan.numbers import Verdict, judge_numbers
@@ -57,6 +59,7 @@ class _Planner:
     def __init__(self, target: Target, checkpoint: Checkpoint, selection: Selection, options: Options) -> None:
         self.target, self.checkpoint, self.selection, self.options = target, checkpoint, selection, options
         self.problems: list[str] = []
+        self._valueless: list[Slot] = []
         lacks_names = bool(selection.missing or selection.unexpected)
         tentative = options.strict and lacks_names and bool(target.post_hooks)
         self.plan = LoadPlan(
@@ -161,11 +164,7 @@ class _Planner:
         if slot.name in self.selection.aliases and tensor.is_meta:
             return  # said with what it is an alias of
         if tensor.is_meta and not is_filled and slot.name.rpartition(".")[2] not in _ZERO_AT_FIRST:
-            what = "isn't in the file" if slot.persistent else "is a non-persistent buffer, which no checkpoint holds"
-            self.problems.append(
-                f"{slot.name} is on the meta device and {what}; it would stay without a value. Build the model so "
-                "that this tensor is real (for buffers: include_buffers=False), or assign it yourself first"
-            )
+            self._valueless.append(slot)
             return
         dtype = final_dtype(tensor.dtype, self.options.dtype, keeps_fp32=self._keeps_fp32(slot))
         if dtype is not tensor.dtype or device != tensor.device:
@@ -206,12 +205,13 @@ class _Planner:
             names = " and ".join(source for source, _ in (first, *others))
             self.problems.append(
                 f"{names} differ in the file, but the model ties them ({name}). Untie the parameters first, or drop "
-                "one copy: smart_load(..., rename=function that gives None)"
+                f"one copy: {advised('rename=function that gives None')}"
             )
 
     def plan_views(self) -> None:
         """What lies in the memory of another tensor of the model: one value for both, and new memory for both."""
-        items = {item.name: item for item in self.plan.assignments} if self.target.views else {}
+        has_views = self.target.views or self.target.transient_views
+        items = {item.name: item for item in self.plan.assignments} if has_views else {}
         wholes: set[str] = set()
         for part in items.values():
             for view in self.target.views.get(part.name, ()):
@@ -227,6 +227,29 @@ class _Planner:
                     wholes.add(whole.name)
                     part.way, part.check, part.whole = Way.SEEN, Check.NONE, (whole, view)
                     break
+
+        self._plan_transient_views(items)
+
+    def _plan_transient_views(self, items: dict[str, Assignment]) -> None:
+        """Non-persistent buffers that lie in memory which is exchanged: they go on to show what they are views of."""
+        transient = self.target.transient_views
+        for slot in [
+            slot for slot in self.target.slots if transient and not slot.persistent and slot.name in transient
+        ]:
+            found = [(items[view.name], view) for view in transient[slot.name] if view.name in items]
+            if not found or found[0][0].way is Way.IN_PLACE or id(slot) in self._by_themselves:
+                continue
+            whole, view = found[0]
+            moves = [item for item in self.plan.conversions if item.slot is slot]
+            dtype, device = (moves[0].dtype, moves[0].device) if moves else (slot.tensor.dtype, slot.tensor.device)
+            seen = part_of(whole.entry, view.whole, view.part)
+            item = Assignment(slot, slot.name, whole.source, seen or whole.entry, dtype, device, Way.FRESH)
+            if (whole.dtype, whole.device) == (dtype, device):
+                item.way, item.whole = Way.SEEN, (whole, view)
+            elif seen is None:
+                continue
+            self.plan.conversions = [other for other in self.plan.conversions if other.slot is not slot]
+            self.plan.assignments.append(item)
 
     # --- how it gets its bytes ---
 
@@ -262,8 +285,9 @@ class _Planner:
     @cached_property
     def _in_views(self) -> frozenset[str]:
         """Names of tensors that lie in one piece of memory with others; a view of the file would part them."""
-        views = self.target.views
-        return frozenset([*views, *(view.name for found in views.values() for view in found)])
+        views, transient = self.target.views, self.target.transient_views
+        wholes = [view.name for found in (*views.values(), *transient.values()) for view in found]
+        return frozenset([*views, *wholes])
 
     @cached_property
     def _own_memory(self) -> frozenset[int]:
@@ -275,22 +299,48 @@ class _Planner:
 
     def check(self) -> None:
         """Raise what stands against the plan."""
-        target, selection, problems = self.target, self.selection, self.problems
-        if unused := self.options.placement.unused_prefixes(target.names):
+        target, selection, problems, options = self.target, self.selection, self.problems, self.options
+        if unused := options.placement.unused_prefixes(target.names):
             problems.append(_misplaced(unused))
         for name, claims in list(selection.alignment.ambiguous.items())[:5]:
             problems.append(f"{name} could be any of {', '.join(claims[:4])}; use rename= or prefix= to decide")
-        doubts, self.plan.warnings = doubts_about(target, self.checkpoint, selection, self.options)
+        slips, idle = unkept(target, selection, options.skip, options.keep_fp32, options.rename)
+        doubts, warnings = doubts_about(target, self.checkpoint, selection, options)
+        self.plan.warnings = [*idle, *warnings]
         problems += doubts
         lacking = selection.missing or selection.mismatched or selection.unexpected
-        if (not self.options.strict or self.plan.is_tentative) and self._almost_nothing():
+        if (not options.strict or self.plan.is_tentative) and self._almost_nothing():
             problems.append(
                 f"only {len(self.plan.assignments)} of {len(target.by_name)} tensors would be loaded: this is another "
                 "model"
             )
         forgivable = self.plan.is_tentative and not selection.mismatched
-        if problems or (self.options.strict and lacking and not forgivable):
-            raise incompatible(target, selection, problems)
+        is_refused = bool(options.strict and lacking and not forgivable)
+        said = {*selection.missing, *selection.mismatched} if is_refused else set()
+        problems += self._without_values(said)
+        if problems or slips or is_refused:
+            raise incompatible(target, selection, problems, slips, self.checkpoint.whole())
+
+    def _without_values(self, said: set[str]) -> Iterator[str]:
+        """What nothing fills of what is on the meta device, by the reason, but for the names that an error lists."""
+        reasons: dict[str, list[str]] = {}
+        for slot in self._valueless:
+            if not slot.persistent:
+                why = "not in the file (non-persistent buffers never are)"
+            elif slot.name in self.selection.skipped:
+                why = "skipped"
+            else:
+                why = "of another shape in the file" if slot.name in self.selection.mismatched else "not in the file"
+            if said.isdisjoint(slot.names):
+                reasons.setdefault(why, []).append(slot.name)
+        for why, names in reasons.items():
+            be, it, this = "is", "it a value", "this tensor is"
+            if len(names) > 1:
+                be, it, this = "are", "them values", "these tensors are"
+            yield (
+                f"{listing(names)} {be} on the meta device and {why}: nothing would give {it}. Build the model so that "
+                f"{this} real (for buffers: include_buffers=False), or assign {it} first"
+            )
 
     def _almost_nothing(self) -> bool:
         """Whether so little fits that calling it a load would mislead: a tenth of the tensors and of the elements."""

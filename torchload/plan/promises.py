@@ -21,7 +21,7 @@ def unkept_globs(argument: str, patterns: Iterable[str], names: Iterable[str]) -
 
     Example:
         >>> unkept_globs("skip", ["fv.*"], ["fc.weight", "body.weight"])[0]
-        "skip=['fv.*'] matches no name of the model or the file. Near it: 'fc.weight'"
+        "skip=['fv.*'] matches no name of the model or the file: correct it or leave it out. Near it: 'fc.weight'"
         >>> unkept_globs("skip", ["fc.*"], ["fc.weight"])
         (None, [])
     """
@@ -47,7 +47,7 @@ def _unkept(
     where = where or "of the model or the file"
     if len(idle) == len(patterns):
         shown = ", ".join(map(repr, idle[:_NEAR])) + (", …" if len(idle) > _NEAR else "")
-        return f"{argument}=[{shown}] matches no name {where}.{_near(idle[0], names)}", []
+        return f"{argument}=[{shown}] matches no name {where}: correct it or leave it out.{_near(idle[0], names)}", []
     return None, [
         f"{argument}= has {pattern!r}, which matches no name {where}.{_near(pattern, names)}" for pattern in idle
     ]

@@ -1,14 +1,15 @@
-"""Steps that several of the public functions take."""
+"""Choosing for a model, with the second look that its own hooks and loaders get; several public functions take it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint
+from torchload.core.text import plural
 from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Place, Selection, Wanted, find_places, select
 from torchload.match.globs import Globs
@@ -30,6 +31,11 @@ __all__ = ["select_for"]
 def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool, **choice: Any) -> Selection:
     """Choose and match; modules with hooks may accept names that no rule knows, so they get a second look."""
     wanted = _wanted(target, skip)
+    if wanted.shapes and wanted.skipped.issuperset(wanted.shapes):
+        raise IncompatibleCheckpointError(
+            f"skip= matches all of the model ({plural(len(wanted.shapes), 'tensor')}), so that nothing "
+            "is left to load. Give patterns that match less."
+        )
 
     def attempt(more: Sequence[str], rename: Mapping[str, str] | None) -> bool:
         """Whether the file would fit with these arguments beside those that the caller gave."""
@@ -50,12 +56,19 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
             raise
         problem = quantized_problem(target, unmatched)
         problems = [problem] if problem else []
-        raise incompatible(target, replace(unmatched, attempt=attempt), problems) from None
+        advisable = _advisable(unmatched, skip, attempt)
+        raise incompatible(target, advisable, problems, whole=checkpoint.whole()) from None
     if not strict:
         selection = held_back(selection, wanted)
     if selection.fits:
         return selection
-    return replace(selection, attempt=attempt, aliases=_aliases(selection, checkpoint.metadata))
+    return replace(_advisable(selection, skip, attempt), aliases=_aliases(selection, checkpoint.metadata))
+
+
+def _advisable(selection: Selection, skip: Globs, attempt: Callable[..., bool]) -> Selection:
+    """A selection that knows what advice needs."""
+    kept = [glob for glob in skip.patterns if any(map(Globs([glob]).match_in_file, selection.skipped))]
+    return replace(selection, attempt=attempt, globs=tuple(kept))
 
 
 def _aliases(selection: Selection, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -103,12 +116,12 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
         # A module that loads itself may take another shape (observers of quantization do), but not of packed weights.
         own = tuple(item.prefix for item in target.overrides)
         free = {name for name in target.by_name if own and name.startswith(own)}
-        theirs = replace(
+        wider = replace(
             wanted,
             shapes={name: None if name in free else shape for name, shape in wanted.shapes.items()},
             optional=frozenset(name for name in wanted.shapes if name.startswith(hooked)),
         )
-        selection = select(checkpoint.root, theirs, strict=strict, **choice)
+        selection = select(checkpoint.root, wider, strict=strict, **choice)
     selection = hooks.run_pre_hooks(target, selection, borrowed)
     borrowed.let_go(selection)
     missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)

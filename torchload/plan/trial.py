@@ -16,10 +16,10 @@ import torch
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint, Container, TensorEntry
 from torchload.core.in_memory import entry_of
-from torchload.core.wrappers import WRAPPERS
 from torchload.errors import AmbiguousCheckpointError, TorchLoadError
 from torchload.match import Leaf, Place, Selection, Wanted, find_places, select
 from torchload.match.names import Alignment
+from torchload.match.paths import unwrapped
 from torchload.match.rename import Rename, renamed_from
 from torchload.match.tables import Standing, container_standing
 from torchload.model.target import HookedModule, Target, own_loaders
@@ -100,8 +100,8 @@ def _readings(
     while (attribute := wrapped_child(module)) is not None:
         wrappers, module = f"{wrappers}{attribute}.", module._modules[attribute]  # type: ignore[assignment]
 
-    def unwrapped(name: str) -> str:
-        return wrappers + ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    def rewrapped(name: str) -> str:
+        return wrappers + unwrapped(name)
 
     for place in places[:_MOST_CONTAINERS]:
         if container_standing(*place.segments) is Standing.NOT_WEIGHTS:
@@ -111,9 +111,9 @@ def _readings(
             original = renamed_from(rename, place.leaves)
             place = replace(place, leaves={new: place.leaves[old] for new, old in original.items()})
         yield _Reading(place, str, original)
-        respelled = {unwrapped(name) for name in place.leaves}
+        respelled = {rewrapped(name) for name in place.leaves}
         if len(respelled) == len(place.leaves) and respelled != place.leaves.keys():
-            yield _Reading(place, unwrapped, original)
+            yield _Reading(place, rewrapped, original)
 
 
 def _claimed(target: Target, reading: _Reading) -> Selection:

@@ -58,23 +58,23 @@ def load_twins(target: Target, selection: Selection) -> Twins:
             reason = f"{type(hooked.module).__name__} loads itself, and a copy of it did not: {quoted(error)}"
             found.differing += [Difference(name, source, 0, 0, reason=reason) for name, source in given.items()]
             continue
-        for name, theirs, ours in _values(hooked, twin):
+        for name, loaded, own in _values(hooked, twin):
             if name in selection.skipped:
                 continue
             source = selection.pairs.get(name, name)
             slot = target.by_name.get(name)
-            if slot is not None and _is_alike(theirs, slot):
-                found.entries[name] = entry_of(theirs, "<a copy of the module>")
-            elif (difference := compare_values(name, source, theirs, ours)) is not None:
+            if slot is not None and _is_alike(loaded, slot):
+                found.entries[name] = entry_of(loaded, "<a copy of the module>")
+            elif (difference := compare_values(name, source, loaded, own)) is not None:
                 found.differing.append(difference)
     return found
 
 
 def _values(hooked: HookedModule, twin: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """Each name that a module or its copy has: what the copy holds there, and the module; ``None`` for nothing."""
-    theirs, ours = twin.state_dict(), hooked.module.state_dict()
-    for name in dict.fromkeys([*ours, *theirs]):
-        yield hooked.prefix + name, theirs.get(name), ours.get(name)
+    loaded, own = twin.state_dict(), hooked.module.state_dict()
+    for name in dict.fromkeys([*own, *loaded]):
+        yield hooked.prefix + name, loaded.get(name), own.get(name)
 
 
 def _is_alike(value: Any, slot: Slot) -> bool:
@@ -95,15 +95,15 @@ def compare_extra_states(target: Target, selection: Selection) -> list[Differenc
 def _compare_extra_state(name: str, module: nn.Module, source: str, selection: Selection) -> Difference | None:
     failed = ""
     try:
-        theirs, ours = plain(selection.leaves[source], map_entry), module.get_extra_state()
-        if compare_values(name, source, theirs, ours) is None:
+        file, model = plain(selection.leaves[source], map_entry), module.get_extra_state()
+        if compare_values(name, source, file, model) is None:
             return None
         failed = "a copy of the module did not take it: "
         twin = copy.deepcopy(module)
-        twin.set_extra_state(theirs)
-        theirs = twin.get_extra_state()
+        twin.set_extra_state(file)
+        file = twin.get_extra_state()
     except (MemoryError, OSError):
         raise  # a failure to read says nothing about what is in the file
     except Exception as error:  # noqa: BLE001 - the module's own code, or a value that only code could build
         return Difference(name, source, 0, 0, reason=f"{failed}{quoted(error)}")
-    return compare_values(name, source, theirs, ours)
+    return compare_values(name, source, file, model)

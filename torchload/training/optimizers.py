@@ -66,9 +66,6 @@ def plan_optimizer(
         names: Identity of a parameter → its name in the model, in the model's order.
         file_order: Identity of a parameter → its place among the file's weights, where that says in which order the
             file's own model has them.
-
-    Returns:
-        What to load; its `problems` say, one sentence each, what stands against it.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     plan = OptimizerPlan(optimizer, parameters, [names.get(id(parameter), "") for parameter in parameters])

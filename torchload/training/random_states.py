@@ -42,12 +42,9 @@ class RandomState:
 
 
 def plan_random_states(tree: Any, rank: int, ranks: int) -> tuple[list[RandomState], list[str]]:
-    """Find the states of random number generators, and try each on a generator of its own; sentences about the rest.
+    """The states of random number generators, each tried on a new one, and sentences about those that can't be used.
 
-    Args:
-        tree: The training state.
-        rank: Which of the processes this is.
-        ranks: How many there are. The one state of another process would make them all draw the same numbers.
+    With the one state of another process, all of them would draw the same numbers.
     """
     found: list[RandomState] = []
     notes: list[str] = []

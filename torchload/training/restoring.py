@@ -15,13 +15,10 @@ from torchload.core.text import quoted
 from torchload.model.shards import is_sharded, local_region
 from torchload.model.target import Target
 from torchload.plan import custom_loaders
+from torchload.plan.custom_loaders import RefusedError
 from torchload.plan.plan import LoadPlan
 
-__all__ = ["RefusedError", "like", "receive", "replace_attributes", "restorer", "taking_back"]
-
-
-class RefusedError(Exception):
-    """An object did not accept its state."""
+__all__ = ["like", "receive", "replace_attributes", "restorer", "taking_back"]
 
 
 def receive(receiver: Any, state: Any) -> None:

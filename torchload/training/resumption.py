@@ -12,7 +12,7 @@ from torch import nn
 
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.ranks import Ranks
-from torchload.core.text import plural
+from torchload.core.text import listing, plural
 from torchload.core.undo import Undo
 from torchload.errors import IncompatibleCheckpointError
 from torchload.formats.sets.deepspeed import MASTER_KEY
@@ -27,6 +27,7 @@ from torchload.model.unwrapping import module_within
 from torchload.model.walk import parameter_names
 from torchload.plan.acceptance import after_post_hooks
 from torchload.plan.account import report_of
+from torchload.plan.custom_loaders import RefusedError
 from torchload.plan.dtypes import DtypeSpec
 from torchload.plan.execute import Moved, carry_out
 from torchload.plan.explain import incompatible
@@ -39,7 +40,7 @@ from torchload.training.optimizer_states import Place, extents_in, read_states
 from torchload.training.optimizers import OptimizerPlan, plan_optimizer
 from torchload.training.random_states import RandomState, plan_random_states
 from torchload.training.report import ResumeReport
-from torchload.training.restoring import RefusedError, like, receive, replace_attributes, restorer, taking_back
+from torchload.training.restoring import like, receive, replace_attributes, restorer, taking_back
 from torchload.training.run_folder import lies_beside
 from torchload.training.several import NotPairedError, as_list, pairs_of
 from torchload.training.state import Found, average_of, find_training_state, plain_values, weights_of
@@ -217,7 +218,7 @@ class Resumption:
             stored = [places[load.selection.pairs[name]] for name in slot.names if name in load.selection.pairs]
             if stored:
                 order.update((id(tensor), min(stored)) for tensor in (slot.tensor, *slot.twins))
-        return order
+        return {} if _contradicts_torch(order, load.target.model) else order
 
     def _pairs(
         self,
@@ -234,9 +235,13 @@ class Resumption:
             self._absent(f"{what} state", what)
         else:
             try:
-                return pairs_of(what, given, found, fits, names)
+                pairs = pairs_of(what, given, found, fits, names)
             except NotPairedError as error:
                 self.problems.append(str(error))
+                return []
+            if left := [state.path for state in found if not any(state is taken for _, taken in pairs)]:
+                self.notes.append(f"not restored, since no {what} of that name was given: {listing(left)}")
+            return pairs
         return []
 
     def _plan_state(self, what: str, receiver: Any, found: Found) -> None:
@@ -358,6 +363,20 @@ def _are_sorted(leaves: Mapping[str, Any]) -> bool:
     for name, leaf in leaves.items():
         by_dtype.setdefault(getattr(leaf, "dtype", None), []).append(name)
     return all(names == sorted(names) for names in by_dtype.values())
+
+
+def _contradicts_torch(order: Mapping[int, int], model: nn.Module) -> bool:
+    """Whether layers of torch's own mostly have their tensors in an order that torch never gives them.
+
+    Then names were sorted by parts, as in shards of safetensors that were read as one: ``bias`` stands before
+    ``weight`` within a part, whereas torch's layers have ``weight`` first, in every version and model.
+    """
+    agree: list[bool] = []
+    for layer in model.modules():
+        places = [order[id(tensor)] for tensor in layer._parameters.values() if id(tensor) in order]
+        if type(layer).__module__.startswith("torch.nn.") and len(places) > 1:
+            agree.append(places == sorted(places))
+    return agree.count(False) > agree.count(True)
 
 
 def _is_all(names: Sequence[str], model: nn.Module) -> bool:

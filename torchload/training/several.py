@@ -35,36 +35,30 @@ def pairs_of(
     fits: Callable[[Any, Found], bool],
     names: Callable[[Any, str], bool],
 ) -> list[tuple[Any, Found]]:
-    """Pair what was given with the file's states.
+    """Pair what was given, one or several in a list or under names, with the file's states.
 
-    By name where both sides have names, by position where neither has. Names that only the file has say nothing of
-    positions: there the states must fit in one way only, or belong to parts of the model that are called like them.
-
-    Args:
-        what: What they are: ``"optimizer"``, ``"scheduler"``.
-        given: One, or several in a list or under names.
-        found: The file's states.
-        fits: Whether a state is one for something given.
-        names: Whether something given belongs to a part of the model that has this name.
+    By name where both sides have names, and then some of the file's will do; by position where neither has. Names
+    that only the file has say nothing of positions: there the states must fit in one way only, or belong to parts
+    of the model that are called like them.
 
     Raises:
         NotPairedError: There are more or less of them, or it can't be told.
     """
     all_given = as_list(given)
+    by_name = {state.name: state for state in found if state.name is not None}
+    if by_name and isinstance(given, Mapping) and given.keys() <= by_name.keys():
+        return [(one, by_name[name]) for name, one in given.items()]
+    names_of_file = listed([*map(repr, by_name)])
     if len(all_given) != len(found):
         raise NotPairedError(
             f"the file holds the states of {plural(len(found), what)}, {len(all_given)} "
             f"{'was' if len(all_given) == 1 else 'were'} given"
+            + (f"; to choose by name ({names_of_file}): {what}={{{next(iter(by_name))!r}: …}}" if by_name else "")
         )
-    by_name = {state.name: state for state in found if state.name is not None}
     if len(all_given) == 1 or not by_name:
         return list(zip(all_given, found))
     if isinstance(given, Mapping):
-        if given.keys() != by_name.keys():
-            raise NotPairedError(
-                f"the file's {what}s are {listed([*map(repr, by_name)])}, those given {listed([*map(repr, given)])}"
-            )
-        return [(one, by_name[name]) for name, one in given.items()]
+        raise NotPairedError(f"the file's {what}s are {names_of_file}, those given {listed([*map(repr, given)])}")
     if len(all_given) <= _MOST:
         fitting = [[fits(one, state) for state in found] for one in all_given]
         alike = [

@@ -5,7 +5,7 @@ One closed table; a row per way of writing it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,7 +142,7 @@ class TrainingState:
 
 
 def find_training_state(root: Any) -> TrainingState:
-    """Find the parts of a training state by the names that frameworks give them.
+    """Find the parts of a training state by the names that frameworks give them, else by what they hold.
 
     Example:
         >>> state = find_training_state({"optimizer": {"state": {}, "param_groups": []}, "iter_num": 5})
@@ -155,8 +155,8 @@ def find_training_state(root: Any) -> TrainingState:
         for what in ("epoch", "step")
     )
     return TrainingState(
-        optimizers=next(filter(None, (_states(found, is_optimizer_state) for found in _at("optimizer", root))), []),
-        schedulers=next(filter(None, (_states(found, _is_scheduler) for found in _at("scheduler", root))), []),
+        optimizers=_found("optimizer", root, is_optimizer_state) or _under_other_names(root, is_optimizer_state),
+        schedulers=_found("scheduler", root, _is_scheduler) or _under_other_names(root, _counts_epochs),
         scaler=scalers[0] if scalers else None,
         epoch=epoch,
         step=step,
@@ -167,7 +167,27 @@ def _is_scheduler(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(key, str) for key in value)
 
 
-def _states(found: Found, is_state: Any) -> list[Found]:
+def _counts_epochs(value: Any) -> bool:
+    """Whether it is what torch's schedulers return, whatever it is called."""
+    return _is_scheduler(value) and "last_epoch" in value and not is_optimizer_state(value)
+
+
+def _found(what: str, root: Any, is_state: Callable[[Any], bool]) -> list[Found]:
+    return next(filter(None, (_states(found, is_state) for found in _at(what, root))), [])
+
+
+def _under_other_names(root: Any, is_state: Callable[[Any], bool]) -> list[Found]:
+    """The states at the top, such as ``optim_g`` and ``optim_d``; each is called what its name has of its own."""
+    held = {str(name): value for name, value in root.items() if is_state(value)} if isinstance(root, Mapping) else {}
+    if len(held) < 2:
+        return [Found(name, value) for name, value in held.items()]
+    words = {name: name.split("_") for name in held}
+    shared = set.intersection(*map(set, words.values()))
+    own = {name: "_".join(word for word in words[name] if word not in shared) for name in held}
+    return [Found(name, value, own[name] or name) for name, value in held.items()]
+
+
+def _states(found: Found, is_state: Callable[[Any], bool]) -> list[Found]:
     """One state, or several in a list or under names of their own."""
     value = found.value
     if isinstance(value, Mapping):

@@ -36,18 +36,11 @@ Request = tuple[Shape, torch.dtype]
 
 
 def allocate(requests: Sequence[Request], device: torch.device) -> list[torch.Tensor]:
-    """Uninitialised contiguous tensors, one for each request.
+    """Uninitialised contiguous tensors, one for each (shape, dtype); they don't require grad.
 
     On the CPU each tensor has a storage of exactly its own size, like any other tensor's, except that it can't be
     resized (as with `torch.from_numpy`). A large tensor's memory is freed with it, a small one's together with its
     neighbours in the list.
-
-    Args:
-        requests: (shape, dtype) pairs.
-        device: Where.
-
-    Returns:
-        The tensors, in the order of the requests; they don't require grad.
 
     Raises:
         RuntimeError: Out of memory, as from `torch.empty`.

@@ -107,11 +107,7 @@ class _Summer:
     """Computes checksums of parts; one for each thread."""
 
     def __init__(self, turns: Mapping[int | None, _Turns]) -> None:
-        """Ready to sum.
-
-        Args:
-            turns: File descriptor → whose turn it is, for cold files.
-        """
+        """Ready to sum; cold files, by their descriptors, are read in turns."""
         self._turns = turns
         [scratch] = allocate([((_CHUNK_BYTES,), torch.uint8)], torch.device("cpu"))
         self._scratch = scratch  # owns the memory
@@ -139,15 +135,9 @@ def _position(item: tuple[Extent, object]) -> int:
 
 
 def not_seen_equal(copies: Sequence[Copy]) -> list[Copy]:
-    """The copies whose targets don't hold, bit for bit, what their sources do; a quick look, by several threads.
+    """The copies whose targets don't hold, bit for bit, what their sources do, in order; by a quick look.
 
     Only what is plain on both sides and on the CPU is looked at. All else counts as not seen equal.
-
-    Args:
-        copies: What was carried out.
-
-    Returns:
-        Those copies, in the order given; never one of no elements.
 
     Raises:
         CorruptCheckpointError: A source ended too early, or changed.
@@ -177,12 +167,7 @@ class _Comparer:
     """Compares jobs' data with what is in place; one for each thread."""
 
     def __init__(self, reader: Reader, equal: dict[int, bool]) -> None:
-        """Ready to compare.
-
-        Args:
-            reader: Fetches the data.
-            equal: Identity of a copy → whether no difference was found so far.
-        """
+        """Ready to compare; `equal` has for each copy's identity whether no difference was found so far."""
         self._reader = reader
         self._equal = equal
         room_bytes = max(_CHUNK_BYTES, STRIDED_BYTES)

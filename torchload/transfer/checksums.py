@@ -26,12 +26,7 @@ def has_checksum(box: Box, dtype: torch.dtype) -> bool:
 
 
 def is_summed_in_place(copy: Copy, device: torch.device) -> bool:
-    """Whether `Arrivals` sums what lies in a target's own memory.
-
-    Args:
-        copy: The copy, to the target or to a tensor of its form.
-        device: Where the target is.
-    """
+    """Whether `Arrivals` sums what lies in a target's own memory, given the copy to it or to a tensor of its form."""
     return device.type == "cpu" and is_plain(copy) and has_checksum(copy.box, copy.dtype)
 
 
@@ -62,15 +57,7 @@ class Arrivals:
 
 
 def report_damage(damaged: list[tuple[Extent, int]], names: Mapping[Extent, str]) -> None:
-    """Raise if there is any damage.
-
-    Args:
-        damaged: Extents with the checksums that were found.
-        names: What to call an extent.
-
-    Raises:
-        CorruptCheckpointError: With all of them named.
-    """
+    """Raise a `CorruptCheckpointError` that names all extents of which other checksums were found than recorded."""
     if not damaged:
         return
     shown = "\n".join(

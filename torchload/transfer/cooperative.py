@@ -176,10 +176,6 @@ def shares(copies: Sequence[Copy], count: int) -> list[list[Copy]]:
     """Deal copies out among ranks: to each a stretch of the file, all of about the same size.
 
     The same copies give the same shares on every rank. Tensors are cut where a share ends.
-
-    Args:
-        copies: What is to be read. Those without elements are left out.
-        count: How many ranks there are.
     """
     order: dict[Source, int] = {}
     some = [copy for copy in copies if _file_bytes(copy)]
@@ -200,12 +196,7 @@ def _within(progress: Progress | None, before: int, total: int) -> Progress | No
 
 
 def _exchange(replicas: Replicas, parts: Sequence[Sequence[Copy]], progress: Progress | None) -> Exception | None:
-    """Send this rank's part, and receive the others', a bounded amount at a time.
-
-    Args:
-        replicas: The ranks.
-        parts: What each of them has read.
-        progress: Receives how many bytes have come from others, in the file's dtypes.
+    """Send this rank's part, and receive the others', a bounded amount at a time; `progress` hears of those.
 
     Returns:
         What went wrong here, if anything did: the others, who can't know, are kept company to the end.
@@ -295,9 +286,6 @@ def _halves(copy: Copy, room: int, size: int) -> tuple[Copy, Copy]:
     cut = min(max(room * rows // size, 1), rows - 1)
     halves = []
     for first, count in ((0, cut), (cut, rows - cut)):
-        shape = (*box.shape[:dimension], count, *box.shape[dimension + 1 :])
-        origin = (*box.origin[:dimension], box.origin[dimension] + first, *box.origin[dimension + 1 :])
-        start = box.start + first * box.strides[dimension] * copy.dtype.itemsize
-        part = type(box)(box.extent, start, shape, box.strides, origin)
+        part = box.narrow(dimension, first, count, copy.dtype.itemsize)
         halves.append(Copy(copy.name, part, copy.dtype, copy.target.narrow(dimension, first, count)))
     return halves[0], halves[1]

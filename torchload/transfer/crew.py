@@ -68,14 +68,7 @@ class Crew(Generic[JobT]):
         threads: int,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Ready to run.
-
-        Args:
-            jobs: What is to be done.
-            new_worker: Makes what does it; called once in each thread, so that each has its own scratch memory.
-            threads: How many threads at most, including the calling one.
-            on_progress: Receives `done_bytes` now and then, always in the calling thread.
-        """
+        """Ready to run, in at most so many threads, each with a worker of its own; the calling one tells progress."""
         self.started: list[JobT] = []
         self._queue = deque(jobs)
         self._new_worker = new_worker

@@ -232,15 +232,9 @@ def _sides(piece: Piece, at: int, staging: Staging) -> tuple[torch.Tensor, torch
 
 
 def _copy(source: torch.dtype, result: torch.dtype, is_changed: bool, group: _Group) -> Iterator[Suspicion]:
-    """Copy tensors of one pair of dtypes, together if possible, and see what may not fit.
+    """Copy tensors of one pair of dtypes, together unless torch has to negate or conjugate them; tell what may not fit.
 
     One pair at a time: up to version 2.10 torch takes all targets for the first one's dtype (its issue 173383).
-
-    Args:
-        source, result: The dtypes.
-        is_changed: Whether the targets' memory holds the negative or the conjugate of what they show, which torch
-            can't write to together.
-        group: The tensors.
     """
     kinds = _CAST_TOGETHER if source is not result else _COPIED_EXACTLY
     together = not is_changed and source in kinds and result in kinds

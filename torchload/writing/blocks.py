@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,10 @@ import torch
 
 from torchload.core.checkpoint import Shape
 from torchload.errors import CastOverflowError
-from torchload.transfer import overflow
 from torchload.transfer.memory import memory_at
-from torchload.transfer.overflow import largest_finite, overflows
+from torchload.transfer.overflow import largest_finite, overflow_error, overflows
 
-__all__ = ["WEIGHTS", "Block", "Content", "StoredTensor", "does_not_fit"]
+__all__ = ["WEIGHTS", "Block", "Content", "StoredTensor", "joined", "overflows_in", "spoiled"]
 
 WEIGHTS = "state_dict"
 """What the weights are called where something is stored beside them."""
@@ -63,17 +63,28 @@ class Block:
                 data = values.to(self.dtype)
                 if overflows(values, data):
                     largest = max(largest_finite(part.to("cpu")) for part in _parts(tensor, limit))
-                    raise does_not_fit(self.name, largest, tensor.dtype, self.dtype)
+                    raise spoiled(tensor.dtype, self.dtype, {self.name: largest})
                 yield memory_at(data.data_ptr(), data.nbytes)
 
 
-def does_not_fit(name: str, largest: float, source: torch.dtype, target: torch.dtype) -> CastOverflowError:
-    """The error for a tensor whose largest finite magnitude becomes infinite in the file's dtype."""
-    advice = (
-        "Nothing was saved. Save in a wider dtype (bfloat16), or keep just this tensor in float32: "
-        f"keep_fp32=[{name!r}]."
-    )
-    return overflow.does_not_fit(name, largest, source, target, advice)
+def spoiled(source: torch.dtype, target: torch.dtype, largest: Mapping[str, float]) -> CastOverflowError:
+    """The error for tensors, name → largest finite magnitude, which becomes infinite in the file's dtype."""
+    return overflow_error(next(iter(largest)), source, target, largest, "Nothing was saved. Save")
+
+
+def joined(found: Sequence[CastOverflowError]) -> CastOverflowError:
+    """One error for several."""
+    source, target = getattr(torch, found[0].source_dtype), getattr(torch, found[0].target_dtype)
+    return spoiled(source, target, {error.tensor: error.largest for error in found})
+
+
+def overflows_in(blocks: Iterable[Block]) -> Iterator[CastOverflowError]:
+    """What would overflow if blocks were written."""
+    for block in blocks:
+        try:
+            deque(block.chunks(), maxlen=0)
+        except CastOverflowError as error:
+            yield error
 
 
 def _parts(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:

@@ -17,11 +17,12 @@ import torch
 
 from torchload.core.ranks import Ranks, attempt
 from torchload.core.text import short_dtype
+from torchload.errors import CastOverflowError
 from torchload.formats.sets.distributed import METADATA_NAME
 from torchload.model.shards import local_region
 from torchload.model.unwrapping import State
 from torchload.transfer.overflow import largest_finite, overflows
-from torchload.writing.blocks import WEIGHTS, does_not_fit
+from torchload.writing.blocks import WEIGHTS, joined, spoiled
 from torchload.writing.plan import Casting, refuse, taken_apart
 from torchload.writing.replacing import replacing_folder
 from torchload.writing.report import SaveReport
@@ -60,7 +61,14 @@ def make_folder_plan(state: State, beside: Mapping[str, Any], path: str, casting
     weights, others, extra, loose, problems = taken_apart(state, beside, ranks)
     refuse(path, problems)
     casts: Counter[tuple[str, str]] = Counter()
-    entries = {name: _cast(name, tensor, casting, casts) for name, tensor in weights.items()}
+    entries, found = {}, []
+    for name, tensor in weights.items():
+        try:
+            entries[name] = _cast(name, tensor, casting, casts)
+        except CastOverflowError as error:
+            found.append(error)
+    if found:
+        raise joined(found)
     extra = {name: optimizer_by_name(value) if name.startswith("optimizer") else value for name, value in extra.items()}
     tree = {WEIGHTS: {**entries, **others}, **extra} if extra else {**entries, **others}
     distinct = {id(tensor): tensor for tensor in (*entries.values(), *(tensor for _, tensor in loose.values()))}
@@ -82,7 +90,7 @@ def _cast(name: str, tensor: torch.Tensor, casting: Casting, casts: Counter[tupl
     data = tensor.detach().to(dtype)
     here, there = local_region(tensor)[0], local_region(data)[0]
     if overflows(here.contiguous(), there.contiguous()):
-        raise does_not_fit(name, largest_finite(here), tensor.dtype, dtype)
+        raise spoiled(tensor.dtype, dtype, {name: largest_finite(here)})
     return data
 
 

@@ -17,12 +17,13 @@ from torchload.core.checkpoint import contiguous_strides
 from torchload.core.ranks import Ranks, attempt
 from torchload.core.sharing import Layout, layout_of, shared_runs
 from torchload.core.text import listing, printable, short_dtype
+from torchload.errors import CastOverflowError
 from torchload.match.globs import Globs
 from torchload.model.elsewhere import is_placeholder
 from torchload.model.shards import is_hollow, is_sharded
 from torchload.model.unwrapping import State
 from torchload.plan.dtypes import final_dtype
-from torchload.writing.blocks import Block, Content, StoredTensor
+from torchload.writing.blocks import Block, Content, StoredTensor, joined, overflows_in
 from torchload.writing.formats import FileFormat
 from torchload.writing.plain import PlainCopy
 from torchload.writing.replacing import replacing
@@ -81,8 +82,13 @@ class SavePlan:
         return result
 
     def _write(self, started: float) -> SaveReport:
-        with replacing(self.path) as file:
-            self.kind.write(file, self.content)
+        try:
+            with replacing(self.path) as file:
+                self.kind.write(file, self.content)
+        except CastOverflowError as first:
+            blocks = [self.content.blocks[index] for index in self.kind.order(self.content)]
+            position = next(index for index, block in enumerate(blocks) if block.name == first.tensor)
+            raise joined([first, *overflows_in(blocks[position + 1 :])]) from None
         names: dict[StoredTensor, list[str]] = {}
         for name, stored in self.content.tensors.items():
             names.setdefault(stored, []).append(name)

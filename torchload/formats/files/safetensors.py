@@ -7,6 +7,7 @@ The format records no checksums.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from torchload.core.source import Source
 from torchload.errors import CorruptCheckpointError, damaged, incomplete
 from torchload.formats.json_text import parse_object
 
-__all__ = ["open"]
+__all__ = ["first_file", "open"]
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own bound
 
@@ -78,6 +79,16 @@ def open(source: Source, path: str) -> Checkpoint:
     _restore_tied_names(root, metadata)
     notes = _metadata_notes(metadata)
     return Checkpoint(path, "safetensors", root, (source,), notes=notes, metadata=metadata)
+
+
+def first_file(source: Source) -> Source:
+    """The file that a run of bytes begins with, where others follow it; the whole run if that can't be told."""
+    with contextlib.suppress(CorruptCheckpointError):
+        header, data_offset = _read_header(source, source.name)
+        _take_metadata(header, source.name)
+        _, placed = _Header(Extent(source, data_offset, source.size - data_offset), source.name).entries(header)
+        return source.slice(0, min(data_offset + max((end for _, end, _ in placed), default=0), source.size))
+    return source
 
 
 def _read_header(source: Source, path: str) -> tuple[dict[str, Any], int]:
@@ -236,10 +247,19 @@ def _check_coverage(placed: list[tuple[int, int, str]], source: Source, data_off
 
 
 def _restore_tied_names(root: Container, metadata: dict[str, str]) -> None:
-    """Give back the names that `safetensors.torch.save_model` dropped: it lists them as dropped → kept."""
-    for dropped, kept in metadata.items():
-        if dropped != "format" and dropped not in root and isinstance(entry := root.get(kept), TensorEntry):
-            root[dropped] = entry
+    """Give back the names that `safetensors.torch.save_model` dropped: it lists them as dropped → kept.
+
+    The kept one may be listed as dropped itself, before or after.
+    """
+    followed: set[str] = {"format"}
+    for dropped in metadata:
+        name, chain = dropped, list[str]()
+        while name not in root and name in metadata and name not in followed:
+            followed.add(name)
+            chain.append(name)
+            name = metadata[name]
+        if isinstance(entry := root.get(name), TensorEntry):
+            root.update(dict.fromkeys(chain, entry))
 
 
 def _metadata_notes(metadata: dict[str, str]) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from bisect import bisect_right
 from typing import NamedTuple
 
 from torchload.core.source import Source
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError, damaged, incomplete
+from torchload.core.text import plural
+from torchload.errors import GET_IT_AGAIN, CheckpointFormatError, CorruptCheckpointError, damaged, incomplete
 
 __all__ = ["DEFLATED", "END", "STORED", "ZipBytes", "ZipRecord", "central_rows", "find_central", "located"]
 
@@ -79,21 +80,23 @@ class ZipBytes:
         at = offset - self._start
         return self._tail[at : at + size] if 0 <= at <= len(self._tail) - size else self.source.read(offset, size)
 
-    def end_position(self) -> int:
-        """Where the record that ends the archive is; -1 where there is none."""
-        tail = self._tail
+    def end_position(self) -> tuple[int, int]:
+        """Where the record that ends the archive is, and where the archive ends; -1 twice where there is none."""
+        tail, last = self._tail, (-1, -1)
         position = tail.rfind(b"PK\x05\x06")
-        # A comment may contain the signature; the true end record is the one whose comment ends with the file.
-        while position >= 0 and len(tail) - position - END.size != int.from_bytes(
-            tail[position + END.size - 2 : position + END.size], "little"
-        ):
+        while position >= 0:
+            end = position + END.size + int.from_bytes(tail[position + END.size - 2 : position + END.size], "little")
+            if end == len(tail):  # a comment may contain the signature; this one's comment ends with the file
+                return position + self._start, self.size
+            if end < len(tail) and last[0] < 0:
+                last = position + self._start, end + self._start
             position = tail.rfind(b"PK\x05\x06", 0, position)
-        return position + self._start if position >= 0 else -1
+        return last
 
 
 def find_central(source: ZipBytes) -> tuple[int, int, int]:
     """Number of records, and position and length of the central directory in bytes."""
-    end_position = source.end_position()
+    end_position, end = source.end_position()
     if end_position < 0:
         raise _incomplete(source)
     _, disk, central_disk, disk_count, count, size, offset, _ = END.unpack(source.read(end_position, END.size))
@@ -124,6 +127,12 @@ def find_central(source: ZipBytes) -> tuple[int, int, int]:
             source.name,
             f"its directory is said to lie at bytes {offset} to {offset + size}, but ends at {end_position}: "
             "bytes are missing or were added",
+        )
+    if end < source.size:
+        raise CorruptCheckpointError(
+            f"{source.name} has {plural(source.size - end, 'byte')} behind the end of its zip archive. {GET_IT_AGAIN} "
+            f"If they are no part of it, as a line end or padding is, cut them off: truncate -s {end}",
+            path=source.name,
         )
     most = _BASE_RECORDS + source.size // _BYTES_PER_RECORD
     if count > most:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchload.core.checkpoint import Box, Extent, OpaqueTensor, TensorEntry, box_end_bytes, contiguous_strides
+from torchload.core.checkpoint import Extent, OpaqueTensor, TensorEntry, box_end_bytes
 from torchload.core.source import UnpackedSource
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def resolved(walk: Walk, entry: Any, metadata: Any) -> Any:
 
     source = UnpackedSource(work_out, entry.nbytes, walk.name, walk.budget)
     extent = Extent(source, 0, entry.nbytes, big_endian=sys.byteorder == "big")
-    strides, origin = contiguous_strides(entry.shape), (0,) * len(entry.shape)
-    return TensorEntry(entry.dtype, entry.shape, (Box(extent, 0, entry.shape, strides, origin),))
+    return TensorEntry.over(extent, entry.dtype, entry.shape)
 
 
 def _as_flagged(tensor: torch.Tensor, flags: list[str]) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from torchload.core.checkpoint import Container, Extent, OpaqueTensor, Record, Shape, TensorEntry
 from torchload.core.source import MemorySource
-from torchload.errors import TorchLoadError, damaged
+from torchload.errors import CheckpointFormatError, TorchLoadError, damaged
 from torchload.formats.pickles.modules import flatten_module, module_fields
 from torchload.formats.pickles.standins import (
     AS_RECORD,
@@ -130,7 +130,13 @@ class Walk:
         """Where a storage's bytes are."""
         if storage.extent is None:
             if self._extent_of is None:
-                self.fail("has its data outside the pickle, and nothing says where")
+                raise CheckpointFormatError(
+                    f"{self.name} is a pickle whose tensors have their data elsewhere, as data.pkl has in a zip "
+                    "checkpoint that was unpacked. Pack the folder again without compression: beside it, run "
+                    "'zip -0 -r model.pth' with its name.",
+                    path=self.name,
+                    found="pickle without its data",
+                )
             storage.extent = self._extent_of(storage)
         return storage.extent
 

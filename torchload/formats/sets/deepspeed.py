@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from torchload.core.checkpoint import Checkpoint, Container, TensorEntry
 from torchload.core.text import listed, plural
 from torchload.errors import (
+    GET_IT_AGAIN,
     AmbiguousCheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
@@ -60,8 +61,7 @@ def open_folder(path: str, open_member: OpenFile) -> Checkpoint:
     plain = [name for name in names if _MODEL_FILE.fullmatch(name)]
     if not plain and not rank_files:
         raise CheckpointNotFoundError(
-            f"The checkpoint has no model states in {step}, only {listed(sorted(names)) or 'nothing'}. "
-            "Copy the folder again."
+            f"The checkpoint has no model states in {step}, only {listed(sorted(names)) or 'nothing'}. {GET_IT_AGAIN}"
         )
     with Members(open_member) as members:
         ranks = _Ranks(path, step, members)

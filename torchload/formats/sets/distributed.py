@@ -31,7 +31,13 @@ from torchload.core.checkpoint import (
 )
 from torchload.core.source import Source
 from torchload.core.text import listed, plural
-from torchload.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError
+from torchload.errors import (
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    damaged,
+    incomplete,
+)
 from torchload.formats.locate import path_inside, source_of_file
 from torchload.formats.pickles.unpickle import read_pickle
 from torchload.formats.sets.items import Item, ItemBox, ItemReader
@@ -121,19 +127,19 @@ class _Index:
         fields = self._fields(_read_metadata(file, self.budget), "Metadata")
         described, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
         if not isinstance(described, dict) or not isinstance(stored, dict):
-            raise self.refuse("its .metadata lacks the list of tensors or the list of their places")
+            raise damaged(None, "its .metadata lacks the list of tensors or the list of their places")
         places = self._places(stored)
         self.chunks_left += 1000 + 2 * (len(described) + len(stored))
         for name, description in described.items():
             if type(name) is not str:
-                raise self.refuse("a name in its .metadata is not text")
+                raise damaged(None, "a name in its .metadata is not text")
             kind = _class_name(description)
             if kind == "TensorStorageMetadata":
                 self._add_tensor(name, record_fields(description), places)
             elif kind == "BytesStorageMetadata":
                 self.values.setdefault(name, self._place_of(places, name, None))
             else:
-                raise self.refuse(f"its .metadata describes {_short(name)} as {kind or 'something unknown'}")
+                raise damaged(None, f"its .metadata describes {_short(name)} as {kind or 'something unknown'}")
         paths = fields.get("planner_data")
         if isinstance(paths, dict):
             self.paths.update((name, keys) for name, keys in paths.items() if _is_path(keys))
@@ -150,8 +156,8 @@ class _Index:
         places: dict[str, _Place] = {}
         for key, info in stored.items():
             if _class_name(key) != "MetadataIndex" or _class_name(info) != "_StorageInfo":
-                raise self.refuse(
-                    "the storage info in its .metadata has a form that only a custom storage writer knows"
+                raise damaged(
+                    None, "the storage info in its .metadata has a form that only a custom storage writer knows"
                 )
             index, place = record_fields(key), record_fields(info)
             name, origin = index.get("fqn"), index.get("offset")
@@ -164,7 +170,7 @@ class _Index:
                 or not (type(offset) is int and type(size) is int and offset >= 0 and size >= 0)
                 or not (isinstance(transforms, (list, tuple)) and all(type(part) is str for part in transforms))
             ):
-                raise self.refuse(f"the storage info of {_short(name)} in its .metadata is malformed")
+                raise damaged(None, f"the storage info of {_short(name)} in its .metadata is malformed")
             places[_place_key(name, origin)] = _Place(file_name, offset, size, tuple(transforms))
         return places
 
@@ -172,7 +178,7 @@ class _Index:
         place = places.get(_place_key(name, origin))
         if place is None:
             part = f" at {list(origin)}" if origin else ""
-            raise self.refuse(f"its .metadata does not say where {_short(name)}{part} is")
+            raise damaged(None, f"its .metadata does not say where {_short(name)}{part} is")
         return place
 
     def _add_tensor(self, name: str, fields: dict[str, Any], places: dict[str, _Place]) -> None:
@@ -180,18 +186,18 @@ class _Index:
         state = properties.state if isinstance(properties, Record) else None
         dtype = state[0] if isinstance(state, tuple) and state else None
         if not _is_shape(shape) or not isinstance(chunks, list):
-            raise self.refuse(f"the shape or the list of chunks of {_short(name)} in its .metadata is malformed")
+            raise damaged(None, f"the shape or the list of chunks of {_short(name)} in its .metadata is malformed")
         tensor = self.tensors.setdefault(name, _Tensor(dtype, shape, {}))
         if (tensor.shape, tensor.dtype) != (shape, dtype) and not isinstance(dtype, Record):
-            raise self.refuse(f"two ranks describe {_short(name)} differently")
+            raise damaged(None, f"two ranks describe {_short(name)} differently")
         self.chunks_left -= len(chunks)
         if self.chunks_left < 0:
-            raise self.refuse("its .metadata describes more chunks than it has places for")
+            raise damaged(None, "its .metadata describes more chunks than it has places for")
         for chunk in chunks:
             region = record_fields(chunk) if _class_name(chunk) == "ChunkStorageMetadata" else {}
             origin, size = region.get("offsets"), region.get("sizes")
             if not _is_shape(origin) or not _is_shape(size) or not len(origin) == len(size) == len(shape):
-                raise self.refuse(f"the offsets or sizes of a chunk of {_short(name)} in its .metadata are malformed")
+                raise damaged(None, f"the offsets or sizes of a chunk of {_short(name)} in its .metadata are malformed")
             if 0 not in size:  # replicas, which ranks that saved without each other each describe, are taken once
                 place = self._place_of(places, name, origin)
                 tensor.chunks.setdefault(_place_key("", origin), (Region(origin, size), place))
@@ -229,13 +235,13 @@ class _Index:
             # Only in a safetensors file, where sizes are those of the data alone, do items begin at the same byte.
             begin = (place.file_name, place.offset)
             if begin in self.taken and place.size != math.prod(size) * dtype.itemsize:
-                raise self.refuse(f"its .metadata says that a chunk of {_short(name)} lies where another one lies")
+                raise damaged(None, f"its .metadata says that a chunk of {_short(name)} lies where another one lies")
             self.taken.add(begin)
             boxes.append(ItemBox(reader, self._item(name, place, files), dtype, size, origin))
         try:
             entry = of_boxes(dtype, shape, boxes)
         except MisfitError as error:
-            raise self.refuse(f"the {len(boxes)} chunks of {_short(name)} make no tensor: {error}") from None
+            raise damaged(None, f"the {len(boxes)} chunks of {_short(name)} make no tensor: {error}") from None
         transforms = [part for _, place in tensor.chunks.values() for part in place.transforms]
         if transforms:
             return OpaqueTensor(f"a tensor written through {', '.join(dict.fromkeys(transforms))[:200]}", shape)
@@ -244,10 +250,8 @@ class _Index:
     def _item(self, name: str, place: _Place, files: dict[str, Source]) -> Item:
         source = files[place.file_name]
         if place.offset + place.size > source.size:
-            raise CorruptCheckpointError(
-                f"The checkpoint is incomplete: {place.file_name} has {source.size} bytes, but {_short(name)} ends at "
-                f"byte {place.offset + place.size}. Copy the folder again."
-            )
+            end = place.offset + place.size
+            raise incomplete(None, f"{place.file_name} has {source.size} bytes, but {_short(name)} ends at byte {end}")
         return Item(source, place.offset, place.size, name)
 
     def _tree(self, entries: dict[str, Any]) -> Container:
@@ -258,12 +262,8 @@ class _Index:
             paths = {}  # deeper than any object is; each level costs a container
         for name, entry in entries.items():
             if not _insert(root, paths.get(name, (name,)), entry) and not _insert(root, (name,), entry):
-                raise self.refuse(f"two values have the name {_short(name)}")
+                raise damaged(None, f"two values have the name {_short(name)}")
         return _with_lists(root)
-
-    def refuse(self, problem: str) -> CorruptCheckpointError:
-        """The error for an index that can't be right."""
-        return CorruptCheckpointError(f"The checkpoint is damaged: {problem}. Copy the folder again.")
 
 
 # --- files ---

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torchload.core.checkpoint import Checkpoint
@@ -19,7 +19,7 @@ from torchload.formats.locate import UNFINISHED_SUFFIXES
 from torchload.formats.sets import rank_files
 from torchload.formats.sets.members import OpenMember
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "choose", "parts_by_name"]
 
 _MAX_ENTRIES = 20_000  # directory entries looked at
 
@@ -256,6 +256,21 @@ def _one_per_model(names: list[str]) -> list[tuple[str, ...]]:
         preferred = [name for name in members if name.endswith(".safetensors")]
         groups.extend((name,) for name in preferred[:1] or members)
     return groups
+
+
+def parts_by_name(name: str, beside: Collection[str] = ()) -> list[str]:
+    """The names of all files of a numbered set that a file belongs to by its name; some begin at zero.
+
+    Example:
+        >>> parts_by_name("model-00001-of-00002.bin"), parts_by_name("model.bin")
+        (['model-00001-of-00002.bin', 'model-00002-of-00002.bin'], [])
+    """
+    match = _NUMBERED.fullmatch(name)
+    if match is None or int(match["total"]) > _MAX_ENTRIES:
+        return []
+    begin, end = match.span("number")
+    names = [f"{name[:begin]}{number:0{end - begin}}{name[end:]}" for number in range(int(match["total"]) + 1)]
+    return names[:-1] if names[0] in (name, *beside) else names[1:]
 
 
 def _check_complete(pattern: str, total: int, members: list[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from torchload.core.checkpoint import Box, Extent, Record, Shape, TensorEntry, contiguous_strides
 from torchload.core.source import MemorySource, Source
-from torchload.errors import CheckpointFormatError, CorruptCheckpointError
+from torchload.errors import CheckpointFormatError, CorruptCheckpointError, damaged
 
 __all__ = ["Item", "ItemBox", "ItemReader"]
 
@@ -109,10 +109,7 @@ class ItemReader:
         return item.file.slice(item.offset, item.size)
 
     def _refuse(self, item: Item, problem: str) -> CorruptCheckpointError:
-        return CorruptCheckpointError(
-            f"{item.file.name} is damaged: the item of {item.name[:200]!r} at byte {item.offset} {problem}.",
-            path=item.file.name,
-        )
+        return damaged(item.file.name, f"the item of {item.name[:200]!r} at byte {item.offset} {problem}")
 
 
 class ItemBox(Box):

@@ -15,6 +15,7 @@ from typing import Any
 from torchload.core.checkpoint import Checkpoint, Container, OpaqueTensor, Shape, TensorEntry
 from torchload.core.text import listed
 from torchload.errors import (
+    GET_IT_AGAIN,
     AmbiguousCheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
@@ -202,7 +203,7 @@ def open_megatron(path: str, open_member: OpenFile) -> Checkpoint:
     found = [name for name in _MEGATRON_FILES if os.path.exists(os.path.join(inside, name))]
     if not found:
         raise CheckpointNotFoundError(
-            f"The checkpoint has none of {', '.join(_MEGATRON_FILES)} in {inside}. Copy the folder again."
+            f"The checkpoint has none of {', '.join(_MEGATRON_FILES)} in {inside}. {GET_IT_AGAIN}"
         )
     return replace(open_member(os.path.join(inside, found[0])), path=path)
 

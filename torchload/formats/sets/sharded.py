@@ -23,7 +23,7 @@ from torchload.formats.locate import path_inside
 from torchload.formats.sets.members import Members, OpenFile, may_be_same, naming
 from torchload.formats.sets.tiling import MisfitError, assemble
 
-__all__ = ["open_index", "open_list", "recognizes"]
+__all__ = ["files_of", "open_index", "open_list", "recognizes"]
 
 _MAX_INDEX_BYTES = 100_000_000
 _MAX_INDEX_NAMES = 500_000
@@ -53,9 +53,7 @@ def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
     """
     with naming(path):
         index = _index_in(source, path)
-        weight_map = index.get("weight_map")
-        if index and "weight_map" not in index and all(isinstance(name, str) for name in index.values()):
-            weight_map = index  # accelerate's plain form: tensor → file
+        weight_map = _weight_map(index)
         if not isinstance(weight_map, dict):
             raise CheckpointFormatError(
                 "The checkpoint is a JSON file, not a checkpoint: an index of shards would have a 'weight_map'. "
@@ -68,6 +66,18 @@ def open_index(source: Source, path: str, open_file: OpenFile) -> Checkpoint:
             raise CorruptCheckpointError("The checkpoint lists no tensors: its weight_map is empty.")
         shards = _shard_paths(weight_map, path)
         return _merged(path, shards, open_file, index, weight_map)
+
+
+def files_of(source: Source, path: str) -> list[str]:
+    """The names of the files that an index lists; nothing of them is looked at."""
+    weight_map = _weight_map(_index_in(source, path))
+    return sorted({name for name in weight_map.values() if isinstance(name, str)} if weight_map else ())
+
+
+def _weight_map(index: dict[str, Any]) -> Any:
+    if index and "weight_map" not in index and all(isinstance(name, str) for name in index.values()):
+        return index  # accelerate's plain form: tensor → file
+    return index.get("weight_map")
 
 
 def _index_in(source: Source, path: str) -> dict[str, Any]:
