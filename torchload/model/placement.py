@@ -36,9 +36,7 @@ class Placement:
         if isinstance(spec, Mapping):
             names: list[object] = list(spec)
             if odd := [name for name in names if not isinstance(name, str)]:
-                raise TypeError(
-                    f"device, as a mapping, has names of modules as keys, such as 'encoder', not {odd[0]!r}"
-                )
+                raise TypeError(f"device as a mapping has names of modules as keys, such as 'encoder', not {odd[0]!r}")
             self._by_prefix = {prefix.rstrip("."): resolve_device(device) for prefix, device in spec.items()}
         elif spec is not None:
             self._everywhere = resolve_device(spec)
