@@ -33,7 +33,7 @@ _READERS_OF_COLD_FILES = 3
 """One reads, the others sum what they have read."""
 _ASKED_AHEAD = 64
 """So many chunks are under way to the page cache before their turn. Readahead by itself asks for 128 KiB at a time: so
-a GiB took 2.7 s on a virtual disk (Xeon), and 0.7 s with these requests in flight; past the page cache, 0.6 s."""
+reading 1 GiB took 2.7 s from a virtual disk (Xeon), 0.6 to 1 s with these requests in flight; past the cache, 0.6 s."""
 _ASKED_BYTES = 128 << 10
 """What a kernel surely reads ahead at once; it may pass over what goes beyond."""
 
