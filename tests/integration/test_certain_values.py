@@ -382,4 +382,4 @@ def test_names_of_torch_lead_to_those_of_torchload():
 
 def test_a_device_mapping_the_wrong_way_round(save):
     path = save(model().state_dict())
-    refused(model(), path, "maps from the names of modules", device={"cuda:0": "cpu"})
+    refused(model(), path, "names of modules", device={"cuda:0": "cpu"})

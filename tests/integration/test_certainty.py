@@ -776,7 +776,7 @@ def test_the_best_weights_are_asked_about_where_an_optimizer_lies_beside_them_al
 
 def test_a_key_that_names_nothing_in_a_file_without_containers(save):
     path = save(changed(Net(), 1))
-    with pytest.raises(errors.IncompatibleCheckpointError, match="its tensors stand at the top") as caught:
+    with pytest.raises(errors.IncompatibleCheckpointError, match="its tensors are at the top") as caught:
         smart_load(Net(), path, key="state_dict")
     assert "key=''" in str(caught.value)
     smart_load(Net(), path, key="")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchload.transfer.overflow import overflows
+from torchload.transfer.overflow import out_of_range, overflows
 
 NARROW = [torch.float16, torch.bfloat16, torch.float32]
 PATTERNS = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
@@ -57,3 +57,22 @@ def test_as_element_by_element(
     result = torch.empty(len(source) + start, dtype=narrow)[start:]
     result.copy_(source)
     assert overflows(source, result) == bool(truth(source, result).any())
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("result", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_whatever_precision_torch_multiplies_in(result: torch.dtype, precision: str) -> None:
+    """From the largest value that fits on, one float32 after the other, and in the midst of others."""
+    limit = torch.tensor(torch.finfo(result).max)
+    steps = limit.view(torch.int32) + torch.arange(-2000, 2000, dtype=torch.int32) * (1 << (22 - 11))
+    around_limit = steps.view(torch.float32)[steps.view(torch.float32).isfinite()]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for values in (around_limit.sort().values[::7], -around_limit[::7]):
+            verdicts = [overflows(one := torch.cat([torch.zeros(20), value[None]]), one.to(result)) for value in values]
+            lost = [bool(out_of_range(value[None], value[None].to(result))) for value in values]
+            assert verdicts == lost
+            assert {True, False} <= set(lost)
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 from tests.law import same_bits, snapshot
 from tests.versions import save_folder
-from torchload import errors, smart_load, smart_resume, smart_save
+from torchload import errors, read_state_dict, smart_load, smart_resume, smart_save
 
 
 def step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
@@ -255,6 +255,21 @@ def test_sorted_names_say_nothing_of_a_models_order(tmp_path, sorted_by):
         torch.save({"model": weights, "optimizer": old.state_dict()}, path)
     new = torch.optim.Adam(saved.parameters())
     smart_resume(saved, path, new)
+    assert_same_moments(new, old)
+
+
+def test_names_sorted_within_each_shard_say_nothing_of_a_models_order(tmp_path):
+    saved, old = saved_in_order(tmp_path / "x.pth", "c", "a", "d", "b")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    weights = saved.state_dict()
+    shards = [tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors"]
+    for shard, layers in zip(shards, ("ca", "db")):
+        save_file({name: weights[name] for name in weights if name[0] in layers}, shard)
+    mapping = read_state_dict(shards)
+    assert [*mapping] != sorted(mapping)
+    assert [*mapping] != [*weights]
+    new = torch.optim.Adam(saved.parameters())
+    smart_resume(saved, {"model": mapping, "optimizer": old.state_dict()}, new)
     assert_same_moments(new, old)
 
 

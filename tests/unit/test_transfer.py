@@ -22,7 +22,7 @@ from torchload.core.copies import Copy
 from torchload.core.source import FileSource, MemorySource, Source
 from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.transfer import run
-from torchload.transfer.crew import Crew
+from torchload.transfer.crew import Crew, Helper
 from torchload.transfer.pieces import DIRECT_BYTES, STAGED_BYTES, STRIDED_BYTES, schedule
 
 LARGE = 3 * STAGED_BYTES // 8 + 17
@@ -445,6 +445,18 @@ def test_an_interrupt_waits_for_jobs_that_others_are_at() -> None:
     with pytest.raises(KeyboardInterrupt):
         Crew([0, 1], lambda: work, threads=2).run()
     assert len(ended) == 1
+
+
+def test_an_interrupt_that_leaves_a_thread_unable_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a number, and waits for a lock that nobody opens."""
+
+    def start(helper: Helper) -> None:
+        helper._set_ident()  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Helper, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        Crew([0, 1], lambda: int, threads=2).run()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

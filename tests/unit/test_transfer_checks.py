@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 
@@ -86,28 +87,38 @@ def test_same_data_in_other_strides() -> None:
 
 
 def test_threads_take_turns_at_a_cold_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read from front to back by one of them at a time, whatever the order of the extents."""
+    """Read from front to back by one of them at a time, whatever the order of the extents, and asked for early."""
     monkeypatch.setattr(checks, "_CHUNK_BYTES", 1000)
     monkeypatch.setattr(checks, "is_cold", lambda _: True)
     data = torch.randint(0, 256, (50_000,), dtype=torch.uint8).numpy().tobytes()
     (tmp_path / "f").write_bytes(data)
     source = FileSource(tmp_path / "f")
-    reading, positions, most = [0], [], [0]
-    real = FileSource.readinto
+    reading, positions, asked, most = [0], [], [], [0]
+    real, advise = FileSource.readinto, os.posix_fadvise
 
     def watch(self: FileSource, offset: int, buffer: memoryview) -> None:
         reading[0] += 1
         most[0] = max(most[0], reading[0])
         positions.append(offset)
+        assert asked[-1] >= min(offset + 20_000, 39_000)  # twenty chunks ahead, or all there are
         real(self, offset, buffer)
         reading[0] -= 1
 
+    def ask(descriptor: int, offset: int, nbytes: int, advice: int) -> None:
+        assert (descriptor, nbytes, advice) == (source.fd, checks._ASKED_BYTES, os.POSIX_FADV_WILLNEED)
+        asked.append(offset)
+        advise(descriptor, offset, nbytes, advice)
+
     monkeypatch.setattr(FileSource, "readinto", watch)
+    monkeypatch.setattr(os, "posix_fadvise", ask, raising=False)
+    monkeypatch.setattr(checks, "_ASKED_AHEAD", 20)
     extents = [Extent(source, start, 10_000, zlib.crc32(data[start:][:10_000])) for start in (30_000, 0, 20_000)]
     for threads in (1, 2, 4, None):
         positions.clear()
+        asked.clear()
         assert verify_extents(extents, threads=threads) == 30_000
         assert positions == sorted(positions)
+        assert asked == positions  # each of them once
     assert most == [1]
 
 

@@ -129,7 +129,9 @@ def smart_load(
         check_arguments(model, dtype, skip, keep_fp32, atomic)
         check_choice(key, prefix, rename, strict)
         if mmap and process_group is not None:
-            raise ValueError("with mmap=True nothing is read that process_group= could share; give one of them")
+            raise ValueError(
+                "mmap=True reads nothing that the ranks of process_group= could share: give only one of the two"
+            )
         wishes = Options(
             Placement(device), dtype, tuple(keep_fp32), strict, atomic is not False, mmap, verify, Globs(skip), rename
         )

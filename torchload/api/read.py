@@ -96,7 +96,7 @@ def read_state_dict(
             entries = _tensors(chosen)
         rivals = listed([repr(rival) for rival in chosen.rivals])
         if chosen.is_guess:
-            text = f"read {chosen.key!r}, called as weights usually are, but {rivals} may be meant; key= chooses"
+            text = f"read {chosen.key!r}, a usual name for weights; it may be that {rivals} is meant: key= chooses"
             boundary.warn([text])
         elif chosen.rivals:
             _log.info("%s: read %r; beside it are %s", printable(checkpoint.path, None), chosen.key, rivals)

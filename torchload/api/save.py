@@ -124,4 +124,4 @@ def _check_arguments(
     if isinstance(keep_fp32, str):
         raise TypeError(f"keep_fp32 is a list of globs: keep_fp32=[{keep_fp32!r}]")
     if not all(isinstance(names, Mapping) for names in (extra or {}, metadata or {})):
-        raise TypeError('extra and metadata are mappings of names, such as {"epoch": 3}')
+        raise TypeError('extra and metadata are dictionaries, such as {"epoch": 3}')

@@ -94,7 +94,7 @@ def find_places(root: Any, key: str | None, allowance: Allowance, whole: frozens
         return found
     chosen = [place for place in found if place.path == key]
     if not chosen:
-        here = "none; its tensors stand at the top (key='')" if found else "no containers with tensors"
+        here = "none; its tensors are at the top (key='')" if found else "no containers with tensors"
         known = listed([repr(place.path) for place in found if place.path], _LISTED) or here
         raise IncompatibleCheckpointError(
             f"The checkpoint has no container {key[:_SHOWN]!r} that holds tensors. It has: {known}."

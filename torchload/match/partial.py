@@ -43,7 +43,7 @@ def held_back(selection: Selection, wanted: Wanted) -> Selection:
         unexpected=[*selection.unexpected, *unused],
         notes=(
             *selection.notes,
-            f"kept back with the rest of their layer, which has another shape: {', '.join(kept[:4])}",
+            f"left out, because a tensor of the same layer has another shape: {', '.join(kept[:4])}",
         ),
     )
 

@@ -36,7 +36,7 @@ class Placement:
         if isinstance(spec, Mapping):
             names: list[object] = list(spec)
             if odd := [name for name in names if not isinstance(name, str)]:
-                raise TypeError(f"device maps from the names of modules to devices, not from {odd[0]!r}")
+                raise TypeError(f"device as a mapping has names of modules as keys, such as 'encoder', not {odd[0]!r}")
             self._by_prefix = {prefix.rstrip("."): resolve_device(device) for prefix, device in spec.items()}
         elif spec is not None:
             self._everywhere = resolve_device(spec)
@@ -202,5 +202,5 @@ def _missing_reason(kind: str, count: int) -> str:
     if kind == "cuda" and not torch.backends.cuda.is_built():
         return "this build of torch has no CUDA"
     if kind == "cuda" and os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
-        return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} leaves none to see"
+        return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides all of them"
     return f"this process sees no {kind} device"

@@ -218,7 +218,7 @@ class Resumption:
             stored = [places[load.selection.pairs[name]] for name in slot.names if name in load.selection.pairs]
             if stored:
                 order.update((id(tensor), min(stored)) for tensor in (slot.tensor, *slot.twins))
-        return order
+        return {} if _contradicts_torch(order, load.target.model) else order
 
     def _pairs(
         self,
@@ -363,6 +363,20 @@ def _are_sorted(leaves: Mapping[str, Any]) -> bool:
     for name, leaf in leaves.items():
         by_dtype.setdefault(getattr(leaf, "dtype", None), []).append(name)
     return all(names == sorted(names) for names in by_dtype.values())
+
+
+def _contradicts_torch(order: Mapping[int, int], model: nn.Module) -> bool:
+    """Whether layers of torch's own mostly have their tensors in an order that torch never gives them.
+
+    Then names were sorted by parts, as in shards of safetensors that were read as one: ``bias`` stands before
+    ``weight`` within a part, whereas torch's layers have ``weight`` first, in every version and model.
+    """
+    agree: list[bool] = []
+    for layer in model.modules():
+        places = [order[id(tensor)] for tensor in layer._parameters.values() if id(tensor) in order]
+        if type(layer).__module__.startswith("torch.nn.") and len(places) > 1:
+            agree.append(places == sorted(places))
+    return agree.count(False) > agree.count(True)
 
 
 def _is_all(names: Sequence[str], model: nn.Module) -> bool:

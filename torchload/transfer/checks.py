@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -28,6 +31,11 @@ _CHUNK_BYTES = 1 << 20
 """What is read at once: small enough for the cache, large enough for the call not to show."""
 _READERS_OF_COLD_FILES = 3
 """One reads, the others sum what they have read."""
+_ASKED_AHEAD = 64
+"""So many chunks are under way to the page cache before their turn. Readahead by itself asks for 128 KiB at a time: so
+a GiB took 2.7 s on a virtual disk (Xeon), and 0.7 s with these requests in flight; past the page cache, 0.6 s."""
+_ASKED_BYTES = 128 << 10
+"""What a kernel surely reads ahead at once; it may pass over what goes beyond."""
 
 
 def verify_extents(
@@ -83,12 +91,26 @@ class _Part(NamedTuple):
 class _Turns(NamedTuple):
     """A cold file: one thread at a time reads the next of its parts, the others sum what they have read.
 
-    It is read from front to back, so that readahead keeps its device busy, and stays in the page cache, where the load
-    finds it afterwards; several threads at once, or out of order, would confuse the readahead.
+    It is read from front to back, and stays in the page cache, where the load finds it afterwards; several threads at
+    once, or out of order, would confuse the readahead. What comes later is asked for early, so that the device is busy.
     """
 
     lock: threading.Lock
     parts: deque[_Part]
+    later: Iterator[_Part]
+
+    def next(self) -> _Part:
+        """The part whose turn it is; one further ahead is asked for."""
+        self.ask_for(1)
+        return self.parts.popleft()  # as many are in there as there are jobs
+
+    def ask_for(self, count: int) -> None:
+        """Let the kernel bring what comes later into the page cache, without waiting for it."""
+        for extent, skip, nbytes, _ in islice(self.later, count):
+            start = extent.source.base + extent.offset + skip
+            for position in range(start, start + nbytes, _ASKED_BYTES):
+                with contextlib.suppress(OSError):  # only slower
+                    os.posix_fadvise(extent.source.fd or 0, position, _ASKED_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def _turns(parts: Iterable[_Part]) -> dict[int | None, _Turns]:
@@ -96,11 +118,14 @@ def _turns(parts: Iterable[_Part]) -> dict[int | None, _Turns]:
     by_file: dict[int | None, deque[_Part]] = {}
     for part in parts:
         by_file.setdefault(part.extent.source.fd, deque()).append(part)
-    return {
-        number: _Turns(threading.Lock(), members)
+    turns: dict[int | None, _Turns] = {
+        number: _Turns(threading.Lock(), members, iter(list(members)))
         for number, members in by_file.items()
         if number is not None and is_cold(number)
     }
+    for members in turns.values():
+        members.ask_for(_ASKED_AHEAD)
+    return turns
 
 
 class _Summer:
@@ -119,7 +144,7 @@ class _Summer:
             chunk = self._read(part)
         else:
             with turns.lock:
-                part = turns.parts.popleft()  # as many are in there as there are jobs
+                part = turns.next()
                 chunk = self._read(part)
         part.results[part.skip] = (zlib.crc32(chunk), part.nbytes)
         return part.nbytes

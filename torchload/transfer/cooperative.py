@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Replicas", "read_together", "shares"]
 
 _EXCHANGED_BYTES = 64 << 20
-"""All ranks together send so much at a time: each holds this much of scratch memory, and a rank's part of it."""
+"""All ranks together send so much at a time: each holds as much of scratch memory, and `_SMALL_BYTES` for each rank."""
 _SMALL_BYTES = 64 << 10
 """Less than this isn't cut."""
 _ALIGNMENT_BYTES = 16

@@ -29,13 +29,18 @@ Worker = Callable[[JobT], int]
 
 
 class Helper(threading.Thread):
-    """A thread that is over when `join` returns; it ends with the process."""
+    """A thread that is over when `join` returns; it ends with the process.
+
+    Attributes:
+        has_begun: Whether it does what it is for.
+    """
 
     def __init__(self, target: Callable[..., None], name: str, args: tuple[object, ...] = ()) -> None:
         super().__init__(target=target, name=name, args=args, daemon=True)
-        self._is_over = False
+        self.has_begun = self._is_over = False
 
     def run(self) -> None:
+        self.has_begun = True
         try:
             super().run()
         finally:
@@ -91,7 +96,6 @@ class Crew(Generic[JobT]):
                 try:
                     helper.start()
                 except RuntimeError:  # no more threads to be had: work with those there are
-                    running.pop()
                     break
             self._work(0)
         except BaseException as error:  # noqa: BLE001 - raised again once all have stopped
@@ -138,9 +142,9 @@ class Crew(Generic[JobT]):
 def _join(helper: Helper) -> None:
     """Wait for a thread, also for one whose start was interrupted: it may run, and not have said so yet."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while helper.ident is None and time.monotonic() < deadline:
+    while not helper.has_begun and time.monotonic() < deadline:
         time.sleep(_PAUSE_SECONDS)
-    if helper.ident is not None:  # else it was never started
+    if helper.has_begun:  # else it was never started, or waits for a lock that the interrupt left locked
         helper.join()
 
 

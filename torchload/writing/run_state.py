@@ -56,7 +56,7 @@ def run_state(
     parts = {name: part for name, part in parts.items() if part is not None and part != {}}
     for name, value in extra.items():
         if not isinstance(name, str):
-            raise TypeError(f'extra and metadata are mappings of names, such as {{"epoch": 3}}; {name!r} is no name')
+            raise TypeError(f'the keys of extra and metadata are text, such as {{"epoch": 3}}, not {name!r}')
         if name in parts or name == WEIGHTS:
             raise ValueError(f"{name!r} can't be stored beside the weights: that is where {_owner(name)} go")
         parts[name] = value
