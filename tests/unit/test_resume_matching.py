@@ -149,6 +149,24 @@ def test_states_under_names_of_their_own_are_found_by_what_they_hold(tmp_path, p
     assert "leave" not in str(caught.value)
 
 
+@pytest.mark.parametrize("where", ["training", "state"])
+def test_states_one_level_down_are_found(tmp_path, where):
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    step(model, optimizer)
+    scheduler.step()
+    inside = {"optimizer": optimizer.state_dict(), "lr_sched": scheduler.state_dict(), "scheduler": {"kind": "step"}}
+    file = {"model": model.state_dict(), "early_stopping": {"last_epoch": 3}, "config": {"optimizer": {"lr": 0.1}}}
+    torch.save({**file, where: inside}, tmp_path / "x.pth")
+    new = torch.optim.Adam(model.parameters())
+    mine = lr_scheduler.StepLR(new, 9)
+    report = smart_resume(model, tmp_path / "x.pth", new, mine)
+    assert_same_moments(new, optimizer)
+    assert mine.state_dict() == scheduler.state_dict()
+    assert any(f"{where}.optimizer" in phrase for phrase in report.restored)
+
+
 # --- by position ---
 
 

@@ -6,7 +6,7 @@ One closed table; a row per way of writing it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchload.core.checkpoint import Container, OpaqueTensor, Record, TensorEntry, record_fields
@@ -155,8 +155,8 @@ def find_training_state(root: Any) -> TrainingState:
         for what in ("epoch", "step")
     )
     return TrainingState(
-        optimizers=_found("optimizer", root, is_optimizer_state) or _under_other_names(root, is_optimizer_state),
-        schedulers=_found("scheduler", root, _is_scheduler) or _under_other_names(root, _counts_epochs),
+        optimizers=_found("optimizer", root, is_optimizer_state) or _elsewhere("optimizer", root, is_optimizer_state),
+        schedulers=_found("scheduler", root, _is_scheduler) or _elsewhere("scheduler", root, _is_torch_scheduler),
         scaler=scalers[0] if scalers else None,
         epoch=epoch,
         step=step,
@@ -167,13 +167,26 @@ def _is_scheduler(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(key, str) for key in value)
 
 
-def _counts_epochs(value: Any) -> bool:
+def _is_torch_scheduler(value: Any) -> bool:
     """Whether it is what torch's schedulers return, whatever it is called."""
-    return _is_scheduler(value) and "last_epoch" in value and not is_optimizer_state(value)
+    return _is_scheduler(value) and "last_epoch" in value and ("_last_lr" in value or "base_lrs" in value)
 
 
 def _found(what: str, root: Any, is_state: Callable[[Any], bool]) -> list[Found]:
     return next(filter(None, (_states(found, is_state) for found in _at(what, root))), [])
+
+
+def _elsewhere(what: str, root: Any, is_state: Callable[[Any], bool]) -> list[Found]:
+    """States that only what they hold gives away: at the top, else in the one mapping there that has any."""
+    if (found := _under_other_names(root, is_state)) or not isinstance(root, Mapping):
+        return found
+    inside = [
+        [replace(state, path=f"{name}.{state.path}") for state in states]
+        for name, inner in root.items()
+        if isinstance(inner, Mapping)
+        and (states := _found(what, inner, is_state) or _under_other_names(inner, is_state))
+    ]
+    return inside[0] if len(inside) == 1 else []
 
 
 def _under_other_names(root: Any, is_state: Callable[[Any], bool]) -> list[Found]:
