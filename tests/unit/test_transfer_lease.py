@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -57,6 +58,7 @@ def borrowings(monkeypatch: pytest.MonkeyPatch) -> type[Borrowings]:
 
 
 def descriptors() -> int:
+    gc.collect()  # what other tests left
     return len(os.listdir("/proc/self/fd"))
 
 

@@ -198,7 +198,11 @@ class Descriptor:
         with contextlib.suppress(IndexError, AttributeError):  # closed before, or never begun
             any(map(os.close, map(self._numbers.pop, (-1,))))
 
-    __del__ = close
+    def __del__(self) -> None:
+        try:
+            self.close()
+        finally:  # an interrupt is lost in a finalizer, as everywhere in Python; the file must not stay open with it
+            self.close()
 
 
 class MemorySource(Source):

@@ -24,7 +24,7 @@ from torchload.model.placement import Placement
 from torchload.model.shards import is_sharded
 from torchload.model.target import Target, describe_model
 from torchload.model.unwrapping import module_within
-from torchload.model.walk import parameter_names
+from torchload.model.walk import modules_of, parameter_names
 from torchload.plan.acceptance import after_post_hooks
 from torchload.plan.account import report_of
 from torchload.plan.custom_loaders import RefusedError
@@ -372,7 +372,7 @@ def _contradicts_torch(order: Mapping[int, int], model: nn.Module) -> bool:
     ``weight`` within a part, whereas torch's layers have ``weight`` first, in every version and model.
     """
     agree: list[bool] = []
-    for layer in model.modules():
+    for layer in modules_of(model):
         places = [order[id(tensor)] for tensor in layer._parameters.values() if id(tensor) in order]
         if type(layer).__module__.startswith("torch.nn.") and len(places) > 1:
             agree.append(places == sorted(places))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from weakref import WeakSet
 
 from torchload.core.source import Source
 from torchload.transfer.direct import DIRECT_IO_BYTES, DirectFile
@@ -19,7 +18,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._direct: dict[int, DirectFile | None] = {}
-        self._leased: WeakSet[LeasedFile] = WeakSet()
+        self._leased: list[LeasedFile] = []
 
     @property
     def is_cold(self) -> bool:
@@ -62,13 +61,13 @@ class Reader:
             return None
         file = LeasedFile.open(source.fd)
         if file is not None:
-            self._leased.add(file)
+            self._leased.append(file)
         return file
 
     def close(self) -> None:
         """Give up what was held to read."""
-        for leased in list(self._leased):
-            leased.close()
+        while self._leased:
+            self._leased.pop().close()
         for file in self._direct.values():
             if file is not None:
                 file.close()
