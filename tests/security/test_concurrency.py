@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.security._machine import ROOT, changed, descriptors, in_child, needs_proc, snapshot, tower
+from tests.threads import python_threads
 from torchload import inspect_checkpoint, read_state_dict, smart_load
 from torchload.core.collector import collector_paused
 from torchload.errors import TorchLoadError
@@ -253,7 +254,7 @@ def _process_state() -> dict[str, Any]:
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
-        "running": threading.active_count(),
+        "running": python_threads(),
         "hook": (sys.excepthook, threading.excepthook, sys.unraisablehook),
         "random": random.getstate(),
     }

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.security._machine import anonymous_bytes, changed, descriptors, in_child, needs_proc, snapshot, tower
+from tests.threads import python_threads
 from torchload import errors, smart_load, smart_resume, smart_save
 from torchload.core import source as source_module
 from torchload.core.source import FileSource
@@ -58,10 +59,10 @@ def _write(folder: Path, kind: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_open() -> Iterator[None]:
-    before, threads = descriptors(), threading.active_count()
+    before, threads = descriptors(), python_threads()
     yield
     assert descriptors() == before
-    assert threading.active_count() == threads
+    assert python_threads() == threads
 
 
 def _intercept(monkeypatch: pytest.MonkeyPatch, event: Callable[[int], None], *, large: int = 4096) -> list[int]:
@@ -288,8 +289,9 @@ ROUTES = {
 }
 
 STORM = """
-import pkgutil, random, signal, sys, threading, os
+import pkgutil, random, signal, sys, os
 import torch
+from tests.threads import python_threads
 from torchload import smart_load
 
 model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(6)))
@@ -328,9 +330,7 @@ for attempt in range(150):
     assert values in ({1.0}, {2.0}), values
     [current] = values
 assert stopped > 5, stopped
-# Python itself goes on listing a thread whose start was interrupted: it never ran, and is not alive.
-alive = [thread for thread in threading.enumerate() if thread.is_alive()]
-assert alive == [threading.main_thread()], alive
+assert python_threads() == 1
 import gc; gc.collect()
 assert len(os.listdir("/proc/self/fd")) == descriptors, os.listdir("/proc/self/fd")
 assert gc.isenabled()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tests.security._machine import anonymous_bytes, changed, descriptors, in_child, needs_proc, snapshot, tower
+from tests.threads import python_threads
 from torchload import smart_load
 from torchload.model.swap import _finish_kernels
 from torchload.model.target import Slot
@@ -143,11 +144,11 @@ def test_nothing_grows_with_reloads(versions: list[str]) -> None:
     model = tower(1.0, LAYERS, 32)
     for number in range(20):
         smart_load(model, versions[number % 2], atomic=True)
-    open_before, memory_before, threads_before = descriptors(), anonymous_bytes(), threading.active_count()
+    open_before, memory_before, threads_before = descriptors(), anonymous_bytes(), python_threads()
     for number in range(RELOADS):
         smart_load(model, versions[number % 2], atomic=True)
     assert descriptors() == open_before
-    assert threading.active_count() == threads_before
+    assert python_threads() == threads_before
     assert anonymous_bytes() - memory_before < 8 << 20
 
 
@@ -260,11 +261,11 @@ def test_an_interrupt_before_the_swap_leaves_the_model(versions: list[str]) -> N
 def test_where_no_thread_is_to_be_had_the_swap_is_done_here(
     versions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(thread: threading.Thread) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     model = tower(1.0, LAYERS)
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr("_thread.start_new_thread", refuse)
     smart_load(model, versions[1], atomic=True)
     assert model(torch.zeros(1, 32)).unique().tolist() == [2.0 * LAYERS]
 

@@ -59,8 +59,9 @@ ssize_t preadv64v2(int fd, const struct iovec *iov, int n, off_t at, int f) { re
 """
 
 SCRIPT = """
-import os, sys, threading
+import os, sys
 import torch
+from tests.threads import python_threads
 from torchload import smart_load
 from torchload.errors import TorchLoadError
 
@@ -92,7 +93,7 @@ for after in range(0, 40, 3):
         changed = {name for name in now if not torch.equal(now[name], before[name])}
         assert changed <= set(written), (changed, written)
         assert not (atomic and (changed or written))
-assert threading.active_count() == 1
+assert python_threads() == 1
 assert len(os.listdir("/proc/self/fd")) == len(descriptors)
 print(sorted(outcomes))
 """

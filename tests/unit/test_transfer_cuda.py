@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.threads import python_threads
 from torchload.core.checkpoint import Box, Extent, contiguous_strides
 from torchload.core.copies import Copy
 from torchload.core.source import FileSource, MemorySource, Source
+from torchload.core.threads import Helper
 from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.transfer import engine, pieces, run
 from torchload.transfer.cuda import LANE_BYTES, MAX_LANES, CudaDevice, _kept, _pin, _streams, cuda_ring, send_pieces
@@ -211,9 +213,10 @@ def test_what_can_not_be_had(tmp_path: Path, fake: FakeEngine, monkeypatch: pyte
 
     monkeypatch.setattr(fake, what, refuse)
     copies, _ = model(tmp_path, [torch.float32])
+    running = python_threads()
     with pytest.raises(RuntimeError, match="out of memory"):
         run(copies, threads=3)
-    assert "torchload-sender" not in [thread.name for thread in threading.enumerate()]
+    assert python_threads() == running
     fake.stop()
 
 
@@ -433,18 +436,14 @@ def test_an_interrupt_while_waiting_leaves_nothing_under_way(monkeypatch: pytest
     fake.pause = 0.2
     values = torch.randn(1 << 18)
     copies = [copy_of(MemorySource(values.numpy().tobytes()), torch.zeros(1 << 18), 0, "weight")]
-    real, interrupts = threading.Thread.join, [KeyboardInterrupt("first"), KeyboardInterrupt("second")]
+    real, interrupts = Helper.join, [KeyboardInterrupt("first"), KeyboardInterrupt("second")]
 
-    def is_alive(thread: threading.Thread) -> bool:
-        raise KeyboardInterrupt("asked in vain")
-
-    def join(thread: threading.Thread, *args: Any) -> None:
-        if interrupts and thread.name == "torchload-sender":
+    def join(helper: Helper) -> None:
+        if interrupts:
             raise interrupts.pop(0)
-        real(thread, *args)
+        real(helper)
 
-    monkeypatch.setattr(threading.Thread, "join", join)
-    monkeypatch.setattr(threading.Thread, "is_alive", is_alive)
+    monkeypatch.setattr(Helper, "join", join)
     [job] = schedule(copies)
 
     def load() -> None:
@@ -459,11 +458,11 @@ def test_an_interrupt_while_waiting_leaves_nothing_under_way(monkeypatch: pytest
 
 
 def test_a_sender_that_can_not_start(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(thread: threading.Thread) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     copies, _ = model(tmp_path, [torch.float32])
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr("_thread.start_new_thread", refuse)
     with pytest.raises(RuntimeError, match="can't start") as caught:
         run(copies, threads=1)
     assert caught.value.written == ()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
+from torchload.core.threads import Helper
 from torchload.model.target import Slot, settle
 
 __all__ = ["Exchange"]
@@ -146,11 +147,10 @@ def _uninterrupted(action: Callable[[], object]) -> BaseException | None:
     Returns:
         An interrupt that came meanwhile. One that comes before is raised, and nothing is done.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.get_ident() != threading.main_thread().ident:
         action()
         return None
     turn = [action]  # who takes it out decides: the helper, or what came before it
-    done = threading.Event()
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -158,13 +158,12 @@ def _uninterrupted(action: Callable[[], object]) -> BaseException | None:
             turn.pop()()
         except BaseException as error:  # noqa: BLE001 - raised again below
             errors.append(error)
-        finally:
-            done.set()
 
+    helper = Helper(work)
     interrupt: BaseException | None = None
     try:
-        threading.Thread(target=work, name="torchload-swap", daemon=True).start()
-        done.wait()
+        helper.start()
+        helper.join()
     except BaseException as error:  # noqa: BLE001 - left to the caller
         try:
             taken = turn.pop()
@@ -175,9 +174,11 @@ def _uninterrupted(action: Callable[[], object]) -> BaseException | None:
                 raise
             turn.append(taken)  # no thread is to be had: do it here
             work()
-    while not done.is_set():
+    is_over = False
+    while not is_over:
         try:
-            done.wait()
+            helper.join()
+            is_over = True
         except BaseException as error:  # noqa: BLE001 - left to the caller
             interrupt = error
     try:

@@ -8,49 +8,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Generic, TypeVar
 
 import torch
 
-__all__ = ["Crew", "Helper", "available_cores", "can_limit_intra_op"]
+from torchload.core.threads import Helper
+
+__all__ = ["Crew", "available_cores", "can_limit_intra_op"]
 
 JobT = TypeVar("JobT")
 
-_PATIENCE_SECONDS = 0.5
-_PAUSE_SECONDS = 0.001
-
 Worker = Callable[[JobT], int]
 """Does one job; returns how many bytes it moved."""
-
-
-class Helper(threading.Thread):
-    """A thread that is over when `join` returns; it ends with the process.
-
-    Attributes:
-        has_begun: Whether it does what it is for.
-    """
-
-    def __init__(self, target: Callable[..., None], name: str, args: tuple[object, ...] = ()) -> None:
-        super().__init__(target=target, name=name, args=args, daemon=True)
-        self.has_begun = self._is_over = False
-
-    def run(self) -> None:
-        self.has_begun = True
-        try:
-            super().run()
-        finally:
-            self._is_over = True
-
-    def join(self, timeout: float | None = None) -> None:
-        super().join(timeout)
-        # Until Python 3.13, a thread counts as ended once waiting for it was interrupted.
-        while timeout is None and not self._is_over:
-            time.sleep(_PAUSE_SECONDS)
 
 
 class Crew(Generic[JobT]):
@@ -72,9 +44,7 @@ class Crew(Generic[JobT]):
         self.started: list[JobT] = []
         self._queue = deque(jobs)
         self._new_worker = new_worker
-        self._helpers = [
-            Helper(self._help, f"torchload-{slot}", (slot,)) for slot in range(1, min(threads, len(self._queue)))
-        ]
+        self._helpers = [Helper(partial(self._help, slot)) for slot in range(1, min(threads, len(self._queue)))]
         self._done = [0] * (len(self._helpers) + 1)
         self._errors: list[BaseException] = []
         self._on_progress = on_progress
@@ -89,10 +59,8 @@ class Crew(Generic[JobT]):
         Raises:
             BaseException: What the first worker that failed raised, or `on_progress`, or a KeyboardInterrupt.
         """
-        running: list[Helper] = []
         try:
             for helper in self._helpers:
-                running.append(helper)  # first: an interrupt in `start` leaves a thread that runs
                 try:
                     helper.start()
                 except RuntimeError:  # no more threads to be had: work with those there are
@@ -100,9 +68,10 @@ class Crew(Generic[JobT]):
             self._work(0)
         except BaseException as error:  # noqa: BLE001 - raised again once all have stopped
             self._fail(error)
+        running = list(self._helpers)
         while running:
             try:
-                _join(running[-1])
+                running[-1].join()
                 running.pop()
             except BaseException as error:  # noqa: BLE001 - interrupted while waiting
                 self._fail(error)
@@ -137,15 +106,6 @@ class Crew(Generic[JobT]):
                 self._done[slot] += worker(job)
                 if slot == 0 and self._on_progress is not None:
                     self._on_progress(self.done_bytes)
-
-
-def _join(helper: Helper) -> None:
-    """Wait for a thread, also for one whose start was interrupted: it may run, and not have said so yet."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not helper.has_begun and time.monotonic() < deadline:
-        time.sleep(_PAUSE_SECONDS)
-    if helper.has_begun:  # else it was never started, or waits for a lock that the interrupt left locked
-        helper.join()
 
 
 def available_cores() -> int:

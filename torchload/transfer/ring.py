@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from torchload.transfer.crew import Helper
+from torchload.core.threads import Helper
 from torchload.transfer.memory import memory_at
 from torchload.transfer.pieces import Job
 from torchload.transfer.reader import Reader
@@ -130,7 +130,7 @@ class Ring:
             self._free.put(None)
         self._loads: SimpleQueue[Load | None] = SimpleQueue()
         self._failure: BaseException | None = None
-        self._sender = Helper(self._work, "torchload-sender")
+        self._sender = Helper(self._work)
 
     def borrow(self) -> Lane:
         """A lane whose memory may be overwritten; to be handed to `send` or `give_back`.
