@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,9 +26,16 @@ def _enter(rank: int, work: Callable[[int, Path], Any], folder: str, count: int)
         outcome = work(rank, Path(folder))
     except BaseException:  # noqa: BLE001 - shown by the test that started this process
         outcome = {"failed": traceback.format_exc()}
-    torch.save(outcome, f"{folder}/outcome{rank}")
-    distributed.destroy_process_group()
-    os._exit(0)  # gloo's threads and torch's destructors race at the end of a process, which at times aborts it
+    torch.save(outcome, f"{folder}/outcome{rank}.part")
+    os.rename(f"{folder}/outcome{rank}.part", f"{folder}/outcome{rank}")
+    # Together, for those who still read; and without destructors: gloo's threads race them, which at times aborts the
+    # process, and in torch 2.4 `destroy_process_group` may wait for ever.
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while not all(map(os.path.exists, (f"{folder}/outcome{other}" for other in range(count)))):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    os._exit(0)
 
 
 def on_ranks(work: Callable[[int, Path], Any], folder: Path, count: int = RANKS) -> list[Any]:

@@ -56,7 +56,7 @@ def _load_at_the_same_time(rank: int, folder: Path, barrier: object) -> None:
     before = bytes_read()
     smart_load(model, folder / "x.pth")
     (folder / f"read{rank}").write_text(str(bytes_read()["read_bytes"] - before["read_bytes"]))
-    assert torch.equal(model.weight, torch.load(folder / "x.pth", mmap=True)["weight"])
+    assert torch.equal(model.weight, torch.load(folder / "x.pth", mmap=True, weights_only=True)["weight"])
 
 
 def test_processes_of_spawn_read_a_file_from_disk_once(saved: Path) -> None:
@@ -71,7 +71,7 @@ def _load(rank: int, folder: Path) -> int:
     before = bytes_read()
     smart_load(model, folder / "x.pth")
     read = bytes_read()["read_bytes"] - before["read_bytes"]
-    assert torch.equal(model.weight, torch.load(folder / "x.pth", mmap=True)["weight"])
+    assert torch.equal(model.weight, torch.load(folder / "x.pth", mmap=True, weights_only=True)["weight"])
     return read
 
 
@@ -101,7 +101,7 @@ def _load_in_parts(rank: int, folder: Path) -> dict[str, tuple[int, int, int]]:
     mesh = init_device_mesh("cpu", (RANKS,))
     found = {}
     for kind in ("fsdp", *PARTS):
-        want = torch.load(folder / f"{kind}.pth")
+        want = torch.load(folder / f"{kind}.pth", weights_only=True)
         model = Block(PARTS.get(kind, 64 << 10))
         if kind == "fsdp":
             fully_shard(model, mesh=mesh)
@@ -130,7 +130,7 @@ def test_ranks_read_their_own_parts(tmp_path: Path) -> None:
     for kind in ("fsdp", *PARTS):
         held, read, counted = (sum(outcome[kind][index] for outcome in outcomes) for index in range(3))
         file_bytes = (tmp_path / f"{kind}.pth").stat().st_size
-        tensor_bytes = sum(value.nbytes for value in torch.load(tmp_path / f"{kind}.pth").values())
+        tensor_bytes = sum(value.nbytes for value in torch.load(tmp_path / f"{kind}.pth", weights_only=True).values())
         assert held == tensor_bytes
         assert read <= counted <= read + RANKS * MIB  # the rest is the file's tables, and modules
         if kind == "8 KiB":  # rows so short are read whole, which is quicker; each rank reads what all of them hold

@@ -69,7 +69,7 @@ def assert_holds(model: nn.Module, want: dict[str, torch.Tensor]) -> None:
 
 
 def _ordinary_files(rank: int, folder: Path) -> None:
-    want = torch.load(folder / "x.pth")["state_dict"]
+    want = torch.load(folder / "x.pth", weights_only=True)["state_dict"]
     model = sharded()
     parameters = dict(model.named_parameters())
     pointers = {name: value.to_local().data_ptr() for name, value in parameters.items()}
@@ -118,7 +118,7 @@ def test_fsdp2_from_ordinary_files(tmp_path):
 
 
 def _meta(rank: int, folder: Path) -> None:
-    want = torch.load(folder / "x.pth")
+    want = torch.load(folder / "x.pth", weights_only=True)
     model = sharded(meta=True)
     model.to_empty(device="cpu")
     smart_load(model, folder / "x.pth")
@@ -155,7 +155,7 @@ def _tables(rank: int, folder: Path) -> None:
         smart_load(model, folder / "rotary.pth")
     model = build(real=True)
     smart_load(model, folder / "rotary.pth")
-    assert_holds(model, torch.load(folder / "rotary.pth"))
+    assert_holds(model, torch.load(folder / "rotary.pth", weights_only=True))
     assert torch.equal(model.inv_freq, Rotary().inv_freq)
 
 
@@ -192,7 +192,7 @@ def _tensor_parallel(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     model = randomise(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), 2)
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    want = torch.load(folder / "x.pth")
+    want = torch.load(folder / "x.pth", weights_only=True)
     smart_load(model, folder / "x.pth")
     assert_holds(model, want)
     smart_load(model, folder / "x.safetensors")

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from tests.certainty import loads
+from tests.versions import register_pre_hook
 from torchload import errors, read_state_dict, smart_load, smart_resume, verify_weights
 from torchload.core.wrappers import WRAPPER_CLASSES, WRAPPERS
 
@@ -673,7 +674,7 @@ def test_hooks_that_rename_are_seen_before_the_container_is_chosen(save, strict,
             super().__init__()
             self.backbone = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
             self.fc = nn.Linear(4, 2)
-            self.register_load_state_dict_pre_hook(self.rename)
+            register_pre_hook(self, self.rename)
 
         @staticmethod
         def rename(module, state_dict, prefix, *rest):

@@ -109,7 +109,7 @@ def test_post_hooks_hear_what_torch_would_tell_them(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "x.pth")
     ours: list[Any] = []
     theirs: list[Any] = []
-    build(theirs).load_state_dict(torch.load(tmp_path / "x.pth"), strict=False)
+    build(theirs).load_state_dict(torch.load(tmp_path / "x.pth", weights_only=True), strict=False)
     with pytest.warns(UserWarning, match="in part"):
         smart_load(build(ours), tmp_path / "x.pth", strict=False)
     assert ours == theirs

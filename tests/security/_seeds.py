@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.versions import save_folder
 from torchload.core.checkpoint import TensorEntry
 from torchload.formats import open_checkpoint
 
@@ -86,11 +87,7 @@ def _sharded(folder: Path) -> Path:
 
 
 def _distributed(folder: Path) -> Path:
-    import torch.distributed.checkpoint as dcp
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(_state(), checkpoint_id=folder / "distributed", no_dist=True)
+    save_folder(_state(), checkpoint_id=folder / "distributed")
     return folder / "distributed"
 
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from tests.security._bombs import BIAS, MODEL, WEIGHT, checkpoint, mapping
 from tests.security._hostile import contained, named, text
+from tests.versions import save_folder
 from torchload import inspect_checkpoint, read_state_dict, smart_load, smart_resume
 from torchload.errors import CorruptCheckpointError, IncompatibleCheckpointError
 
@@ -97,11 +98,8 @@ def test_shards_share_one_budget(tmp_path: Path) -> None:
     assert "would take more memory" in contained(lambda: inspect_checkpoint(paths))
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_items_of_a_distributed_checkpoint_share_one_budget(tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    dcp.save({f"v{n}": {"a": n} for n in range(10)}, checkpoint_id=tmp_path, no_dist=True)
+    save_folder({f"v{n}": {"a": n} for n in range(10)}, checkpoint_id=tmp_path)
     index = pickle.loads((tmp_path / ".metadata").read_bytes())
     item, content = squeezed(checkpoint(b"](" + b"]" * 400_000 + b"e")), b""
     for place in index.storage_data.values():

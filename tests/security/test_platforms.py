@@ -18,7 +18,7 @@ from torchload import inspect_checkpoint, read_state_dict, smart_load, smart_sav
 
 folder = sys.argv[1]
 for name in ("zip.pth", "legacy.pth"):
-    expected = torch.load(os.path.join(folder, name))
+    expected = torch.load(os.path.join(folder, name), weights_only=True)
     for options in ({{}}, {{"verify": True}}, {{"mmap": True, "dtype": torch.float32}}, {{"dtype": torch.float16}}):
         model = torch.nn.Sequential(torch.nn.Linear(1024, 1200), torch.nn.Linear(1200, 1024), torch.nn.BatchNorm1d(8))
         model = model.double() if options.get("mmap") else model

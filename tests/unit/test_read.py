@@ -265,7 +265,7 @@ LAZY = {
 def test_what_torch_conjugates_or_negates_when_it_must(tmp_path, kind, zipped):
     path = tmp_path / "x.pth"
     torch.save({"lazy": LAZY[kind]}, path, _use_new_zipfile_serialization=zipped)
-    expected = torch.load(path)["lazy"]
+    expected = torch.load(path, weights_only=True)["lazy"]
     found = read_state_dict(path)["lazy"]
     assert (found.is_conj(), found.is_neg()) == (False, False)
     assert found.dtype is expected.dtype
