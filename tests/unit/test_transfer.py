@@ -443,7 +443,7 @@ def test_an_interrupt_waits_for_jobs_that_others_are_at() -> None:
         return 0
 
     with pytest.raises(KeyboardInterrupt):
-        Crew([0, 1], lambda: work, threads=2).run()
+        Crew([0, 1], lambda: contextlib.nullcontext(work), threads=2).run()
     assert len(ended) == 1
 
 
@@ -453,7 +453,7 @@ def test_an_interrupt_before_a_thread_begins(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Helper, "start", start)
     with pytest.raises(KeyboardInterrupt):
-        Crew([0, 1], lambda: int, threads=2).run()
+        Crew([0, 1], lambda: contextlib.nullcontext(int), threads=2).run()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -18,9 +18,9 @@ from torchload.core.source import FileSource
 from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.transfer import lease, run
 from torchload.transfer.lease import LeasedFile
-from torchload.transfer.pieces import STAGED_BYTES
+from torchload.transfer.pieces import CAST_BYTES
 
-COUNT = 7 * STAGED_BYTES // 8
+COUNT = 7 * CAST_BYTES // 8
 """Elements of float32 that make several jobs."""
 
 
@@ -100,6 +100,26 @@ def test_what_lies_at_an_odd_address_arrives_all_the_same(tmp_path: Path, values
     assert torch.equal(target, values.half())
 
 
+@pytest.mark.parametrize("way", ["lent", "read", "at an odd address"])
+def test_blocks_that_may_overflow_are_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    if way == "read":
+        monkeypatch.setattr(LeasedFile, "open", lambda _: None)
+    gap = 3 if way == "at an odd address" else 8
+    large = torch.full((COUNT,), 60000.0)  # the squares add up to more than the limit's
+    target = torch.zeros(COUNT, dtype=torch.float16)
+    run([whole(write(tmp_path / "f", torch.zeros(gap, dtype=torch.uint8), large), target, torch.float32, gap)])
+    assert torch.equal(target, large.half())
+    for index in (0, COUNT // 2, COUNT - 1):
+        values = torch.ones(COUNT)
+        values[index] = -1e6
+        source = write(tmp_path / f"{index}", torch.zeros(gap, dtype=torch.uint8), values)
+        with pytest.raises(CastOverflowError) as caught:
+            run([whole(source, target, torch.float32, gap, "layer.weight")])
+        assert (caught.value.tensor, caught.value.largest) == ("layer.weight", 1e6)
+
+
 def test_whoever_wants_to_write_waits_for_one_job_at_most(
     source: FileSource, values: torch.Tensor, borrowings: type[Borrowings]
 ) -> None:
@@ -111,7 +131,7 @@ def test_whoever_wants_to_write_waits_for_one_job_at_most(
     target = torch.zeros(COUNT, dtype=torch.float16)
     run([whole(source, target, torch.float32, 8)], threads=1, progress=open_to_write)
     assert torch.equal(target, values.half())
-    assert borrowings.borrowed == STAGED_BYTES  # not any more, once somebody can write
+    assert borrowings.borrowed == CAST_BYTES  # not any more, once somebody can write
     for writer in writers:
         os.close(writer)
 

@@ -73,7 +73,7 @@ def verify_extents(
     on_progress = None if progress is None else lambda done_bytes: progress(done_bytes, total_bytes)
     turns = _turns(jobs)
     threads = threads or default_threads(total_bytes, computes=False, least=_READERS_OF_COLD_FILES if turns else 1)
-    Crew(jobs, lambda: _Summer(turns), threads, on_progress).run()
+    Crew(jobs, lambda: contextlib.nullcontext(_Summer(turns)), threads, on_progress).run()
     found = {extent: combine_parts(results) for extent, results in parts.items()}
     report_damage([(extent, crc) for extent, crc in found.items() if crc != extent.crc32], names or {})
     return total_bytes
@@ -183,7 +183,7 @@ def not_seen_equal(copies: Sequence[Copy]) -> list[Copy]:
     with Reader() as reader:
         cold = [source for source in sources if reader.look_at(source)]
         threads = default_threads(total_bytes, computes=False, cold=bool(cold))
-        Crew(plain, lambda: _Comparer(reader, equal), threads).run()
+        Crew(plain, lambda: contextlib.nullcontext(_Comparer(reader, equal)), threads).run()
     check_unchanged(sources)
     return [copy for copy in copies if not equal[id(copy)]]
 

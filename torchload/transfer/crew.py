@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +24,8 @@ JobT = TypeVar("JobT")
 
 Worker = Callable[[JobT], int]
 """Does one job; returns how many bytes it moved."""
+NewWorker = Callable[[], AbstractContextManager[Worker[JobT]]]
+"""Makes what one thread works with; left in that thread."""
 
 
 class Crew(Generic[JobT]):
@@ -36,7 +39,7 @@ class Crew(Generic[JobT]):
     def __init__(
         self,
         jobs: Sequence[JobT],
-        new_worker: Callable[[], Worker[JobT]],
+        new_worker: NewWorker[JobT],
         threads: int,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -95,8 +98,8 @@ class Crew(Generic[JobT]):
 
     def _work(self, slot: int) -> None:
         # Inference mode, since it is the one mode in which both ordinary and inference tensors can be written to.
-        with torch.inference_mode(), _one_intra_op_thread() if self._helpers else contextlib.nullcontext():
-            worker = self._new_worker()
+        one_thread = _one_intra_op_thread() if self._helpers else contextlib.nullcontext()
+        with torch.inference_mode(), one_thread, self._new_worker() as worker:
             while not self._errors:
                 try:
                     job = self._queue.popleft()

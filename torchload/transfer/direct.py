@@ -18,7 +18,7 @@ import torch
 from torchload.core.launch import has_siblings
 from torchload.core.source import Descriptor
 from torchload.transfer.arena import allocate
-from torchload.transfer.memory import address_of, is_resident, memory_at, move_much
+from torchload.transfer.memory import address_of, is_absent, memory_at, move_much
 from torchload.transfer.settings import direct_io
 
 __all__ = ["DIRECT_IO_BYTES", "REQUESTS_IN_FLIGHT", "DirectFile", "is_cold"]
@@ -69,7 +69,7 @@ class DirectFile:
             buffer: Where the bytes go. They spare a copy where ``(address - position) % 4096 == 0``.
         """
         nbytes = len(buffer)
-        if self._probe is not None and not _is_absent(self._probe, position, nbytes, 3):
+        if self._probe is not None and not is_absent(address_of(self._probe) + position, nbytes, 3):
             return False
         straight = (address_of(buffer) - position) % _BLOCK_BYTES == 0 and nbytes > 2 * _BLOCK_BYTES
         scratch = self._take_scratch()
@@ -131,16 +131,5 @@ def is_cold(descriptor: int) -> bool:
     if sys.platform != "linux" or size_bytes < _MINIMUM_FILE_BYTES:
         return False
     with contextlib.suppress(OSError, ValueError), mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_PRIVATE) as probe:
-        return _is_absent(probe, 0, size_bytes, _SAMPLES)
+        return is_absent(address_of(probe), size_bytes, _SAMPLES)
     return False
-
-
-def _is_absent(probe: mmap.mmap, position: int, nbytes: int, samples: int) -> bool:
-    """Whether most of a file's range isn't in the page cache, judging by a few of its pages.
-
-    The kernel tells this only to whoever may write to the file; to others everything seems to be there.
-    """
-    start = address_of(probe)
-    step = max(nbytes - 1, 0) / max(samples - 1, 1)
-    absent = sum(not is_resident(start + position + int(index * step), 1) for index in range(samples))
-    return 2 * absent > samples

@@ -174,6 +174,12 @@ class _Worker:
         worker = self._by_device.get(job.device)
         return self._host(job) if worker is None else worker(job)
 
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._host.close()
+
 
 def _new_rings(jobs: Iterable[Job], threads: int) -> dict[torch.device, Ring]:
     """A ring for each device that copies on its own."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
 from torchload.transfer.arena import allocate
 from torchload.transfer.checksums import Arrivals
 from torchload.transfer.lease import LeasedFile
 from torchload.transfer.memory import cached_bytes, memory_at, move, move_much
-from torchload.transfer.overflow import OverflowFoundError, limit_of, overflows
+from torchload.transfer.overflow import SQUARABLE, OverflowFoundError, limit_of, overflows, surely_fit
 from torchload.transfer.pieces import CAST, GAP_BYTES, RAW, STAGED_BYTES, Job, Piece, needs_swap
 from torchload.transfer.reader import Reader
 
@@ -70,6 +72,11 @@ class HostWorker:
                     self._arrivals.add(piece, memory_at(piece.target.data_ptr() + piece.skip_bytes, piece.nbytes))
         return job.nbytes
 
+    def close(self) -> None:
+        """Let go of pages, in the thread that used them."""
+        if self._pages is not None:
+            self._pages.unmap()
+
     def _scatter(self, job: Job) -> bool:
         """Let the kernel put a job's pieces into place, and what lies between them aside, if it can."""
         gaps = self._gaps.data_ptr()
@@ -95,6 +102,7 @@ class HostWorker:
         if job.nbytes < _LENT_BYTES or job.source.fd is None:
             return False
         if job.source.fd != self._pages_of:
+            self.close()
             self._pages_of, self._pages = job.source.fd, self._reader.pages(job.source)
         if self._pages is None or (data := self._pages.borrow(job.source.base + job.offset, job.nbytes)) is None:
             return False
@@ -114,17 +122,35 @@ class HostWorker:
         """
         [piece] = job.pieces
         dtype, skip = piece.copy.dtype, 0
-        checks = limit_of(dtype, piece.target.dtype) is not None
-        for target in piece.target.reshape(-1).split(cached_bytes() // dtype.itemsize):
-            nbytes = target.numel() * dtype.itemsize
-            block = self._fetch(job, skip, nbytes) if data is None else data[skip : skip + nbytes]
-            values = _aligned(block, dtype).view(dtype)
+        limit = limit_of(dtype, piece.target.dtype)
+        sums_squares = limit is not None and dtype in SQUARABLE
+        squares: list[torch.Tensor] = []
+        targets = piece.target.reshape(-1).split(cached_bytes() // dtype.itemsize)
+        for target, values in zip(targets, self._blocks(job, data), strict=True):
             target.copy_(values)
-            if checks and overflows(values, target):
+            if sums_squares:
+                squares.append(torch.dot(values, values))
+            elif limit is not None and overflows(values, target):
                 raise OverflowFoundError(piece.copy)
             if self._arrivals is not None:  # as it was read
-                self._arrivals.add(piece, memory_at(block.data_ptr(), nbytes), skip)
-            skip += nbytes
+                self._arrivals.add(piece, memory_at(values.data_ptr(), values.nbytes), skip)
+                skip += values.nbytes
+        if limit is not None and not surely_fit(squares, limit):
+            for target, values in zip(targets, self._blocks(job, data), strict=True):
+                if overflows(values, target):
+                    raise OverflowFoundError(piece.copy)
+
+    def _blocks(self, job: Job, data: torch.Tensor | None) -> Iterable[torch.Tensor]:
+        """What a core's own cache holds of a large cast's values at a time; each is valid until the next is taken."""
+        dtype, step = job.pieces[0].copy.dtype, cached_bytes()
+        if data is not None and _is_aligned(data, dtype):
+            values: Sequence[torch.Tensor] = data.view(dtype).split(step // dtype.itemsize)
+            return values
+        return (
+            _aligned(self._fetch(job, skip, nbytes) if data is None else data[skip : skip + nbytes], dtype).view(dtype)
+            for skip in range(0, job.nbytes, step)
+            for nbytes in [min(step, job.nbytes - skip)]
+        )
 
     def _place(self, job: Job, data: torch.Tensor | None) -> None:
         if data is None or _is_large_cast(job):
@@ -217,9 +243,13 @@ def _is_large_cast(job: Job) -> bool:
     return len(job.pieces) == 1 and job.pieces[0].kind == CAST and job.nbytes > _PACKABLE_BYTES
 
 
+def _is_aligned(data: torch.Tensor, dtype: torch.dtype) -> bool:
+    return not (data.data_ptr() % dtype.itemsize or data.storage_offset() % dtype.itemsize)
+
+
 def _aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Bytes where elements of a dtype may lie."""
-    return data.clone() if data.data_ptr() % dtype.itemsize or data.storage_offset() % dtype.itemsize else data
+    return data if _is_aligned(data, dtype) else data.clone()
 
 
 def _put(piece: Piece, values: torch.Tensor) -> None:

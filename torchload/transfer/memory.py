@@ -18,7 +18,7 @@ __all__ = [
     "advise",
     "cached_bytes",
     "file_system_of",
-    "is_resident",
+    "is_absent",
     "is_same",
     "memory_at",
     "move",
@@ -113,15 +113,20 @@ def file_system_of(descriptor: int) -> int:
     return status[0] & 0xFFFFFFFF if look is not None and look(descriptor, status) == 0 else 0
 
 
-def is_resident(address: int, nbytes: int) -> bool:
-    """Whether all pages of a mapped file's range are in the page cache, as far as the kernel tells."""
+def is_absent(address: int, nbytes: int, samples: int) -> bool:
+    """Whether most of a mapped file's range isn't in the page cache, judging by a few of its pages.
+
+    The kernel tells this only to whoever may write to the file; to others everything seems to be there. To ask about
+    every page takes 24 ms for 1 GiB.
+    """
     mincore = _library("mincore", ctypes.c_int, _ADDRESS, ctypes.c_size_t, ctypes.c_char_p)
-    head = address % mmap.PAGESIZE
-    pages = bytearray(-(-(nbytes + head) // mmap.PAGESIZE))
-    result = ctypes.c_char_p(ctypes.addressof(ctypes.c_char.from_buffer(pages)))
-    if mincore is None or mincore(address - head, nbytes + head, result) != 0:
-        return False
-    return 0 not in pages
+    step = max(nbytes - 1, 0) / max(samples - 1, 1)
+    found = 0
+    for index in range(samples):
+        place, page = address + int(index * step), ctypes.create_string_buffer(1)
+        if mincore is not None and mincore(place - place % mmap.PAGESIZE, 1, page) == 0:
+            found += page.raw != b"\0"
+    return 2 * found < samples
 
 
 def replace_pages(address: int, nbytes: int) -> bool:

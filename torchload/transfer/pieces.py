@@ -46,7 +46,9 @@ VIEW = 2
 DIRECT_BYTES = 8 << 20
 """Read straight into place at most this much at once."""
 STAGED_BYTES = 4 << 20
-"""What is cast is at most this much at once: much less, and the price of a job shows."""
+"""What is cast by way of scratch memory is at most this much at once: much less, and the price of a job shows."""
+CAST_BYTES = 8 << 20
+"""The same for what is in the page cache, and is cast from there, or in blocks."""
 STRIDED_BYTES = 1 << 20
 """The same for what is rearranged, which should stay in the cache nearest to a core."""
 DEVICE_BYTES = (4 << 20) - (8 << 10)
@@ -125,11 +127,14 @@ def schedule(copies: Iterable[Copy], is_cold: Callable[[Source], bool] = lambda 
     groups: dict[tuple[torch.device, Source], list[Piece]] = {}
     source: Source | None = None
     device: torch.device | None = None
+    cast_bytes = STAGED_BYTES
     pieces: list[Piece] = []
     for copy in copies:
         target, extent = copy.target, copy.box.extent
         its_device = _CPU if target.is_cpu else target.device
         if extent.source is not source or its_device != device:
+            if extent.source is not source:
+                cast_bytes = STAGED_BYTES if is_cold(extent.source) else CAST_BYTES
             source, device = extent.source, its_device
             pieces = groups.setdefault((device, source), [])
         if its_device is _CPU and is_plain(copy) and 0 < (nbytes := target.nbytes) <= DIRECT_BYTES:  # most tensors
@@ -137,7 +142,7 @@ def schedule(copies: Iterable[Copy], is_cold: Callable[[Source], bool] = lambda 
             piece = (copy, RAW, extent.offset + box.start, nbytes, target, 0, box.shape, box.strides)
             pieces.append(_new_tuple(Piece, piece))
         else:
-            cut(copy, pieces)
+            cut(copy, pieces, cast_bytes)
     jobs: list[Job] = []
     for (device, source), pieces in groups.items():
         pieces.sort(key=_offset)
@@ -158,8 +163,8 @@ def is_plain(copy: Copy) -> bool:
     )
 
 
-def cut(copy: Copy, pieces: list[Piece]) -> None:
-    """Append the pieces of one copy to a list."""
+def cut(copy: Copy, pieces: list[Piece], cast_bytes: int = STAGED_BYTES) -> None:
+    """Append the pieces of one copy to a list; of what is only cast, pieces of so many bytes."""
     box, dtype, target = copy.box, copy.dtype, copy.target
     shape: Shape = box.shape
     itemsize = dtype.itemsize
@@ -170,7 +175,7 @@ def cut(copy: Copy, pieces: list[Piece]) -> None:
     offset = extent.offset + box.start
     strides = box.strides
     kind, flat = _classify(copy)
-    limit = (DIRECT_BYTES, STAGED_BYTES, STRIDED_BYTES)[kind] if target.is_cpu else DEVICE_BYTES
+    limit = (DIRECT_BYTES, cast_bytes, STRIDED_BYTES)[kind] if target.is_cpu else DEVICE_BYTES
     if not target.is_cpu and (flat or kind == RAW):
         if kind != RAW and nbytes > limit:
             target, shape, strides = target.reshape(-1), (nbytes // itemsize,), (1,)
