@@ -53,7 +53,7 @@ class DirectFile:
         wish = direct_io()
         if sys.platform != "linux" or wish is False:
             return None
-        if wish is None and (has_siblings() or not is_cold(descriptor)):
+        if wish is None and (not is_cold(descriptor) or has_siblings()):
             return None  # several processes read a file from the device once, by way of the page cache
         with contextlib.suppress(OSError, ValueError):
             direct = Descriptor()
