@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import signal
@@ -23,8 +24,8 @@ from torchload.core.copies import Copy
 from torchload.core.source import FileSource, MemorySource, Source
 from torchload.core.threads import Helper
 from torchload.errors import CastOverflowError, CorruptCheckpointError
-from torchload.transfer import run
-from torchload.transfer.crew import Crew
+from torchload.transfer import crew, run
+from torchload.transfer.crew import Crew, can_limit_intra_op
 from torchload.transfer.pieces import DIRECT_BYTES, STAGED_BYTES, STRIDED_BYTES, schedule
 
 LARGE = 3 * STAGED_BYTES // 8 + 17
@@ -445,6 +446,60 @@ def test_an_interrupt_waits_for_jobs_that_others_are_at() -> None:
     with pytest.raises(KeyboardInterrupt):
         Crew([0, 1], lambda: contextlib.nullcontext(work), threads=2).run()
     assert len(ended) == 1
+
+
+def test_an_interrupt_between_the_work_and_the_wait() -> None:
+    """It comes as the calling thread's part ends, once no `try` of that part can see it."""
+    interrupt = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("PyErr_SetInterrupt", ctypes.pythonapi))
+    main = threading.get_ident()
+    begun = threading.Event()
+    ended: list[int] = []
+    watchers: list[object] = []
+
+    class Worker:
+        def __call__(self, job: int) -> int:
+            if threading.get_ident() == main:
+                begun.wait()
+                return 0
+            begun.set()
+            time.sleep(0.2)
+            ended.append(job)
+            return 0
+
+    def new_worker() -> contextlib.AbstractContextManager[Worker]:
+        worker = Worker()
+        if threading.get_ident() == main:
+            watchers.append(weakref.ref(worker, interrupt))  # no step of Python's own before what follows
+        return contextlib.nullcontext(worker)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Crew([0, 1], new_worker, threads=2).run()
+        assert len(ended) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(not can_limit_intra_op(), reason="torch's own threads can't be kept out")
+def test_an_interrupt_leaves_torch_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_threads = crew._omp_set_num_threads()
+    main = threading.get_ident()
+
+    def interrupted(number: int) -> None:
+        set_threads(number)
+        if number == 1 and threading.get_ident() == main:
+            raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(crew, "_omp_set_num_threads", lambda: interrupted)
+    set_threads(3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Crew([0, 1], lambda: contextlib.nullcontext(int), threads=2).run()
+        assert torch.get_num_threads() == 3
+    finally:
+        set_threads(before)
 
 
 def test_an_interrupt_before_a_thread_begins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,24 @@ def test_what_is_cast_isnt_copied_before(
     assert descriptors() == before
 
 
+def test_of_many_files_few_are_open_a_second_time(
+    source: FileSource, tmp_path: Path, borrowings: type[Borrowings]
+) -> None:
+    count = 1 << 18
+    sources = [write(tmp_path / f"{index}", torch.full((count,), float(index))) for index in range(12)]
+    targets = [torch.zeros(count, dtype=torch.float16) for _ in sources]
+    before, most = descriptors(), 0
+
+    def look(done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, descriptors())
+
+    run([whole(file, target, torch.float32) for file, target in zip(sources, targets)], threads=1, progress=look)
+    assert borrowings.borrowed == len(sources) * count * 4
+    assert most <= before + 2  # the file, and what its mapping keeps
+    assert descriptors() == before
+
+
 @pytest.mark.parametrize("gap", [0, 8])
 @pytest.mark.parametrize("leased", [True, False])
 def test_matrices_are_cast_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: int, leased: bool) -> None:

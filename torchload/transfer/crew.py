@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from typing import Any, Generic, TypeVar
@@ -62,6 +62,10 @@ class Crew(Generic[JobT]):
         Raises:
             BaseException: What the first worker that failed raised, or `on_progress`, or a KeyboardInterrupt.
         """
+        failure: BaseException | None = None
+        is_over = False
+        set_threads = _omp_set_num_threads() if self._helpers else None
+        intra_op_threads = torch.get_num_threads()
         try:
             for helper in self._helpers:
                 try:
@@ -70,21 +74,27 @@ class Crew(Generic[JobT]):
                     break
             self._work(0)
         except BaseException as error:  # noqa: BLE001 - raised again once all have stopped
-            self._fail(error)
-        running = list(self._helpers)
-        while running:
+            failure = error
+        # From here on nothing is called outside of a `try`: an interrupt there would leave threads that write.
+        while not is_over:
             try:
-                running[-1].join()
-                running.pop()
+                if failure is not None:
+                    self._fail(failure)
+                for helper in self._helpers:
+                    helper.join()
+                if set_threads is not None:
+                    set_threads(intra_op_threads)
+                is_over = True
             except BaseException as error:  # noqa: BLE001 - interrupted while waiting
-                self._fail(error)
+                failure = error
         try:
             if self._errors:
                 raise self._errors[0]
             if self._on_progress is not None:
                 self._on_progress(self.done_bytes)
         finally:
-            self._errors.clear()  # their tracebacks hold the workers' frames
+            del failure  # its traceback holds this frame
+            self._errors.clear()  # and those of others their workers'
 
     def _help(self, slot: int) -> None:
         try:
@@ -97,9 +107,12 @@ class Crew(Generic[JobT]):
         self._queue.clear()
 
     def _work(self, slot: int) -> None:
+        # Operators run in this thread alone. `torch.set_num_threads` would also set what every later thread of the
+        # process starts with; OpenMP's own function sets the calling thread's number only, which `run` sets back.
+        if self._helpers and (set_threads := _omp_set_num_threads()) is not None:
+            set_threads(1)
         # Inference mode, since it is the one mode in which both ordinary and inference tensors can be written to.
-        one_thread = _one_intra_op_thread() if self._helpers else contextlib.nullcontext()
-        with torch.inference_mode(), one_thread, self._new_worker() as worker:
+        with torch.inference_mode(), self._new_worker() as worker:
             while not self._errors:
                 try:
                     job = self._queue.popleft()
@@ -123,25 +136,6 @@ def can_limit_intra_op() -> bool:
     return _omp_set_num_threads() is not None
 
 
-@contextlib.contextmanager
-def _one_intra_op_thread() -> Iterator[None]:
-    """Run this thread's operators in this thread alone.
-
-    `torch.set_num_threads` would also set what every later thread of the process starts with. OpenMP's own function
-    sets the calling thread's number only.
-    """
-    set_threads = _omp_set_num_threads()
-    if set_threads is None:
-        yield
-        return
-    before = torch.get_num_threads()
-    set_threads(1)
-    try:
-        yield
-    finally:
-        set_threads(before)
-
-
 @lru_cache(maxsize=1)
 def _omp_set_num_threads() -> Any:
     """OpenMP's ``omp_set_num_threads``, if it is the one that torch obeys."""
@@ -150,9 +144,11 @@ def _omp_set_num_threads() -> Any:
         set_threads.argtypes = (ctypes.c_int,)
         set_threads.restype = None
         before = torch.get_num_threads()
-        set_threads(before + 1)
-        obeyed = torch.get_num_threads() == before + 1
-        set_threads(before)
+        try:
+            set_threads(before + 1)
+            obeyed = torch.get_num_threads() == before + 1
+        finally:
+            set_threads(before)
         if obeyed:
             return set_threads
     return None

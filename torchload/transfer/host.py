@@ -73,9 +73,10 @@ class HostWorker:
         return job.nbytes
 
     def close(self) -> None:
-        """Let go of pages, in the thread that used them."""
+        """Let go of pages and their file, in the thread that used them: a load may have more files than may be open."""
         if self._pages is not None:
             self._pages.unmap()
+            self._pages.close()
 
     def _scatter(self, job: Job) -> bool:
         """Let the kernel put a job's pieces into place, and what lies between them aside, if it can."""
