@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import queue
+import signal
 import sys
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,9 +28,10 @@ from torchload.core.source import FileSource, MemorySource, Source
 from torchload.core.threads import Helper
 from torchload.errors import CastOverflowError, CorruptCheckpointError
 from torchload.transfer import engine, pieces, run
+from torchload.transfer.crew import Crew
 from torchload.transfer.cuda import LANE_BYTES, MAX_LANES, CudaDevice, _kept, _pin, _streams, cuda_ring, send_pieces
 from torchload.transfer.memory import memory_at
-from torchload.transfer.pieces import _fill_lanes, schedule
+from torchload.transfer.pieces import Job, _fill_lanes, schedule
 from torchload.transfer.reader import Reader
 from torchload.transfer.ring import Lane, Load, Ring, RingWorker, Staging, Suspicion
 
@@ -167,11 +171,13 @@ def test_a_lane_is_lent_again_only_when_its_data_has_left(tmp_path: Path) -> Non
     """Two lanes, many jobs: `FakeEngine.send` fails if memory is lent too early, and spoils what was."""
     fake = FakeEngine()
     copies, expected = model(tmp_path, [torch.float32])
-    with Ring(fake, 2) as ring:
-        worker = RingWorker(Reader(), ring)
-        for copy in copies:
-            for job in schedule([copy]):
-                worker(job)
+    ring = Ring(fake, 2)
+    ring.start()
+    worker = RingWorker(Reader(), ring)
+    for copy in copies:
+        for job in schedule([copy]):
+            worker(job)
+    ring.finish(None)
     assert len(fake.lanes) == 2
     assert min(Counter(fake.sent).values()) > 5
     assert all(torch.equal(copy.target, value) for copy, value in zip(copies, expected))
@@ -444,14 +450,44 @@ def test_an_interrupt_while_waiting_leaves_nothing_under_way(monkeypatch: pytest
         real(helper)
 
     monkeypatch.setattr(Helper, "join", join)
-    [job] = schedule(copies)
+    ring = Ring(fake, 1)
+    crew = Crew(schedule(copies), lambda: contextlib.nullcontext(RingWorker(Reader(), ring)), threads=1)
+    with pytest.raises(KeyboardInterrupt, match="first"):
+        engine._run(crew, [ring])
+    assert not interrupts
+    assert fake.is_idle
+    assert torch.equal(copies[0].target, values)
+    fake.stop()
 
-    def load() -> None:
-        with Ring(fake, 1) as ring:
-            RingWorker(Reader(), ring)(job)
 
-    with pytest.raises(KeyboardInterrupt, match="second"):
-        load()
+def test_an_interrupt_between_the_work_and_the_wait() -> None:
+    """It comes as those who read are done, once no `try` of theirs can see it, and nothing has arrived yet."""
+    interrupt = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("PyErr_SetInterrupt", ctypes.pythonapi))
+    watchers: list[object] = []
+
+    class Last:
+        """Gone as the function ends that holds it."""
+
+    class Interrupted(Crew[Job]):
+        def run(self) -> None:
+            last = Last()
+            watchers.append(weakref.ref(last, interrupt))
+            super().run()
+
+    fake = FakeEngine()
+    fake.pause = 0.2
+    values = torch.randn(1 << 18)
+    copies = [copy_of(MemorySource(values.numpy().tobytes()), torch.zeros(1 << 18), 0, "weight")]
+    ring = Ring(fake, 1)
+    crew = Interrupted(schedule(copies), lambda: contextlib.nullcontext(RingWorker(Reader(), ring)), threads=1)
+    running = python_threads()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine._run(crew, [ring])
+        assert python_threads() == running
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert fake.is_idle
     assert torch.equal(copies[0].target, values)
     fake.stop()

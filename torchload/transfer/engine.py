@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -131,10 +130,28 @@ def _run(crew: Crew[Job], rings: Collection[Ring]) -> None:
     Raises:
         BaseException: What a worker raised, or else what waiting did; overflow is reported only where nothing failed.
     """
-    with ExitStack() as stack:
+    error: BaseException | None = None
+    is_over = False
+    try:
         for ring in rings:
-            stack.enter_context(ring)
+            ring.start()
         crew.run()
+    except BaseException as failure:  # noqa: BLE001 - raised once all has arrived
+        error = failure
+    # From here on nothing is called outside of a `try`: an interrupt there would leave threads that send.
+    while not is_over:
+        try:
+            for ring in rings:
+                ring.finish(error)
+            is_over = True
+        except BaseException as failure:  # noqa: BLE001 - the same; the others have yet to finish
+            if error is None:
+                error = failure
+    try:
+        if error is not None:
+            raise error
+    finally:
+        del error  # its traceback holds this frame
     if rings:
         from torchload.transfer.ring import suspicious
 

@@ -12,7 +12,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -106,10 +105,11 @@ class Device(Protocol):
 class Ring:
     """Lends lanes to the threads that read, and sends what they have read in a thread of its own.
 
-    A context: it is left when everything has arrived, after an error as well. Memory on either side is free then.
+    Memory on either side is free once it has finished, after an error as well. It is no context: those are entered and
+    left by steps of Python's own, in which an interrupt would leave a thread that sends.
 
     Attributes:
-        suspicions: What may have overflowed, once the context is left.
+        suspicions: What may have overflowed, once it has finished.
         lacks_pinned_memory: Whether the system gave less of it than was asked for.
     """
 
@@ -158,29 +158,27 @@ class Ring:
         """Have a lane's bytes sent; it is lent again when they have left."""
         self._loads.put(load)
 
-    def __enter__(self) -> Ring:
-        try:
-            self._sender.start()
-        except BaseException:  # an interrupt may leave a thread that runs
-            self._loads.put(None)
-            raise
-        return self
+    def start(self) -> None:
+        """Begin to send. Whatever comes of it, `finish` has to be called."""
+        self._sender.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        interrupt: BaseException | None = None
-        is_done = False
-        while not is_done:
-            try:
-                self._loads.put(None)
-                self._sender.join()
-                is_done = True
-            except BaseException as late:  # noqa: BLE001 - raised when nothing is under way any more
-                interrupt = late
-        failure, self._failure = interrupt or self._failure, None
-        if failure is not None and error is None:
-            raise failure
+    def finish(self, error: BaseException | None) -> None:
+        """Wait until everything has arrived; if this is interrupted, to be called again.
+
+        Args:
+            error: What is to be raised anyway.
+
+        Raises:
+            BaseException: Why something could not be sent; once, and only if nothing else is raised.
+        """
+        self._loads.put(None)
+        self._sender.join()
+        failure, self._failure = self._failure, None
+        try:
+            if failure is not None and error is None:
+                raise failure
+        finally:
+            del failure  # its traceback holds this frame
 
     def _work(self) -> None:
         under_way: deque[tuple[Callable[[], list[Suspicion]] | None, list[Load]]] = deque()
