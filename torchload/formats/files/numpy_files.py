@@ -31,6 +31,7 @@ _DESCRIPTION = re.compile(
     rb"\s*\{(?=.*'descr': *(?P<descr>'[^'\n]*'|\[))(?=.*'fortran_order': *(?P<order>True|False))"
     rb"(?=.*'shape': *\((?P<shape>[\dL, ]*)\))[^\n]*\}\s*"
 )
+_NUMBER = re.compile(rb"\d{1,19}")  # may exceed 63 bits, but is never slow to convert
 
 
 class _Header(NamedTuple):
@@ -95,8 +96,7 @@ def _read_header(source: Source, name: str, path: str) -> _Header:
     numbers = [part.strip(b" L") for part in description["shape"].split(b",")] if description else [b"-"]
     if numbers[-1] == b"":
         numbers.pop()  # one comma more, as in (3,), or nothing at all
-    # Nineteen digits may exceed 63 bits, but are never slow to convert.
-    if description is None or len(numbers) > MAX_DIMENSIONS or not all(re.fullmatch(rb"\d{1,19}", n) for n in numbers):
+    if description is None or len(numbers) > MAX_DIMENSIONS or not all(map(_NUMBER.fullmatch, numbers)):
         raise damaged(path, f"the array {name[:200]!r} has no header as numpy writes one")
     shape = tuple(int(number) for number in numbers)
     code = description["descr"].decode("latin-1").strip("'[")
