@@ -42,12 +42,14 @@ class _Header(NamedTuple):
         is_fortran: Whether the first index varies fastest.
         shape: Size along each dimension, in elements.
         size_bytes: Length of the header.
+        crc32: Its checksum.
     """
 
     code: str
     is_fortran: bool
     shape: tuple[int, ...]
     size_bytes: int
+    crc32: int
 
 
 def open_npz(directory: ZipDirectory, path: str) -> Checkpoint:
@@ -75,7 +77,7 @@ def _array(source: Source, checksum: int, name: str, path: str) -> TensorEntry |
         )
     crc32 = None
     if checksum:  # of header and data; what the header contributes is taken out
-        crc32 = checksum ^ combine_crc32(zlib.crc32(source.read(0, header.size_bytes)), 0, nbytes)
+        crc32 = checksum ^ combine_crc32(header.crc32, 0, nbytes)
     strides = contiguous_strides(header.shape[::-1])[::-1] if header.is_fortran else None
     return TensorEntry.over(
         Extent(source, header.size_bytes, nbytes, crc32, is_big_endian), dtype, header.shape, strides
@@ -100,7 +102,7 @@ def _read_header(source: Source, name: str, path: str) -> _Header:
         raise damaged(path, f"the array {name[:200]!r} has no header as numpy writes one")
     shape = tuple(int(number) for number in numbers)
     code = description["descr"].decode("latin-1").strip("'[")
-    return _Header(code, description["order"] == b"True", shape, size)
+    return _Header(code, description["order"] == b"True", shape, size, zlib.crc32(head[:size]))
 
 
 def open_pickle(source: Source, path: str) -> Checkpoint:
