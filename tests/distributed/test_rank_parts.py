@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as multiprocessing
 from torch import nn
 
+from tests.distributed._ranks import on_ranks
 from torchload import smart_load
 from torchload.core.checkpoint import OpaqueTensor
 from torchload.errors import CorruptCheckpointError, IncompatibleCheckpointError
@@ -38,7 +38,6 @@ def work(rank: int, folder: Path) -> None:
     from tests.distributed._parallel import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
     state = build().state_dict()
 
@@ -98,13 +97,12 @@ def work(rank: int, folder: Path) -> None:
     foreign = [item.rpartition(":model.")[2] for item in looked_up if item.startswith(f"__{1 - rank}_")]
     assert looked_up
     assert not set(foreign) & dict(model.named_parameters()).keys()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    multiprocessing.spawn(work, (folder,), nprocs=WORLD)
+    on_ranks(work, folder, WORLD)
     return folder
 
 

@@ -48,6 +48,18 @@ def test_a_wrappers_own_state_is_nobodys_business():
     assert there.spare == ["n_averaged"]
 
 
+@pytest.mark.parametrize("above", ["", "_orig_mod.", "encoder.", "module."])
+def test_a_wrappers_own_state_is_nobodys_business_where_both_sides_have_a_wrapper(above):
+    averaged, parallel = [f"{above}n_averaged", f"{above}module.fc.w"], [f"{above}module.fc.w"]
+    found = align(tree_of([*averaged, "head.w"]), tree_of([*parallel, "head.w"]))
+    assert found.pairs == {name: name for name in [*parallel, "head.w"]}
+    assert found.wrapper_state == averaged[: bool(above)]  # at the root it isn't alone with a wrapper
+    found = align(tree_of(averaged), tree_of(parallel))
+    assert (found.wrapper_state, found.leftover) == (averaged[:1], {})
+    there = align(tree_of(parallel), tree_of(averaged))
+    assert (there.spare, there.pairs) == (averaged[:1], {parallel[0]: parallel[0]})
+
+
 def test_two_wrappers_that_offer_the_same_name_are_ambiguous_not_chosen():
     found = align(tree_of(["module.a.w", "_orig_mod.a.w", "b.w"]), tree_of(["a.w", "b.w"]))
     assert found.pairs == {"b.w": "b.w"}

@@ -1,82 +1,69 @@
-"""Helpers under a storm of interrupts: each has run to its end, or never begins."""
+"""Helpers under a storm of interrupts: each runs to its end, or never begins."""
 
 from __future__ import annotations
 
-import random
 import signal
-import time
-from collections.abc import Iterator
 
 import pytest
 
+from tests.security._machine import in_child
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX signals")
+
+STORM = """
+import random, signal, time
 from tests.threads import python_threads
 from torchload.core.threads import Helper
 from torchload.model.swap import _uninterrupted
 
-STORM_SECONDS = 1.5
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+chooser = random.Random(0)
+running = python_threads()
+before = after = 0
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX signals")
-
-
-@pytest.fixture(autouse=True)
-def _interrupts() -> Iterator[None]:
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+def interrupted(action, microseconds):
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, chooser.uniform(20, microseconds) / 1e6)
+        try:
+            return action()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        return "interrupted"
+
+for _ in range(4000):
+    steps = []
+
+    def work():
+        steps.append(1)
+        time.sleep(0.0001)
+        steps.append(2)
+"""
+
+HELPERS = """
+    helper = Helper(work)
+    def run():
+        helper.start()
+        helper.join()
+    before += interrupted(run, 400) == "interrupted"
+    helper.join()
+    assert steps in ([], [1, 2]), steps
+assert before > 20, before
+assert python_threads() == running
+"""
+
+SWAPS = """
+    outcome = interrupted(lambda: _uninterrupted(work), 600)
+    before += outcome == "interrupted"
+    after += isinstance(outcome, KeyboardInterrupt)
+    assert steps in ([], [1, 2]), steps
+assert after > 20, after
+"""
 
 
 def test_a_helper_is_over_once_it_was_waited_for() -> None:
-    chooser = random.Random(0)
-    stopped = 0
-    running = python_threads()
-    deadline = time.monotonic() + STORM_SECONDS
-    while time.monotonic() < deadline:
-        begun: list[bool] = []
-        ended: list[bool] = []
-
-        def work(begun: list[bool] = begun, ended: list[bool] = ended) -> None:
-            begun.append(True)
-            time.sleep(0.0001)
-            ended.append(True)
-
-        helper = Helper(work)
-        try:
-            signal.setitimer(signal.ITIMER_REAL, chooser.uniform(0.00002, 0.0004))
-            try:
-                helper.start()
-                helper.join()
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        except KeyboardInterrupt:
-            stopped += 1
-        helper.join()
-        assert begun == ended
-    assert stopped > 20
-    assert python_threads() == running
+    in_child(STORM + HELPERS)
 
 
 def test_what_must_not_stop_half_way_is_done_or_not_begun() -> None:
-    chooser = random.Random(0)
-    before = after = 0
-    deadline = time.monotonic() + STORM_SECONDS
-    while time.monotonic() < deadline:
-        steps: list[int] = []
-
-        def action(steps: list[int] = steps) -> None:
-            steps.append(1)
-            time.sleep(0.0001)
-            steps.append(2)
-
-        try:
-            signal.setitimer(signal.ITIMER_REAL, chooser.uniform(0.00002, 0.0006))
-            try:
-                after += _uninterrupted(action) is not None
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        except KeyboardInterrupt:
-            before += 1
-        assert steps in ([], [1, 2])
-    assert before > 5
-    assert after > 20
+    in_child(STORM + SWAPS)

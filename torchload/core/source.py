@@ -12,8 +12,7 @@ import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torchload.core.budget import Budget
 from torchload.core.collector import collector_running
@@ -38,6 +37,10 @@ class Source(ABC):
     """
 
     __slots__ = ("base", "budget", "name", "size")
+    _fields: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        cls._fields = tuple(field for kind in cls.__mro__ for field in getattr(kind, "__slots__", ()))
 
     def __init__(self, name: str, size: int, budget: Budget) -> None:
         self.name = name
@@ -61,7 +64,9 @@ class Source(ABC):
     def slice(self, offset: int, size: int, name: str | None = None) -> Source:
         """The `size` bytes from `offset`, as a source of its own over the same file."""
         self._check(offset, size)
-        part = copy(self)
+        part: Source = object.__new__(type(self))  # `copy.copy` takes ten times as long; an archive has many parts
+        for field in self._fields:
+            setattr(part, field, getattr(self, field))
         part.name, part.base, part.size = name or self.name, self.base + offset, size
         return part
 

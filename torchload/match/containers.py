@@ -35,6 +35,7 @@ class Place:
 
 _LOOKED_THROUGH = 1 << 16  # items of a list at a time
 _HOLDERS = (TensorEntry, OpaqueTensor, Record, Mapping, list, tuple)
+_PLAIN = frozenset((int, float, str, bool, bytes, type(None)))
 
 
 def as_mapping(value: Any) -> Mapping[Any, Any] | None:
@@ -186,7 +187,9 @@ def _may_hold(value: Any) -> bool:
 
 def _holds_any(values: list[Any] | tuple[Any, ...]) -> bool:
     """Whether one of them may be or hold tensors; as fast as Python walks a list, for it may be very long."""
-    return any(issubclass(kind, _HOLDERS) for kind in set(map(type, values)))
+    return not _PLAIN.issuperset(map(type, values)) and any(
+        issubclass(kind, _HOLDERS) for kind in set(map(type, values))
+    )
 
 
 def _is_leaf(name: Any, value: Any, whole: frozenset[str]) -> bool:

@@ -180,7 +180,11 @@ def _pair_children(
     if source.is_tensor and model.is_tensor:
         result.pairs[model.names[""]] = source.names[""]
     if source.names.keys() <= model.names.keys() or source.names.keys() >= model.names.keys():
-        in_file, in_model = source.children, model.children  # names that are the model's to the letter are never others
+        # Names that are the model's to the letter are never others.
+        in_file, in_model = (
+            _without_state(result.wrapper_state, source, model),
+            _without_state(result.spare, model, source),
+        )
     else:
         in_file, in_model = _agree(result, source.chain, model.chain)
     extra = {label: in_file[label] for label in in_file if label not in in_model}
@@ -191,6 +195,16 @@ def _pair_children(
         _lift(result, lacking, extra, work, liftable, "model")
         _rename(result, extra, lacking)
     return extra, in_model
+
+
+def _without_state(state: list[str], node: Node, other: Node) -> dict[str, Node]:
+    """A node's children, without what a wrapper keeps beside what it holds and the other side lacks: to `state`."""
+    children = node.children
+    if WRAPPER_STATE.keys().isdisjoint(children):
+        return children
+    own = {label: name for depth, label, name in node.chain.state if depth == 0 and label not in other.children}
+    state.extend(own.values())
+    return {label: child for label, child in children.items() if label not in own}
 
 
 @dataclass(slots=True)

