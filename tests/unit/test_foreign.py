@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -66,9 +67,9 @@ def headless_zip() -> bytes:
 
 
 def database() -> bytes:
-    connection = sqlite3.connect(":memory:")
-    connection.execute("create table t (x)")
-    return connection.serialize() if sys.version_info >= (3, 11) else b"SQLite format 3\0" + b"\0" * 4080
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("create table t (x)")
+        return connection.serialize() if sys.version_info >= (3, 11) else b"SQLite format 3\0" + b"\0" * 4080
 
 
 def field(number: int, content: bytes) -> bytes:
