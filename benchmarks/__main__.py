@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import fnmatch
 import json
 import sys
@@ -12,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torchload
 from benchmarks.arms import ALWAYS, ARMS, Arm
 from benchmarks.cases import Case, list_cases
 from benchmarks.charts import write_charts
@@ -48,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(cases: list[Case], options: argparse.Namespace) -> dict[str, Any]:
+    compileall.compile_dir(str(Path(torchload.__file__).parent), quiet=1)  # as pip does for those it installs
     arms, skipped = _choose_arms(options.peers)
     settings = Settings(
         options.device, options.samples, options.data, options.timeout, options.patience, options.memory
