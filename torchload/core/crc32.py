@@ -9,6 +9,7 @@ __all__ = ["combine_crc32"]
 _POLYNOMIAL = 0xEDB88320
 
 
+@lru_cache(maxsize=64)  # arrays of one form have headers of one form
 def combine_crc32(first: int, second: int, second_nbytes: int) -> int:
     """The CRC-32 of two runs of bytes, one after the other, from that of each.
 

@@ -315,7 +315,7 @@ def _rename(result: Alignment, extra: dict[str, Node], lacking: dict[str, Node])
         return
     renamed: set[str] = set()
     for rule, here, there, pattern in _SPELLINGS:
-        for found in [match for local in in_file if (match := pattern.fullmatch(local))]:
+        for found in list(filter(None, map(pattern.fullmatch, in_file))):
             parameter = found.groupdict().get("p", "")
             from_names = [name.format(p=parameter) for name in here]
             to_names = [name.format(p=parameter) for name in there]

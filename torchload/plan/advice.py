@@ -261,4 +261,4 @@ def likeness(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
 
 
 def _first(pattern: str | re.Pattern[str], names: Sequence[str]) -> str | None:
-    return next((name for name in names if re.search(pattern, name)), None)
+    return next(filter(re.compile(pattern).search, names), None)
