@@ -61,6 +61,7 @@ class Extent:
         nbytes: Length in bytes; formats guarantee that ``0 <= offset`` and ``offset + nbytes <= source.size``.
         crc32: The checksum that the file records for exactly these bytes, or ``None`` where it records none.
         big_endian: Whether multi-byte elements are stored most significant byte first.
+        word_sum: The sum of its words when it was last read and matched its checksum: quicker to compute again.
     """
 
     source: Source
@@ -68,6 +69,7 @@ class Extent:
     nbytes: int
     crc32: int | None = None
     big_endian: bool = False
+    word_sum: int | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from torchload.core.checkpoint import Extent, TensorEntry
 from torchload.core.copies import Copy
 from torchload.transfer.arena import allocate
-from torchload.transfer.checksums import combine_parts, report_damage
+from torchload.transfer.checksums import add_up, crc_differs, has_word_sum, report_damage, word_sum
 from torchload.transfer.crew import Crew
 from torchload.transfer.direct import is_cold
 from torchload.transfer.engine import Progress, check_unchanged, default_threads
@@ -45,7 +45,7 @@ def verify_extents(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Compare data with the checksums that its file records.
+    """Compare data with the checksums that its file records, and note what its words add up to.
 
     Args:
         extents: What to check; those without a recorded checksum are passed over.
@@ -62,10 +62,11 @@ def verify_extents(
         OSError: A device failed.
     """
     checked = [extent for extent in dict.fromkeys(extents) if extent.crc32 is not None]
-    parts: dict[Extent, dict[int, tuple[int, int]]] = {extent: {} for extent in checked}
+    crcs: dict[Extent, dict[int, tuple[int, int]]] = {extent: {} for extent in checked}
+    words: dict[Extent, list[int]] = {extent: [] for extent in checked}
     jobs = [
-        _Part(extent, skip, min(_CHUNK_BYTES, extent.nbytes - skip), results)
-        for extent, results in sorted(parts.items(), key=_position)
+        _Part(extent, skip, min(_CHUNK_BYTES, extent.nbytes - skip), crcs[extent], words[extent])
+        for extent in sorted(checked, key=_position)
         for skip in range(0, extent.nbytes, _CHUNK_BYTES)
     ]
     total_bytes = sum(job.nbytes for job in jobs)
@@ -74,18 +75,20 @@ def verify_extents(
     turns = _turns(jobs)
     threads = threads or default_threads(total_bytes, computes=False, least=_READERS_OF_COLD_FILES if turns else 1)
     Crew(jobs, lambda: contextlib.nullcontext(_Summer(turns)), threads, on_progress).run()
-    found = {extent: combine_parts(results) for extent, results in parts.items()}
-    report_damage([(extent, crc) for extent, crc in found.items() if crc != extent.crc32], names or {})
+    report_damage([found for extent, parts in crcs.items() for found in crc_differs(extent, parts)], names or {})
+    for extent in filter(has_word_sum, checked):
+        extent.word_sum = add_up(words[extent])
     return total_bytes
 
 
 class _Part(NamedTuple):
-    """A stretch of an extent, and where to leave its checksum and length (by its position in the extent)."""
+    """A stretch of an extent, and where to leave its CRC-32 and length (by its position in the extent) and word sum."""
 
     extent: Extent
     skip: int
     nbytes: int
-    results: dict[int, tuple[int, int]]
+    crcs: dict[int, tuple[int, int]]
+    words: list[int]
 
 
 class _Turns(NamedTuple):
@@ -106,7 +109,7 @@ class _Turns(NamedTuple):
 
     def ask_for(self, count: int) -> None:
         """Let the kernel bring what comes later into the page cache, without waiting for it."""
-        for extent, skip, nbytes, _ in islice(self.later, count):
+        for extent, skip, nbytes, _, _ in islice(self.later, count):
             start = extent.source.base + extent.offset + skip
             for position in range(start, start + nbytes, _ASKED_BYTES):
                 with contextlib.suppress(OSError):  # only slower
@@ -146,7 +149,9 @@ class _Summer:
             with turns.lock:
                 part = turns.next()
                 chunk = self._read(part)
-        part.results[part.skip] = (zlib.crc32(chunk), part.nbytes)
+        part.crcs[part.skip] = (zlib.crc32(chunk), part.nbytes)
+        if has_word_sum(part.extent):
+            part.words.append(word_sum(chunk, part.skip))
         return part.nbytes
 
     def _read(self, part: _Part) -> memoryview:
@@ -155,8 +160,8 @@ class _Summer:
         return chunk
 
 
-def _position(item: tuple[Extent, object]) -> int:
-    return item[0].source.base + item[0].offset
+def _position(extent: Extent) -> int:
+    return extent.source.base + extent.offset
 
 
 def not_seen_equal(copies: Sequence[Copy]) -> list[Copy]:

@@ -47,7 +47,7 @@ DIRECT_BYTES = 8 << 20
 """Read straight into place at most this much at once."""
 STAGED_BYTES = 4 << 20
 """What is cast by way of scratch memory is at most this much at once: much less, and the price of a job shows."""
-CAST_BYTES = 8 << 20
+CAST_BYTES = 16 << 20
 """The same for what is in the page cache, and is cast from there, or in blocks."""
 STRIDED_BYTES = 1 << 20
 """The same for what is rearranged, which should stay in the cache nearest to a core."""
