@@ -43,9 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         write_charts(run, options.out)
     if options.write_docs:
-        folder = options.write_docs.parent / "benchmarks"
+        folder = options.write_docs.parent / "benchmarks" / options.machine
         charts = write_charts(run, folder)
-        write_docs(options.write_docs, run, [f"{folder.name}/{chart.name}" for chart in charts])
+        names = [f"benchmarks/{options.machine}/{chart.name}" for chart in charts]
+        write_docs(options.write_docs, run, names, options.machine)
     return 0
 
 
@@ -122,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--write-docs", type=Path, metavar="PAGE", help="put tables and charts into a Markdown page: docs/benchmarks.md"
     )
+    parser.add_argument("--machine", default="this", help="what the page calls the machine: epyc, xeon")
     parser.add_argument(
         "--render", type=Path, metavar="FILE", help="measure nothing; show a JSON file of an earlier run"
     )

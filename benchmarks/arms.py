@@ -67,6 +67,7 @@ class Arm:
 ARMS: dict[str, Arm] = {}
 
 ALWAYS = ("torchload", "torch")  # measured whatever peers are asked for
+FEW = (*ALWAYS, "safetensors")
 
 BOTH = ("pth", "safetensors")
 
@@ -93,7 +94,7 @@ def arm(
 
 def applicable(candidate: Arm, case: Case, device: str) -> bool:
     """Whether the arm can do the case at all."""
-    if (case.torch_only and candidate.distribution not in ALWAYS) or (candidate.big_only and not case.ceilings):
+    if (case.few_peers and candidate.distribution not in FEW) or (candidate.big_only and not case.ceilings):
         return False
     return case.file_format in candidate.formats and case.into in candidate.into and device in candidate.devices
 

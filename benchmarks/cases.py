@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Case", "list_cases"]
+__all__ = ["FORMATS", "Case", "list_cases"]
 
 MIB = 1 << 20
 FORMATS = ("pth", "safetensors")
@@ -23,7 +23,7 @@ class Case:
         file_dtype, model_dtype: Names of torch dtypes; a cast on the way where they differ.
         cold: Whether the file is dropped from the page cache before every sample.
         ceilings: Whether memory and device ceilings say anything here (not where the cost is per tensor).
-        torch_only: Whether torchload and torch run alone: what the case shows is one against the other.
+        few_peers: Whether only torch and safetensors run beside torchload: the fastest, in every case so far.
         series: ``"tensors"`` or ``"bytes"``: the chart of cost against size that this case is a point of.
     """
 
@@ -36,7 +36,7 @@ class Case:
     model_dtype: str = "float32"
     cold: bool = False
     ceilings: bool = False
-    torch_only: bool = False
+    few_peers: bool = False
     series: str | None = None
 
 
@@ -60,23 +60,26 @@ def list_cases(size_bytes: int, *, cold: bool = False, quick: bool = False, full
     tensors = 4_000 if quick else 20_000
     cases += [Case(f"many/flat/{kind}", "layers", tensors, file_format=kind) for kind in FORMATS]
     if not quick:
-        cases.append(Case("many/tree/pth", "layer-tree", tensors))
+        cases += [Case(f"many/tree/{kind}", "layer-tree", tensors, file_format=kind) for kind in FORMATS]
     cases += [Case(f"resnet/existing/{kind}", "resnet18", file_format=kind) for kind in FORMATS]
     cases += [Case(f"tiny/existing/{kind}", "tiny", file_format=kind) for kind in FORMATS]
     if quick:
         return cases
     for source, target in (("float32", "bfloat16"), ("float16", "float32"), ("float64", "float32")):
-        name = f"cast/{source}-{target}/pth"
         amount = size_bytes * _BYTES["float32"] // max(_BYTES[source], _BYTES["float32"])
-        cases.append(
-            Case(name, "transformer", amount, file_dtype=source, model_dtype=target, ceilings=True, torch_only=True)
-        )
+        for kind in FORMATS:
+            name = f"cast/{source}-{target}/{kind}"
+            cases.append(
+                Case(name, "transformer", amount, "existing", kind, source, target, ceilings=True, few_peers=True)
+            )
     counts = [500, 2_000, 8_000, 32_000, *([200_000] if full else [])]
-    cases += [Case(f"tensors/{count}/pth", "layers", count, torch_only=True, series="tensors") for count in counts]
     sizes = [size for size in (2 * MIB, 16 * MIB, 128 * MIB, 1024 * MIB) if size <= size_bytes]
-    cases += [
-        Case(f"bytes/{size // MIB}MiB/pth", "transformer", size, torch_only=True, series="bytes") for size in sizes
-    ]
+    series = [("tensors", f"{count}", "layers", count) for count in counts]
+    series += [("bytes", f"{size // MIB}MiB", "transformer", size) for size in sizes]
+    for kind in FORMATS:
+        for what, label, model, amount in series:
+            name = f"{what}/{label}/{kind}"
+            cases.append(Case(name, model, amount, file_format=kind, few_peers=True, series=what))
     return cases
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from html import escape
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import FORMATS
 from benchmarks.report import OURS, Row, main_ceiling, rows_of
 
 __all__ = ["write_charts"]
@@ -40,10 +41,14 @@ def write_charts(run: dict[str, Any], folder: Path) -> list[Path]:
     drawings = {
         family: _bars(list(group)) for family, group in groupby(single, lambda measured: _family(measured["case"]))
     }
-    for series in ("tensors", "bytes"):
-        points = [measured for measured in run["cases"] if measured["case"]["series"] == series]
+    for series, kind in product(("tensors", "bytes"), FORMATS):
+        points = [
+            measured
+            for measured in run["cases"]
+            if (measured["case"]["series"], measured["case"]["file_format"]) == (series, kind)
+        ]
         if len(points) > 1:
-            drawings[f"cost-by-{series}"] = _lines(points, series)
+            drawings[f"cost-by-{series}-{kind}"] = _lines(points, series, kind)
     files = []
     for name, drawing in drawings.items():
         files.append(folder / f"{run['settings']['device']}-{name}.svg")
@@ -121,7 +126,7 @@ def _class(row: Row) -> str:
 # --------------------------------------------------------------------------------------------------------------- lines
 
 
-def _lines(points: list[dict[str, Any]], series: str) -> str:
+def _lines(points: list[dict[str, Any]], series: str, kind: str) -> str:
     """Seconds against size, both logarithmic: a straight line at 45 degrees is a cost in proportion."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for measured in points:
@@ -135,7 +140,7 @@ def _lines(points: list[dict[str, Any]], series: str) -> str:
     x_axis = _Axis([x for curve in curves.values() for x, _ in curve], left, WIDTH - right)
     y_axis = _Axis([y for curve in curves.values() for _, y in curve], height - bottom, top)
     unit = "tensors" if series == "tensors" else "MiB"
-    parts = [f'<text class="title" x="10" y="18">seconds until touched, by {unit}</text>']
+    parts = [f'<text class="title" x="10" y="18">seconds until touched, by {unit}, .{kind}</text>']
     for value in x_axis.ticks():
         x = x_axis.place(value)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')

@@ -116,6 +116,7 @@ def describe(distributions: Iterable[str], folder: Path) -> dict[str, object]:
     record: dict[str, object] = {
         "processor": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": usable_cores(),
+        "caches": _caches(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30), 1),
         "system": f"{platform.system()} {platform.release()}",
         "file_system": _file_system(folder),
@@ -131,6 +132,16 @@ def describe(distributions: Iterable[str], folder: Path) -> dict[str, object]:
         record["gpu"] = torch.cuda.get_device_name()
         record["cuda"] = torch.version.cuda
     return record
+
+
+def _caches() -> dict[str, str]:
+    """Sizes of the first core's data caches, as the kernel names them: ``{"L2": "2048K"}``."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, size, kind = (_text(str(folder / name)) for name in ("level", "size", "type"))
+        if level and size and kind != "Instruction":
+            found[f"L{level}"] = size
+    return found
 
 
 def _commit() -> str | None:

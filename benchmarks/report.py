@@ -14,7 +14,7 @@ __all__ = ["OURS", "Row", "main_ceiling", "markdown", "rows_of", "summary", "tab
 
 OURS = "torchload"
 GIB, MIB = 1 << 30, 1 << 20
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+BEGIN, END = "<!-- results on {}: begin -->", "<!-- results on {}: end -->"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +116,17 @@ def markdown(run: dict[str, Any], charts: list[str]) -> str:
     return "\n".join(lines)
 
 
-def write_docs(page: Path, run: dict[str, Any], charts: list[str]) -> None:
-    """Replace what stands between the two markers of a Markdown page."""
-    before, rest = page.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(run, charts)}\n{END}{after}")
+def write_docs(page: Path, run: dict[str, Any], charts: list[str], machine: str) -> None:
+    """Replace what stands between the two markers of a machine on a Markdown page."""
+    begin, end = BEGIN.format(machine), END.format(machine)
+    text = page.read_text()
+    if begin not in text or end not in text:
+        raise SystemExit(
+            f"{page} has no place for the results of {machine!r}: put these lines there: {begin} and {end}"
+        )
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n\n{markdown(run, charts)}\n{end}{after}")
 
 
 def summary(run: dict[str, Any]) -> list[list[str]]:
@@ -199,8 +205,10 @@ def _title(measured: dict[str, Any]) -> str:
 def _machine(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     gpu = f", {environment['gpu']}" if environment.get("gpu") else ""
+    caches = ", ".join(f"{name} {size}" for name, size in environment.get("caches", {}).items())
     return (
-        f"{environment['processor']}, {environment['cores']} cores, {environment['memory_gib']} GiB{gpu}; "
+        f"{environment['processor']}, {environment['cores']} cores{caches and f' ({caches})'}, "
+        f"{environment['memory_gib']} GiB{gpu}; "
         f"{environment['system']}, {environment['file_system']}; Python {environment['python']}; "
         f"torchload at {environment['torchload_commit']}; {versions}; "
         f"load average at the start {environment['load_average_at_start'][0]}"

@@ -138,7 +138,8 @@ def test_case_names_are_unique_and_each_has_a_contestant() -> None:
 @pytest.mark.slow
 def test_the_command_writes_table_json_charts_and_docs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    begin, end = report.BEGIN.format("mine"), report.END.format("mine")
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     outputs = ["--json", f"{tmp_path}/run.json", "--out", f"{tmp_path}/charts"]
     command = [sys.executable, "-m", "benchmarks", "--quick", "--samples", "1", "--peers", "none"]
     command += ["--cases", "tiny/existing/pth", "--no-memory", "--data", f"{tmp_path}/data", *outputs]
@@ -158,15 +159,18 @@ def test_the_command_writes_table_json_charts_and_docs(tmp_path: Path, capsys: p
     for drawing in drawings:
         assert ET.parse(drawing).getroot().tag.endswith("svg")
 
-    assert main(["--render", f"{tmp_path}/run.json", "--write-docs", str(page)]) == 0
+    assert main(["--render", f"{tmp_path}/run.json", "--write-docs", str(page), "--machine", "mine"]) == 0
     assert "torchload" in capsys.readouterr().out
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| tiny/existing/pth |" in text
-    assert "![cpu-tiny](benchmarks/cpu-tiny.svg)" in text
-    assert (tmp_path / "benchmarks" / "cpu-tiny.svg").exists()
+    assert "![cpu-tiny](benchmarks/mine/cpu-tiny.svg)" in text
+    assert (tmp_path / "benchmarks" / "mine" / "cpu-tiny.svg").exists()
+    with pytest.raises(SystemExit, match=r"no place for the results of 'other'.*results on other: begin"):
+        main(["--render", f"{tmp_path}/run.json", "--write-docs", str(page), "--machine", "other"])
+    assert page.read_text() == text
 
 
 def case_fields(case: Case) -> dict[str, object]:

@@ -149,9 +149,9 @@ def replace_pages(address: int, nbytes: int) -> bool:
 def cached_bytes() -> int:
     """How much of a source stays in a core's own cache (L2) while it is cast and looked at: half of the cache.
 
-    With 2 MiB (Xeon) to look at what was just cast to float16 adds 25 us to 115 for each MiB, in blocks of 384 KiB as of
-    1 MiB; 35 in blocks of 1.5 MiB, 43 of 2. The fewer blocks, the less two threads wait for the interpreter: 1 GiB takes
-    129 ms in blocks of 1 MiB, 136 in half of that.
+    With 2 MiB (Xeon) to look at what was just cast to float16 adds 25 us to 115 for each MiB, in blocks of 384 KiB as
+    of 1 MiB; 35 in blocks of 1.5 MiB, 43 of 2. The fewer blocks, the less two threads wait for the interpreter: 1 GiB
+    takes 129 ms in blocks of 1 MiB, 136 in half of that.
     """
     with contextlib.suppress(OSError, ValueError), open("/sys/devices/system/cpu/cpu0/cache/index2/size") as file:
         return min(max(int(file.read().strip().removesuffix("K")) << 9, _LEAST_CACHED_BYTES), _MOST_CACHED_BYTES)
