@@ -79,7 +79,7 @@ class Node:
         return "" in self.names
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Alignment:
     """How the names of two trees correspond.
 
@@ -207,7 +207,7 @@ def _without_state(state: list[str], node: Node, other: Node) -> dict[str, Node]
     return {label: child for label, child in children.items() if label not in own}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class _Chain:
     """A node and what appears when wrappers right below it are stepped over, one after the other.
 

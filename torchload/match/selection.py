@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torchload.core.checkpoint import Shape, TensorEntry
 from torchload.core.sharing import View, part_of
@@ -18,6 +19,7 @@ __all__ = ["Selection", "Wanted", "is_bare", "mismatched"]
 
 
 _NO_GLOBS = Globs()
+_NONE: Mapping[str, Any] = MappingProxyType({})
 _EVERY_LAYERS = frozenset(
     {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "weight_g", "weight_v"}
 )
@@ -48,8 +50,7 @@ def mismatched(
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A model, as far as choosing is concerned.
 
     Attributes:
@@ -66,14 +67,14 @@ class Wanted:
     """
 
     shapes: Mapping[str, Shape | None]
-    ties: Mapping[str, str] = field(default_factory=dict)
+    ties: Mapping[str, str] = _NONE
     skipped: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
-    transient: Mapping[str, Shape | None] = field(default_factory=dict)
+    transient: Mapping[str, Shape | None] = _NONE
     skip: Globs = _NO_GLOBS
-    views: Mapping[str, Sequence[View]] = field(default_factory=dict)
+    views: Mapping[str, Sequence[View]] = _NONE
 
     def may_lack(self, name: str) -> bool:
         """Whether it is known to be harmless if nothing fills a name."""
@@ -126,7 +127,7 @@ class Wanted:
         return all(is_bare(name) for name in self.shapes)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Selection:
     """The chosen sub-tree and how its names correspond to the model's. Who knows better makes another (`replace`).
 

@@ -10,7 +10,7 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ _HARMLESS_HOOKS = frozenset({"LazyModuleMixin._lazy_load_hook", "ActivationWrapp
 _ORDINARY = (torch.Tensor, nn.Parameter)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Slot:
     """One tensor of the model.
 
@@ -150,15 +150,13 @@ class Slot:
         return tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class HookedModule:
+class HookedModule(NamedTuple):
     """A module that has a say in how it is loaded: (where it is, the module)."""
 
     prefix: str
     module: nn.Module
 
 
-@dataclass(slots=True, eq=False)
 class Target:
     """A model, as loading sees it.
 
@@ -176,16 +174,18 @@ class Target:
         transient_views: The same of non-persistent buffers.
     """
 
-    model: nn.Module
-    slots: list[Slot] = field(default_factory=list)
-    by_name: dict[str, Slot] = field(default_factory=dict)
-    extra_state: dict[str, nn.Module] = field(default_factory=dict)
-    own_state: dict[str, Shape | None] = field(default_factory=dict)
-    pre_hooks: list[HookedModule] = field(default_factory=list)
-    overrides: list[HookedModule] = field(default_factory=list)
-    post_hooks: list[HookedModule] = field(default_factory=list)
-    views: Mapping[str, list[View]] = field(default_factory=dict)
-    transient_views: Mapping[str, list[View]] = field(default_factory=dict)
+    def __init__(self, model: nn.Module) -> None:
+        """A model of which nothing has been noted yet."""
+        self.model = model
+        self.slots: list[Slot] = []
+        self.by_name: dict[str, Slot] = {}
+        self.extra_state: dict[str, nn.Module] = {}
+        self.own_state: dict[str, Shape | None] = {}
+        self.pre_hooks: list[HookedModule] = []
+        self.overrides: list[HookedModule] = []
+        self.post_hooks: list[HookedModule] = []
+        self.views: Mapping[str, list[View]] = {}
+        self.transient_views: Mapping[str, list[View]] = {}
 
     @property
     def names(self) -> list[str]:

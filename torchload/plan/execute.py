@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -43,7 +42,6 @@ class Moved(NamedTuple):
     read_bytes: int
 
 
-@dataclass(slots=True)
 class Changes:
     """What a load has changed of the model so far, at any moment.
 
@@ -53,9 +51,10 @@ class Changes:
         exchange: Where slots show new memory.
     """
 
-    in_place: list[Slot] = field(default_factory=list)
-    by_themselves: list[str] = field(default_factory=list)
-    exchange: Exchange | None = None
+    def __init__(self) -> None:
+        self.in_place: list[Slot] = []
+        self.by_themselves: list[str] = []
+        self.exchange: Exchange | None = None
 
     def names(self) -> tuple[str, ...]:
         """All names of the tensors that are not what they were."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, Flag
+from typing import NamedTuple
 
 import torch
 
@@ -40,7 +41,7 @@ class Check(Flag):
     """Where it ended up, against the file: no checksum told of the whole way."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Assignment:
     """One slot of the model and the checkpoint tensor that fills it.
 
@@ -67,8 +68,7 @@ class Assignment:
     whole: tuple[Assignment, View] | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Conversion:
+class Conversion(NamedTuple):
     """A slot that no source fills but that must move or change its dtype with the rest; from meta it becomes zeros."""
 
     slot: Slot
@@ -76,7 +76,7 @@ class Conversion:
     device: torch.device
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class LoadPlan:
     """What a load will do, accepted.
 

@@ -116,8 +116,7 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
         # A module that loads itself may take another shape (observers of quantization do), but not of packed weights.
         own = tuple(item.prefix for item in target.overrides)
         free = {name for name in target.by_name if own and name.startswith(own)}
-        wider = replace(
-            wanted,
+        wider = wanted._replace(
             shapes={name: None if name in free else shape for name, shape in wanted.shapes.items()},
             optional=frozenset(name for name in wanted.shapes if name.startswith(hooked)),
         )

@@ -109,7 +109,7 @@ def _readings(
         original: dict[str, str] = {}
         if rename is not None:
             original = renamed_from(rename, place.leaves)
-            place = replace(place, leaves={new: place.leaves[old] for new, old in original.items()})
+            place = place._replace(leaves={new: place.leaves[old] for new, old in original.items()})
         yield _Reading(place, str, original)
         respelled = {rewrapped(name) for name in place.leaves}
         if len(respelled) == len(place.leaves) and respelled != place.leaves.keys():
