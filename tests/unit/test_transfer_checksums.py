@@ -12,7 +12,6 @@ from torch import nn
 
 from tests.unit.test_transfer import whole
 from torchload import smart_load
-from torchload.api import load as loading
 from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError
 from torchload.formats import open_checkpoint
@@ -23,7 +22,7 @@ from torchload.plan.options import Options
 from torchload.plan.plan import LoadPlan
 from torchload.plan.planner import make_plan
 from torchload.plan.steps import select_for
-from torchload.transfer import run
+from torchload.transfer import checks, run
 from torchload.transfer.pieces import DIRECT_BYTES, STAGED_BYTES
 
 ROWS = 3 * DIRECT_BYTES // 4 // 64 + 5
@@ -77,7 +76,7 @@ def test_what_was_damaged_after_the_first_look_is_found_as_it_lands(
         path.write_bytes(data)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
-    monkeypatch.setattr(loading, "verify_extents", flip)
+    monkeypatch.setattr(checks, "verify_extents", flip)
     with pytest.raises(CorruptCheckpointError, match="weight") as caught:
         smart_load(model, path, verify=True)
     assert caught.value.written == ("weight",)

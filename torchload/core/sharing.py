@@ -81,6 +81,10 @@ class View(NamedTuple):
     whole: Layout
     part: Layout
 
+    def seen_in(self, entry: TensorEntry) -> TensorEntry | None:
+        """What the part holds, once the whole holds what an entry of its shape does; see `part_of`."""
+        return part_of(entry, self.whole, self.part)
+
 
 def layout_of(tensor: torch.Tensor) -> Layout:
     """How a strided tensor lies in memory.

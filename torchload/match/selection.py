@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchload.core.checkpoint import Shape, TensorEntry
-from torchload.core.sharing import View, part_of
 from torchload.match.containers import Leaf, shape_of
 from torchload.match.globs import Globs
 from torchload.match.names import Alignment
 from torchload.match.paths import joined, last
 from torchload.match.tables import BENIGN_MISSING, Standing
+
+if TYPE_CHECKING:
+    from torchload.core.sharing import View
 
 __all__ = ["Selection", "Wanted", "is_bare", "mismatched"]
 
@@ -103,11 +105,7 @@ class Wanted(NamedTuple):
         for name, view in ((name, view) for name, views in self.views.items() for view in views):
             source, entry = pairs.get(name), leaves.get(pairs.get(view.name, ""))
             is_open = source is None or (leaves[source] is entry and shape_of(entry) != view.part.shape)
-            if (
-                is_open
-                and isinstance(entry, TensorEntry)
-                and (part := part_of(entry, view.whole, view.part)) is not None
-            ):
+            if is_open and isinstance(entry, TensorEntry) and (part := view.seen_in(entry)) is not None:
                 shown[0][name] = source or f"{pairs[view.name]} (as {name})"
                 shown[1][shown[0][name]] = part
         return shown

@@ -11,17 +11,19 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchload.core.checkpoint import Shape
-from torchload.core.sharing import View, layout_of, shared_runs
 from torchload.model.elsewhere import elsewhere, refusal
 from torchload.model.shards import is_sharded, local_region, show_shards
 from torchload.model.walk import paths_of
+
+if TYPE_CHECKING:
+    from torchload.core.sharing import View
 
 __all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders", "settle"]
 
@@ -192,6 +194,12 @@ class Target:
         """Every name of the state dict."""
         return [*self.by_name, *self.own_state, *self.extra_state]
 
+    def bare(self, names: Iterable[str]) -> dict[str, str]:
+        """Each name → the same without the segments of wrappers that are really there."""
+        from torchload.model.unwrapping import bare_names  # only patterns of the caller's are matched with these
+
+        return bare_names(self.model, names)
+
 
 def describe_model(model: nn.Module) -> Target:
     """Read off a model what can be loaded into it. Changes nothing.
@@ -261,6 +269,8 @@ class _Memory:
 
 def _views(slots: list[Slot]) -> dict[str, list[View]]:
     """Names of slots that lie in the memory of one of the state dict, in another shape or as a part → those."""
+    from torchload.core.sharing import View, layout_of, shared_runs
+
     layouts = [layout_of(slot.tensor) for slot in slots]
     found: dict[str, list[View]] = {}
     for run in shared_runs(layouts):

@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, Flag
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from torchload.core.checkpoint import Extent, TensorEntry
-from torchload.core.sharing import View
 from torchload.model.target import HookedModule, Slot
+
+if TYPE_CHECKING:
+    from torchload.core.sharing import View
 
 __all__ = ["Assignment", "Check", "Conversion", "LoadPlan", "Way", "extents_of"]
 
