@@ -44,11 +44,11 @@ def test_no_further_part_of_torch_is_imported() -> None:
 
 def test_import_has_no_side_effects() -> None:
     out = run(
-        "import logging, os, threading, torch\n"
+        "import gc, logging, os, threading, torch\n"
         "def state():\n"
         "    return (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),\n"
         "            threading.active_count(), os.getcwd(), dict(os.environ), logging.getLogger().handlers,\n"
-        "            torch.random.get_rng_state().sum().item(), torch.cuda.is_initialized())\n"
+        "            torch.random.get_rng_state().sum().item(), torch.cuda.is_initialized(), gc.isenabled())\n"
         "before = state()\n"
         "import torchload\n"
         "torchload.smart_load\n"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, Flag
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -78,7 +78,6 @@ class Conversion(NamedTuple):
     device: torch.device
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class LoadPlan:
     """What a load will do, accepted.
 
@@ -97,18 +96,24 @@ class LoadPlan:
         verify: Whether data is checked as it arrives.
     """
 
-    assignments: list[Assignment] = field(default_factory=list)
-    conversions: list[Conversion] = field(default_factory=list)
-    casts: Counter[tuple[torch.dtype, torch.dtype]] = field(default_factory=Counter)
-    own_loaders: list[tuple[HookedModule, list[Slot]]] = field(default_factory=list)
-    given: list[TensorEntry] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    keeps_old: bool = False
-    is_tentative: bool = False
-    mmap: bool = False
-    verify: bool = False
+    def __init__(
+        self,
+        own_loaders: list[tuple[HookedModule, list[Slot]]],
+        *,
+        keeps_old: bool,
+        is_tentative: bool,
+        mmap: bool,
+        verify: bool,
+    ) -> None:
+        self.own_loaders = own_loaders
+        self.keeps_old, self.is_tentative, self.mmap, self.verify = keeps_old, is_tentative, mmap, verify
+        self.assignments: list[Assignment] = []
+        self.conversions: list[Conversion] = []
+        self.casts: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
+        self.given: list[TensorEntry] = []
+        self.kept: list[str] = []
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
 
     @property
     def extents(self) -> list[Extent]:

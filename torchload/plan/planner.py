@@ -60,7 +60,7 @@ class _Planner:
         lacks_names = bool(selection.missing or selection.unexpected)
         tentative = options.strict and lacks_names and bool(target.post_hooks)
         self.plan = LoadPlan(
-            own_loaders=own_loaders(target),
+            own_loaders(target),
             keeps_old=options.atomic or tentative,
             is_tentative=tentative,
             mmap=options.mmap,

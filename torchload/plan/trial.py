@@ -182,14 +182,16 @@ def _claimed(target: Target, reading: _Reading) -> Selection:
     place = reading.place
     spelled = {name: reading.respell(name) for name in place.leaves}
     known = set(target.names)
+    alignment = Alignment()
+    alignment.leftover.update((source, name) for source, name in spelled.items() if name not in known)
     return Selection(
         key=place.path,
         segments=place.segments,
         container=Container(place.container, _metadata(reading)),
         leaves=place.leaves,
         pairs={name: source for source, name in spelled.items() if name in known},
-        alignment=Alignment(leftover={source: name for source, name in spelled.items() if name not in known}),
-        claimed=frozenset(source for source, name in spelled.items() if name not in known),
+        alignment=alignment,
+        claimed=frozenset(alignment.leftover),
         original=reading.original,
     )
 
