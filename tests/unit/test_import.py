@@ -74,6 +74,33 @@ def test_loading_alone_imports_neither_training_nor_writing(tmp_path: Path) -> N
     assert [name for name in loaded if name.startswith("torchload.api.")] == ["torchload.api.load"]
 
 
+def test_a_plain_load_imports_nothing_that_only_others_need(tmp_path: Path) -> None:
+    loaded = run(
+        "import sys, torch\n"
+        f"path = {str(tmp_path / 'model.pth')!r}\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))\n"
+        "torch.save(model.state_dict(), path)\n"
+        "from torchload import smart_load\n"
+        "smart_load(model, path)\n"
+        "print(*(name.removeprefix('torchload.') for name in sys.modules if name.startswith('torchload.')))"
+    ).split()
+    assert "api.load" in loaded
+    rare = {
+        *("core.crc32", "core.quantized", "core.sharing"),
+        *("formats.json_text", "formats.mapping", "formats.sets.sharded", "match.state_dicts", "model.unwrapping"),
+        *("plan.advice", "plan.explain"),  # the words of an error
+        *("plan.borrowed", "plan.custom_loaders", "plan.hooks", "plan.plain", "plan.trial"),  # what a few modules have
+        *("plan.compare", "plan.twins", "transfer.checks", "transfer.checksums"),  # verify=True
+        *("transfer.cuda", "transfer.ring"),
+    }
+    assert rare.isdisjoint(loaded), rare.intersection(loaded)
+    readers = {name for name in loaded if name.startswith("formats.files.")}
+    assert readers == {f"formats.files.{name}" for name in ("archives", "torch_zip", "zip_directory", "zip_headers")}
+    assert all(
+        (ROOT / "torchload" / name.replace(".", "/")).with_suffix(".py").exists() for name in rare - {"formats.sets"}
+    )
+
+
 def test_every_module_imports_alone() -> None:
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
