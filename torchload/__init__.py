@@ -82,7 +82,10 @@ def __getattr__(name: str) -> _typing.Any:
         raise AttributeError(f"module 'torchload' has no attribute {name!r}: {_PEERS[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'torchload' has no attribute {name!r}")
-    value = getattr(_importlib.import_module(f"torchload.{_HOME[name]}"), name)
+    from torchload.core.collector import collector_paused
+
+    with collector_paused():  # a tenth of the time: modules are many objects, and no garbage
+        value = getattr(_importlib.import_module(f"torchload.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

@@ -44,11 +44,11 @@ def test_no_further_part_of_torch_is_imported() -> None:
 
 def test_import_has_no_side_effects() -> None:
     out = run(
-        "import logging, os, threading, torch\n"
+        "import gc, logging, os, threading, torch\n"
         "def state():\n"
         "    return (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),\n"
         "            threading.active_count(), os.getcwd(), dict(os.environ), logging.getLogger().handlers,\n"
-        "            torch.random.get_rng_state().sum().item(), torch.cuda.is_initialized())\n"
+        "            torch.random.get_rng_state().sum().item(), torch.cuda.is_initialized(), gc.isenabled())\n"
         "before = state()\n"
         "import torchload\n"
         "torchload.smart_load\n"
@@ -72,6 +72,31 @@ def test_loading_alone_imports_neither_training_nor_writing(tmp_path: Path) -> N
     others = ("torchload.training", "torchload.writing")
     assert [name for name in loaded if name.startswith(others)] == []
     assert [name for name in loaded if name.startswith("torchload.api.")] == ["torchload.api.load"]
+
+
+def test_a_plain_load_imports_nothing_that_only_others_need(tmp_path: Path) -> None:
+    loaded = run(
+        "import sys, torch\n"
+        f"path = {str(tmp_path / 'model.pth')!r}\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))\n"
+        "torch.save(model.state_dict(), path)\n"
+        "from torchload import smart_load\n"
+        "smart_load(model, path)\n"
+        "print(*(name.removeprefix('torchload.') for name in sys.modules if name.startswith('torchload.')))"
+    ).split()
+    assert "api.load" in loaded
+    rare = {
+        *("core.crc32", "core.quantized", "core.sharing"),
+        *("formats.json_text", "formats.mapping", "formats.sets.sharded", "match.state_dicts", "model.unwrapping"),
+        *("plan.advice", "plan.explain"),  # the words of an error
+        *("plan.borrowed", "plan.custom_loaders", "plan.hooks", "plan.plain", "plan.trial"),  # what a few modules have
+        *("plan.compare", "plan.twins", "transfer.checks", "transfer.checksums"),  # verify=True
+        *("transfer.cuda", "transfer.ring"),
+    }
+    assert rare.isdisjoint(loaded), rare.intersection(loaded)
+    readers = {name for name in loaded if name.startswith("formats.files.")}
+    assert readers == {f"formats.files.{name}" for name in ("archives", "torch_zip", "zip_directory", "zip_headers")}
+    assert all((ROOT / "torchload" / name.replace(".", "/")).with_suffix(".py").exists() for name in rare)
 
 
 def test_every_module_imports_alone() -> None:

@@ -13,7 +13,8 @@ from torchload.core.checkpoint import Box, Extent, TensorEntry, contiguous_strid
 from torchload.core.copies import Copy
 from torchload.core.source import FileSource, MemorySource
 from torchload.errors import CorruptCheckpointError
-from torchload.transfer import checks, memory, not_seen_equal, run, same_data, verify_extents
+from torchload.transfer import checks, memory, run
+from torchload.transfer.checks import not_seen_equal, same_data, verify_extents
 
 
 @pytest.mark.parametrize("threads", [None, 1, 3])

@@ -16,7 +16,6 @@ from torch import nn
 
 from tests.unit.test_transfer import whole
 from torchload import smart_load
-from torchload.api import load as loading
 from torchload.core.checkpoint import Extent
 from torchload.core.source import MemorySource
 from torchload.errors import CorruptCheckpointError
@@ -28,7 +27,8 @@ from torchload.plan.options import Options
 from torchload.plan.plan import LoadPlan
 from torchload.plan.planner import make_plan
 from torchload.plan.steps import select_for
-from torchload.transfer import run, verify_extents
+from torchload.transfer import checks, run
+from torchload.transfer.checks import verify_extents
 from torchload.transfer.checksums import add_up, word_sum
 from torchload.transfer.pieces import DIRECT_BYTES, STAGED_BYTES
 
@@ -121,7 +121,7 @@ def test_what_was_damaged_after_the_first_look_is_found_as_it_lands(
         path.write_bytes(data)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
-    monkeypatch.setattr(loading, "verify_extents", flip)
+    monkeypatch.setattr(checks, "verify_extents", flip)
     with pytest.raises(CorruptCheckpointError, match="weight") as caught:
         smart_load(model, path, verify=True)
     assert caught.value.written == ("weight",)

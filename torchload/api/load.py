@@ -32,7 +32,7 @@ from torchload.plan.options import Options
 from torchload.plan.planner import make_plan
 from torchload.plan.report import LoadReport
 from torchload.plan.steps import select_for
-from torchload.transfer import Replicas, read_together, verify_extents
+from torchload.transfer import Replicas, read_together
 
 __all__ = ["smart_load"]
 
@@ -145,6 +145,8 @@ def smart_load(
             plan = make_plan(target, checkpoint, selection, wishes)
         boundary.warn(plan.warnings)
         if verify:
+            from torchload.transfer.checks import verify_extents
+
             verify_extents(plan.extents_to_check_first)
         agree_on(plan, replicas, checkpoint.path)
         acceptance = Acceptance(target, selection, plan, wishes, replicas)

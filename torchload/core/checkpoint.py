@@ -51,7 +51,7 @@ class Region(NamedTuple):
     shape: Shape
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Extent:
     """A run of bytes in a source: one storage as some writer laid it down.
 
@@ -72,7 +72,7 @@ class Extent:
     word_sum: int | None = None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Box:
     """One axis-aligned region of a tensor, as it lies inside one extent.
 
@@ -192,7 +192,7 @@ class Copies:
             self._spare_bytes = 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Quantized:
     """A quantized tensor: integers, and what number each of them stands for.
 
@@ -240,7 +240,7 @@ _UNINITIALIZED = frozenset({"an uninitialized parameter", "an uninitialized buff
 
 
 @public
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Record:
     """An object that a pickle describes, as inert data. Nothing was imported, called or built.
 
@@ -284,7 +284,7 @@ class Container(dict[Any, Any]):
         self.origin = origin
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Checkpoint:
     """An opened checkpoint: everything but the tensor data.
 

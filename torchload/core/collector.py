@@ -1,7 +1,7 @@
 """The garbage collector, paused where many objects are made and no garbage.
 
-It belongs to the whole process: what other threads throw away meanwhile waits. So it is paused while a file's index is
-made and a load is planned, never while data is read, nor while a stream is waited for.
+It belongs to the whole process: what other threads throw away meanwhile waits. So it is paused while modules are
+imported, a file's index is made and a load is planned, never while data is read, nor while a stream is waited for.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torchload.core.checkpoint import Box
 __all__ = ["Copy"]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Copy:
     """Move one box to one place.
 

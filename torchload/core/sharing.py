@@ -7,7 +7,7 @@ memory in which each of them is a strided view.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +16,7 @@ from torchload.core.checkpoint import Box, Shape, TensorEntry, box_end_bytes
 __all__ = ["Layout", "Run", "View", "layout_of", "part_of", "shared_runs"]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """How a tensor lies in memory.
 
     Attributes:
@@ -50,8 +49,7 @@ class Layout:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """A stretch of memory and the tensors in it.
 
     Attributes:
@@ -70,8 +68,7 @@ class Run:
     is_flat: bool
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """A named tensor in whose memory another one lies.
 
     Attributes:
@@ -83,6 +80,10 @@ class View:
     name: str
     whole: Layout
     part: Layout
+
+    def seen_in(self, entry: TensorEntry) -> TensorEntry | None:
+        """What the part holds, once the whole holds what an entry of its shape does; see `part_of`."""
+        return part_of(entry, self.whole, self.part)
 
 
 def layout_of(tensor: torch.Tensor) -> Layout:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 
 __all__ = ["Undo"]
 
 
-@dataclass(slots=True)
 class Undo:
     """Steps that take back what was changed, each prepared before the change.
 
@@ -23,7 +21,8 @@ class Undo:
         ([], [1])
     """
 
-    steps: list[Callable[[], object]] = field(default_factory=list)
+    def __init__(self, steps: Iterable[Callable[[], object]] = ()) -> None:
+        self.steps = list(steps)
 
     def roll_back(self) -> list[BaseException]:
         """Take everything back, newest first; a step that fails does not keep the others from being taken.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import tee
+from typing import NamedTuple
 
 from torchload.core.budget import Allowance
 from torchload.core.wrappers import WRAPPER_STATE
@@ -26,16 +26,14 @@ _SHARE = 1 / 8
 _BYTES_PER_LEAF = 16  # what a candidate says of each name of its container
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
+class _View(NamedTuple):
     """The model's names as they are, or below a prefix that the file may lack."""
 
     added: str
     node: Node
 
 
-@dataclass(frozen=True, slots=True)
-class Search:
+class Search(NamedTuple):
     """What is looked for, and where.
 
     Attributes:
@@ -45,18 +43,18 @@ class Search:
         read: What reads a few values where names leave a question open; ``None`` if there are none.
         prefix: The prefix that the caller named, or ``None``.
         rename: The caller's renaming, or ``None``.
-        guess: Whether to look below prefixes too that nothing but shapes speaks for.
         masks: Identity of a leaf → whether it is a causal mask, as far as they were looked at.
+        guess: Whether to look below prefixes too that nothing but shapes speaks for.
     """
 
     places: Sequence[Place]
     wanted: Wanted
     allowance: Allowance
-    read: Read | None = None
-    prefix: str | None = None
-    rename: Rename | None = None
+    read: Read | None
+    prefix: str | None
+    rename: Rename | None
+    masks: dict[int, bool]
     guess: bool = False
-    masks: dict[int, bool] = field(default_factory=dict)
 
     def candidates(self, least: int, *, parts: bool = False) -> Iterator[Selection]:
         """Every sub-tree of at least `least` tensors that shares names with the model, or some `parts`, judged."""
@@ -75,7 +73,7 @@ class Search:
         """Whether a container has all of the model's names, to the letter: no prefix in it is the model instead."""
         if self.prefix is not None or not candidate.is_exact:
             return False
-        return not replace(self.wanted, optional=frozenset()).lacks(candidate.pairs)[0]
+        return not self.wanted._replace(optional=frozenset()).lacks(candidate.pairs)[0]
 
     def _in(self, place: Place, views: Iterator[_View], least: int, *, is_bare: bool) -> Iterator[Selection]:
         """The candidates in one container."""
@@ -216,8 +214,7 @@ def _only_child(node: Node, wanted: Wanted) -> str | None:
     return label
 
 
-@dataclass(frozen=True, slots=True)
-class _Judge:
+class _Judge(NamedTuple):
     """Says of sub-trees of one container what they fill and what they leave."""
 
     search: Search

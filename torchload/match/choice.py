@@ -67,12 +67,12 @@ def select(
     """
     allowance = Allowance(size_bytes)
     places, prefix = _places_for(root, key, prefix, allowance, wanted)
-    search = Search(places, wanted, allowance, read, prefix, rename)
+    search = Search(places, wanted, allowance, read, prefix, rename, masks={})
     choice = _Choice(root, search, key, size_bytes, is_trial=is_trial)
     whole = (candidate for candidate in search.candidates(needed_tensors(wanted)) if candidate.fits)
     if fitting := choice.likely(whole):
         return choice.best(fitting)
-    guesses = replace(search, guess=True).candidates(needed_tensors(wanted))
+    guesses = search._replace(guess=True).candidates(needed_tensors(wanted))
     if found := _distinct(choice.likely(candidate for candidate in guesses if candidate.fits)):
         raise choice.unproved(found)
     partial = search.candidates(1, parts=True)
@@ -262,7 +262,7 @@ class _Choice:
         for place in self._search.places:
             if container_standing(*place.segments) is not Standing.AVERAGE:
                 continue
-            for candidate in replace(self._search, places=[place]).candidates(max(1, len(place.leaves) // 2)):
+            for candidate in self._search._replace(places=[place]).candidates(max(1, len(place.leaves) // 2)):
                 buffers = self._search.wanted.buffers
                 if not candidate.mismatched and candidate.missing and buffers.issuperset(candidate.missing):
                     lacking = listed(candidate.missing, 3)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import OpaqueTensor, Record, Shape, TensorEntry, record_fields
@@ -22,8 +21,7 @@ _SHOWN = 200  # characters of a name
 _OTHER_CHARACTERS = 20  # of a name that is a number, or something rarer: formats keep those short
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A container and where it stands: the names on the way to it, and the same as one dotted path."""
 
     path: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from torchload.core.checkpoint import Shape
 from torchload.core.wrappers import WRAPPERS
@@ -25,27 +24,31 @@ _AVERAGES_OWN = frozenset({*UNTOUCHED, "decay", "step"})  # what averages keep b
 _STRIPPED = 3  # segments: an average may be one of a part of the model
 
 
-@dataclass(slots=True)
 class Leftovers:
     """The names that no tensor of the model was paired with, sorted by what they are.
 
     The first attributes say what was matched; the lists are empty before `sorted`.
     """
 
-    leaves: Mapping[str, Leaf]
-    node: Node
-    prefix: str
-    alignment: Alignment
-    wanted: Wanted
-    is_mask: Callable[[Leaf], bool]
-    original: Mapping[str, str]
-    unexpected: list[str] = field(default_factory=list)
-    outside: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    constants: list[str] = field(default_factory=list)
-    transient: dict[str, str] = field(default_factory=dict)
-    _spelled: dict[str, Shape | None] | None = None
+    def __init__(
+        self,
+        leaves: Mapping[str, Leaf],
+        node: Node,
+        prefix: str,
+        alignment: Alignment,
+        wanted: Wanted,
+        is_mask: Callable[[Leaf], bool],
+        original: Mapping[str, str],
+    ) -> None:
+        self.leaves, self.node, self.prefix, self.alignment = leaves, node, prefix, alignment
+        self.wanted, self.is_mask, self.original = wanted, is_mask, original
+        self.unexpected: list[str] = []
+        self.outside: list[str] = []
+        self.ignored: list[str] = []
+        self.skipped: list[str] = []
+        self.constants: list[str] = []
+        self.transient: dict[str, str] = {}
+        self._spelled: dict[str, Shape | None] | None = None
 
     def sorted(self) -> Leftovers:
         """Look at every name."""

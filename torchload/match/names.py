@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from functools import lru_cache
 
 from torchload.core.budget import LONGEST_NAME, Allowance
 from torchload.core.wrappers import WRAPPER_STATE, WRAPPERS
-from torchload.match.tables import RENAMES
+from torchload.match.tables import RENAMES, Respelling
 
 __all__ = ["Alignment", "Node", "align", "is_path", "tree_of"]
 
@@ -70,7 +70,7 @@ class Node:
     def chain(self) -> _Chain:
         """The node with the wrappers right below it stepped over, one after the other; found once."""
         if self._chain is None:
-            self._chain = _Chain.below(self)
+            self._chain = _Chain(self)
         return self._chain
 
     @property
@@ -79,7 +79,6 @@ class Node:
         return "" in self.names
 
 
-@dataclass(slots=True)
 class Alignment:
     """How the names of two trees correspond.
 
@@ -93,13 +92,16 @@ class Alignment:
         leftover: Checkpoint name without a counterpart → what the model would call it.
     """
 
-    pairs: dict[str, str] = field(default_factory=dict)
-    wrapper_state: list[str] = field(default_factory=list)
-    spare: list[str] = field(default_factory=list)
-    ambiguous: dict[str, list[str]] = field(default_factory=dict)
-    dropped: dict[tuple[str, str], int] = field(default_factory=dict)
-    renamed: dict[str, str] = field(default_factory=dict)
-    leftover: dict[str, str] = field(default_factory=dict)
+    __slots__ = ("ambiguous", "dropped", "leftover", "pairs", "renamed", "spare", "wrapper_state")
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, str] = {}
+        self.wrapper_state: list[str] = []
+        self.spare: list[str] = []
+        self.ambiguous: dict[str, list[str]] = {}
+        self.dropped: dict[tuple[str, str], int] = {}
+        self.renamed: dict[str, str] = {}
+        self.leftover: dict[str, str] = {}
 
 
 def tree_of(names: Iterable[str], allowance: Allowance | None = None) -> Node:
@@ -207,7 +209,6 @@ def _without_state(state: list[str], node: Node, other: Node) -> dict[str, Node]
     return {label: child for label, child in children.items() if label not in own}
 
 
-@dataclass(slots=True)
 class _Chain:
     """A node and what appears when wrappers right below it are stepped over, one after the other.
 
@@ -218,24 +219,22 @@ class _Chain:
         has_tensors: Whether the innermost level has tensors of its own, which a rule may know by other names.
     """
 
-    levels: list[dict[str, Node]]
-    labels: list[str]
-    state: list[tuple[int, str, str]]
-    has_tensors: bool = False
+    __slots__ = ("has_tensors", "labels", "levels", "state")
 
-    @classmethod
-    def below(cls, node: Node) -> _Chain:
-        chain = cls([node.children], [], [])
+    def __init__(self, node: Node) -> None:
+        self.levels = [node.children]
+        self.labels: list[str] = []
+        self.state: list[tuple[int, str, str]] = []
         while True:
-            children = chain.levels[-1]
+            children = self.levels[-1]
             inner = [label for label, child in children.items() if not (label in WRAPPER_STATE and child.is_tensor)]
             if len(inner) != 1 or inner[0] not in WRAPPERS or children[inner[0]].is_tensor:
-                chain.has_tensors = any(node.is_tensor or label == _PARAMETRIZED for label, node in children.items())
-                return chain
-            depth = len(chain.labels)
-            chain.state += [(depth, label, child.names[""]) for label, child in children.items() if label != inner[0]]
-            chain.labels.append(inner[0])
-            chain.levels.append(children[inner[0]].children)
+                break
+            depth = len(self.labels)
+            self.state += [(depth, label, child.names[""]) for label, child in children.items() if label != inner[0]]
+            self.labels.append(inner[0])
+            self.levels.append(children[inner[0]].children)
+        self.has_tensors = any(child.is_tensor or label == _PARAMETRIZED for label, child in children.items())
 
 
 def _agree(result: Alignment, source: _Chain, model: _Chain) -> tuple[dict[str, Node], dict[str, Node]]:
@@ -301,11 +300,16 @@ def _lift(
 
 
 _PARAMETRIZED = "parametrizations"
-_SPELLINGS = [
-    (rule, here, there, re.compile(re.escape(here[0]).replace(re.escape("{p}"), r"(?P<p>[^.]+)")))
-    for rule in RENAMES
-    for here, there in rule.directions()
-]
+
+
+@lru_cache(maxsize=1)
+def _spellings() -> list[tuple[Respelling, tuple[str, ...], tuple[str, ...], re.Pattern[str]]]:
+    """Each rule, both ways, with what finds its first name; made when names are first left over on both sides."""
+    return [
+        (rule, here, there, re.compile(re.escape(here[0]).replace(re.escape("{p}"), r"(?P<p>[^.]+)")))
+        for rule in RENAMES
+        for here, there in rule.directions()
+    ]
 
 
 def _rename(result: Alignment, extra: dict[str, Node], lacking: dict[str, Node]) -> None:
@@ -314,7 +318,7 @@ def _rename(result: Alignment, extra: dict[str, Node], lacking: dict[str, Node])
     if not (in_file and in_model):
         return
     renamed: set[str] = set()
-    for rule, here, there, pattern in _SPELLINGS:
+    for rule, here, there, pattern in _spellings():
         for found in list(filter(None, map(pattern.fullmatch, in_file))):
             parameter = found.groupdict().get("p", "")
             from_names = [name.format(p=parameter) for name in here]

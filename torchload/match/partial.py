@@ -9,7 +9,7 @@ from torchload.match.selection import Selection, Wanted
 
 __all__ = ["held_back", "transposed"]
 
-_RECURRENT = re.compile(r".*(_l\d+(?:_reverse)?)")
+_RECURRENT = r".*(_l\d+(?:_reverse)?)"
 
 
 def held_back(selection: Selection, wanted: Wanted) -> Selection:
@@ -55,7 +55,7 @@ def _layer(name: str, with_children: set[str], *, is_one_layer: bool) -> tuple[s
         return "", ""
     if not parent or parent in with_children or leaf.isdecimal():
         return None
-    recurrent = _RECURRENT.fullmatch(leaf)
+    recurrent = re.fullmatch(_RECURRENT, leaf)
     return parent, recurrent[1] if recurrent else ""
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchload.core.checkpoint import Shape, TensorEntry
-from torchload.core.sharing import View, part_of
 from torchload.match.containers import Leaf, shape_of
 from torchload.match.globs import Globs
 from torchload.match.names import Alignment
 from torchload.match.paths import joined, last
 from torchload.match.tables import BENIGN_MISSING, Standing
 
+if TYPE_CHECKING:
+    from torchload.core.sharing import View
+
 __all__ = ["Selection", "Wanted", "is_bare", "mismatched"]
 
 
 _NO_GLOBS = Globs()
+_NONE: Mapping[str, Any] = MappingProxyType({})
 _EVERY_LAYERS = frozenset(
     {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "weight_g", "weight_v"}
 )
@@ -48,8 +52,7 @@ def mismatched(
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A model, as far as choosing is concerned.
 
     Attributes:
@@ -66,14 +69,14 @@ class Wanted:
     """
 
     shapes: Mapping[str, Shape | None]
-    ties: Mapping[str, str] = field(default_factory=dict)
+    ties: Mapping[str, str] = _NONE
     skipped: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
-    transient: Mapping[str, Shape | None] = field(default_factory=dict)
+    transient: Mapping[str, Shape | None] = _NONE
     skip: Globs = _NO_GLOBS
-    views: Mapping[str, Sequence[View]] = field(default_factory=dict)
+    views: Mapping[str, Sequence[View]] = _NONE
 
     def may_lack(self, name: str) -> bool:
         """Whether it is known to be harmless if nothing fills a name."""
@@ -102,11 +105,7 @@ class Wanted:
         for name, view in ((name, view) for name, views in self.views.items() for view in views):
             source, entry = pairs.get(name), leaves.get(pairs.get(view.name, ""))
             is_open = source is None or (leaves[source] is entry and shape_of(entry) != view.part.shape)
-            if (
-                is_open
-                and isinstance(entry, TensorEntry)
-                and (part := part_of(entry, view.whole, view.part)) is not None
-            ):
+            if is_open and isinstance(entry, TensorEntry) and (part := view.seen_in(entry)) is not None:
                 shown[0][name] = source or f"{pairs[view.name]} (as {name})"
                 shown[1][shown[0][name]] = part
         return shown
@@ -126,7 +125,7 @@ class Wanted:
         return all(is_bare(name) for name in self.shapes)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Selection:
     """The chosen sub-tree and how its names correspond to the model's. Who knows better makes another (`replace`).
 

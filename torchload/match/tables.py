@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchload.core.wrappers import WRAPPERS
 
@@ -31,8 +30,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Benign:
+class Benign(NamedTuple):
     """A tensor that may be there or not without changing what was learned.
 
     Attributes:
@@ -80,8 +78,7 @@ BENIGN_UNEXPECTED: dict[str, Benign] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Respelling:
+class Respelling(NamedTuple):
     """Two spellings of the same tensors inside one module; `{p}` stands for the parameter's own name.
 
     A spelling applies only where all of its names are there and none of the other's, so a name that merely looks alike
@@ -210,8 +207,7 @@ GENERIC: dict[str, str] = {
 AVERAGED_WORDS = frozenset({"ema", "swa", "avg", "average", "averaged"})
 
 
-@dataclass(frozen=True, slots=True)
-class Swap:
+class Swap(NamedTuple):
     """A framework that exchanges the two sets of weights when it saves.
 
     Attributes:

@@ -10,18 +10,20 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchload.core.checkpoint import Shape
-from torchload.core.sharing import View, layout_of, shared_runs
 from torchload.model.elsewhere import elsewhere, refusal
 from torchload.model.shards import is_sharded, local_region, show_shards
 from torchload.model.walk import paths_of
+
+if TYPE_CHECKING:
+    from torchload.core.sharing import View
 
 __all__ = ["HookedModule", "Slot", "Target", "describe_model", "own_loaders", "settle"]
 
@@ -35,7 +37,7 @@ _HARMLESS_HOOKS = frozenset({"LazyModuleMixin._lazy_load_hook", "ActivationWrapp
 _ORDINARY = (torch.Tensor, nn.Parameter)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Slot:
     """One tensor of the model.
 
@@ -150,15 +152,13 @@ class Slot:
         return tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class HookedModule:
+class HookedModule(NamedTuple):
     """A module that has a say in how it is loaded: (where it is, the module)."""
 
     prefix: str
     module: nn.Module
 
 
-@dataclass(slots=True, eq=False)
 class Target:
     """A model, as loading sees it.
 
@@ -176,21 +176,29 @@ class Target:
         transient_views: The same of non-persistent buffers.
     """
 
-    model: nn.Module
-    slots: list[Slot] = field(default_factory=list)
-    by_name: dict[str, Slot] = field(default_factory=dict)
-    extra_state: dict[str, nn.Module] = field(default_factory=dict)
-    own_state: dict[str, Shape | None] = field(default_factory=dict)
-    pre_hooks: list[HookedModule] = field(default_factory=list)
-    overrides: list[HookedModule] = field(default_factory=list)
-    post_hooks: list[HookedModule] = field(default_factory=list)
-    views: Mapping[str, list[View]] = field(default_factory=dict)
-    transient_views: Mapping[str, list[View]] = field(default_factory=dict)
+    def __init__(self, model: nn.Module) -> None:
+        """A model of which nothing has been noted yet."""
+        self.model = model
+        self.slots: list[Slot] = []
+        self.by_name: dict[str, Slot] = {}
+        self.extra_state: dict[str, nn.Module] = {}
+        self.own_state: dict[str, Shape | None] = {}
+        self.pre_hooks: list[HookedModule] = []
+        self.overrides: list[HookedModule] = []
+        self.post_hooks: list[HookedModule] = []
+        self.views: Mapping[str, list[View]] = {}
+        self.transient_views: Mapping[str, list[View]] = {}
 
     @property
     def names(self) -> list[str]:
         """Every name of the state dict."""
         return [*self.by_name, *self.own_state, *self.extra_state]
+
+    def bare(self, names: Iterable[str]) -> dict[str, str]:
+        """Each name → the same without the segments of wrappers that are really there."""
+        from torchload.model.unwrapping import bare_names  # only patterns of the caller's are matched with these
+
+        return bare_names(self.model, names)
 
 
 def describe_model(model: nn.Module) -> Target:
@@ -261,6 +269,8 @@ class _Memory:
 
 def _views(slots: list[Slot]) -> dict[str, list[View]]:
     """Names of slots that lie in the memory of one of the state dict, in another shape or as a part → those."""
+    from torchload.core.sharing import View, layout_of, shared_runs
+
     layouts = [layout_of(slot.tensor) for slot in slots]
     found: dict[str, list[View]] = {}
     for run in shared_runs(layouts):

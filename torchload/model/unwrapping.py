@@ -21,7 +21,7 @@ __all__ = ["State", "bare_names", "module_within", "unwrapped_state", "wrapped_c
 _FSDP1_ATTRIBUTE = "_fsdp_wrapped_module"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class State:
     """A state dict without its wrappers.
 

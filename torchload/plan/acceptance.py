@@ -8,9 +8,7 @@ from torchload.core.text import listing
 from torchload.errors import IncompatibleCheckpointError
 from torchload.match import Selection
 from torchload.model.target import Target
-from torchload.plan import hooks
 from torchload.plan.execute import compare_landed
-from torchload.plan.explain import incompatible
 from torchload.plan.options import Options
 from torchload.plan.plan import LoadPlan
 from torchload.transfer import Replicas
@@ -50,6 +48,8 @@ class Acceptance:
         if not (self._options.strict and (missing or unexpected)):
             return
         if self._plan.keeps_old:
+            from torchload.plan.explain import incompatible
+
             raise incompatible(self._target, self.selection, [])
         raise IncompatibleCheckpointError(
             "The checkpoint was loaded, but a load-state-dict post-hook of the model calls names missing or "
@@ -61,6 +61,8 @@ class Acceptance:
 
 def after_post_hooks(target: Target, selection: Selection) -> Selection:
     """What is missing and unexpected once the model's load-state-dict post-hooks have had their say."""
+    from torchload.plan import hooks
+
     spelled = {selection.alignment.leftover.get(name, name): name for name in selection.unexpected}
     keys = hooks.run_post_hooks(target, selection.missing, list(spelled))
     unexpected = [spelled.get(name, name) for name in keys.unexpected_keys]

@@ -14,7 +14,8 @@ from torchload.core.copies import Copy
 from torchload.core.public import public
 from torchload.model.target import Slot
 from torchload.plan.pairing import copies_of
-from torchload.transfer import allocate, not_seen_equal, run
+from torchload.transfer import allocate, run
+from torchload.transfer.checks import not_seen_equal
 from torchload.transfer.overflow import overflows
 
 __all__ = ["Difference", "Pair", "compare", "compare_values"]

@@ -5,10 +5,11 @@ What they changed can be taken back.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from torchload.plan.plain import ReadTensor, plain
 __all__ = [
     "RefusedError",
     "attribute_restorer",
+    "collecting",
     "filled_by_itself",
     "is_given",
     "load_itself",
@@ -42,6 +44,15 @@ _NO_REFUSAL = (MemoryError, OSError, TorchLoadError)  # a failure to read, which
 
 class RefusedError(Exception):
     """A module, an optimizer or a scheduler did not take what the checkpoint has for it."""
+
+
+@contextlib.contextmanager
+def collecting(refusals: list[RefusedError]) -> Iterator[None]:
+    """Take note of a refusal in place of raising it."""
+    try:
+        yield
+    except RefusedError as refusal:
+        refusals.append(refusal)
 
 
 def is_given(hooked: HookedModule, selection: Selection) -> bool:

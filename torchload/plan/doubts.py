@@ -12,7 +12,6 @@ from torchload.match.globs import Globs
 from torchload.match.partial import transposed
 from torchload.match.rename import Rename
 from torchload.model.target import Target
-from torchload.model.unwrapping import bare_names
 from torchload.plan.constants import differing_constants
 from torchload.plan.options import Options
 from torchload.plan.promises import unkept_globs, unkept_rules
@@ -29,7 +28,7 @@ def unkept(
     warnings: list[str] = []
     if not (skip.patterns or keep_fp32 or rename):
         return problems, warnings
-    bare = [*bare_names(target.model, target.names).items()]
+    bare = [*target.bare(target.names).items()]
     model_names = [name for pair in bare for name in pair]
     original = [selection.original.get(name, name) for name in selection.leaves]
     spelled = [*selection.leaves, *original, *selection.alignment.leftover.values()]

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from torchload.core.checkpoint import TensorEntry
 from torchload.core.collector import collector_paused
-from torchload.core.sharing import View
 from torchload.core.undo import Undo
 from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Selection
 from torchload.model.shards import empty_part, held_numel, is_sharded, refresh_shards
 from torchload.model.swap import Exchange
 from torchload.model.target import Slot, Target
-from torchload.plan import custom_loaders
 from torchload.plan.pairing import copies_of
 from torchload.plan.plan import Assignment, Check, Conversion, LoadPlan, Way
 from torchload.transfer import allocate, map_entries, map_entry, read_entries, run
+
+if TYPE_CHECKING:
+    from torchload.core.sharing import View
 
 __all__ = ["Changes", "Moved", "carry_out", "compare_landed"]
 
@@ -43,7 +43,6 @@ class Moved(NamedTuple):
     read_bytes: int
 
 
-@dataclass(slots=True)
 class Changes:
     """What a load has changed of the model so far, at any moment.
 
@@ -53,9 +52,10 @@ class Changes:
         exchange: Where slots show new memory.
     """
 
-    in_place: list[Slot] = field(default_factory=list)
-    by_themselves: list[str] = field(default_factory=list)
-    exchange: Exchange | None = None
+    def __init__(self) -> None:
+        self.in_place: list[Slot] = []
+        self.by_themselves: list[str] = []
+        self.exchange: Exchange | None = None
 
     def names(self) -> tuple[str, ...]:
         """All names of the tensors that are not what they were."""
@@ -135,30 +135,26 @@ def carry_out(
 
 def _hand_over(plan: LoadPlan, target: Target, selection: Selection, undo: Undo, changes: Changes) -> None:
     """Let modules load themselves, and take their extra state; all that refuse are named at once."""
+    if not (plan.own_loaders or target.extra_state):
+        return
+    from torchload.plan import custom_loaders
+
     read = map_entry if plan.mmap else _read_entry
     own = tuple(hooked.prefix for hooked, _ in plan.own_loaders)
     refusals: list[custom_loaders.RefusedError] = []
     for name, module in target.extra_state.items():
         if name in selection.pairs and not (own and name.startswith(own)):
             changes.by_themselves.append(name)
-            with _collecting(refusals):
+            with custom_loaders.collecting(refusals):
                 custom_loaders.set_extra_state(name, module, selection.leaves[selection.pairs[name]], read, undo)
     for hooked, slots in plan.own_loaders:
         if custom_loaders.is_given(hooked, selection):
             changes.by_themselves += [name for slot in slots for name in slot.names if slot.persistent]
-            with _collecting(refusals):
+            with custom_loaders.collecting(refusals):
                 custom_loaders.run_own_loader(hooked, slots, selection, read, undo)
     if refusals:
         problems = [str(refusal) for refusal in refusals]
         raise IncompatibleCheckpointError("\n  ".join(problems), problems=problems) from refusals[0].__cause__
-
-
-@contextlib.contextmanager
-def _collecting(refusals: list[custom_loaders.RefusedError]) -> Iterator[None]:
-    try:
-        yield
-    except custom_loaders.RefusedError as refusal:
-        refusals.append(refusal)
 
 
 def _read_entry(entry: TensorEntry) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torchload.match.globs import Globs
 from torchload.match.rename import Rename
@@ -15,8 +15,7 @@ __all__ = ["Options"]
 _NO_GLOBS = Globs()
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """What the caller asked for, checked and ready for planning.
 
     Attributes:

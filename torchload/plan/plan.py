@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, Flag
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from torchload.core.checkpoint import Extent, TensorEntry
-from torchload.core.sharing import View
 from torchload.model.target import HookedModule, Slot
+
+if TYPE_CHECKING:
+    from torchload.core.sharing import View
 
 __all__ = ["Assignment", "Check", "Conversion", "LoadPlan", "Way", "extents_of"]
 
@@ -40,7 +43,7 @@ class Check(Flag):
     """Where it ended up, against the file: no checksum told of the whole way."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Assignment:
     """One slot of the model and the checkpoint tensor that fills it.
 
@@ -67,8 +70,7 @@ class Assignment:
     whole: tuple[Assignment, View] | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Conversion:
+class Conversion(NamedTuple):
     """A slot that no source fills but that must move or change its dtype with the rest; from meta it becomes zeros."""
 
     slot: Slot
@@ -76,7 +78,6 @@ class Conversion:
     device: torch.device
 
 
-@dataclass(slots=True, eq=False)
 class LoadPlan:
     """What a load will do, accepted.
 
@@ -95,18 +96,24 @@ class LoadPlan:
         verify: Whether data is checked as it arrives.
     """
 
-    assignments: list[Assignment] = field(default_factory=list)
-    conversions: list[Conversion] = field(default_factory=list)
-    casts: Counter[tuple[torch.dtype, torch.dtype]] = field(default_factory=Counter)
-    own_loaders: list[tuple[HookedModule, list[Slot]]] = field(default_factory=list)
-    given: list[TensorEntry] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    keeps_old: bool = False
-    is_tentative: bool = False
-    mmap: bool = False
-    verify: bool = False
+    def __init__(
+        self,
+        own_loaders: list[tuple[HookedModule, list[Slot]]],
+        *,
+        keeps_old: bool,
+        is_tentative: bool,
+        mmap: bool,
+        verify: bool,
+    ) -> None:
+        self.own_loaders = own_loaders
+        self.keeps_old, self.is_tentative, self.mmap, self.verify = keeps_old, is_tentative, mmap, verify
+        self.assignments: list[Assignment] = []
+        self.conversions: list[Conversion] = []
+        self.casts: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
+        self.given: list[TensorEntry] = []
+        self.kept: list[str] = []
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
 
     @property
     def extents(self) -> list[Extent]:

@@ -13,7 +13,6 @@ import torch
 from torchload.core.checkpoint import Box, Checkpoint, OpaqueTensor, Record, TensorEntry, entries_in
 from torchload.core.copies import Copy
 from torchload.core.in_memory import TensorSource
-from torchload.core.sharing import part_of
 from torchload.core.text import listing
 from torchload.errors import advised
 from torchload.match import Selection
@@ -21,14 +20,12 @@ from torchload.match.globs import Globs
 from torchload.model.placement import check_room
 from torchload.model.shards import held_numel, home_of, is_hollow, is_ordinary, is_sharded
 from torchload.model.target import Slot, Target, own_loaders
-from torchload.model.unwrapping import bare_names
 from torchload.plan.doubts import doubts_about, unkept
 from torchload.plan.dtypes import final_dtype, impossible_cast
-from torchload.plan.explain import incompatible
 from torchload.plan.numbers import Verdict, judge_numbers
 from torchload.plan.options import Options
 from torchload.plan.plan import Assignment, Check, Conversion, LoadPlan, Way, extents_of
-from torchload.transfer import can_map, has_checksum, is_summed_in_place, same_data, verify_extents
+from torchload.transfer import can_map
 
 __all__ = ["make_plan"]
 
@@ -63,7 +60,7 @@ class _Planner:
         lacks_names = bool(selection.missing or selection.unexpected)
         tentative = options.strict and lacks_names and bool(target.post_hooks)
         self.plan = LoadPlan(
-            own_loaders=own_loaders(target),
+            own_loaders(target),
             keeps_old=options.atomic or tentative,
             is_tentative=tentative,
             mmap=options.mmap,
@@ -71,7 +68,7 @@ class _Planner:
         )
         self._keep_fp32: frozenset[str] = frozenset()
         if options.keep_fp32:
-            self._keep_fp32 = Globs(options.keep_fp32).of(bare_names(target.model, _all_names(target)))
+            self._keep_fp32 = Globs(options.keep_fp32).of(target.bare(_all_names(target)))
         self._stays = options.placement.leaves_all
         self._by_themselves = {id(slot) for _, slots in self.plan.own_loaders for slot in slots}
         self._lacking = {*selection.missing, *selection.skipped}
@@ -199,7 +196,11 @@ class _Planner:
         self._compare(name, *held.values())
 
     def _compare(self, name: str, first: tuple[str, TensorEntry], *others: tuple[str, TensorEntry]) -> None:
-        if others and self.options.verify:
+        if not others:
+            return
+        from torchload.transfer.checks import same_data, verify_extents
+
+        if self.options.verify:
             verify_extents(extents_of([entry for _, entry in (first, *others)]))
         if not all(same_data(first[1], other) for _, other in others):
             names = " and ".join(source for source, _ in (first, *others))
@@ -218,7 +219,7 @@ class _Planner:
                 whole = items.get(view.name)
                 if whole is None or (whole.dtype, whole.device) != (part.dtype, part.device):
                     continue
-                seen = part_of(whole.entry, view.whole, view.part)
+                seen = view.seen_in(whole.entry)
                 if seen is None:
                     continue
                 if seen.location != part.entry.location:
@@ -242,7 +243,7 @@ class _Planner:
             whole, view = found[0]
             moves = [item for item in self.plan.conversions if item.slot is slot]
             dtype, device = (moves[0].dtype, moves[0].device) if moves else (slot.tensor.dtype, slot.tensor.device)
-            seen = part_of(whole.entry, view.whole, view.part)
+            seen = view.seen_in(whole.entry)
             item = Assignment(slot, slot.name, whole.source, seen or whole.entry, dtype, device, Way.FRESH)
             if (whole.dtype, whole.device) == (dtype, device):
                 item.way, item.whole = Way.SEEN, (whole, view)
@@ -319,6 +320,8 @@ class _Planner:
         said = {*selection.missing, *selection.mismatched} if is_refused else set()
         problems += self._without_values(said)
         if problems or slips or is_refused:
+            from torchload.plan.explain import incompatible
+
             raise incompatible(target, selection, problems, slips, self.checkpoint.whole())
 
     def _without_values(self, said: set[str]) -> Iterator[str]:
@@ -378,6 +381,8 @@ def _can_map(item: Assignment) -> bool:
 
 def _check(item: Assignment) -> Check:
     """When the data of a tensor is checked."""
+    from torchload.transfer.checksums import has_checksum, is_summed_in_place
+
     boxes = item.entry.boxes
     is_plain = len(boxes) == 1 and is_ordinary(item.slot.tensor) and item.device.type == "cpu"
     is_summed = is_plain and item.way is not Way.MAPPED and has_checksum(boxes[0], item.entry.dtype)

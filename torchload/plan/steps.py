@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,19 +9,14 @@ from typing import Any
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint
 from torchload.core.text import plural
-from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError, TorchLoadError
+from torchload.errors import IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Place, Selection, Wanted, find_places, select
 from torchload.match.globs import Globs
 from torchload.match.partial import held_back
 from torchload.match.paths import last
 from torchload.match.tables import Standing, container_standing
-from torchload.model.target import Target, own_loaders
-from torchload.model.unwrapping import bare_names
-from torchload.plan import custom_loaders, hooks
-from torchload.plan.borrowed import Borrowed
-from torchload.plan.explain import incompatible
+from torchload.model.target import Target
 from torchload.plan.quantized import quantized_problem
-from torchload.plan.trial import select_through_hooks
 from torchload.transfer import map_entry
 
 __all__ = ["select_for"]
@@ -54,6 +48,8 @@ def select_for(target: Target, checkpoint: Checkpoint, skip: Globs, strict: bool
         unmatched = _unmatched(checkpoint, choice.get("key"), wanted) if nothing else None
         if unmatched is None:
             raise
+        from torchload.plan.explain import incompatible
+
         problem = quantized_problem(target, unmatched)
         problems = [problem] if problem else []
         advisable = _advisable(unmatched, skip, attempt)
@@ -85,7 +81,7 @@ def _wanted(target: Target, skip: Globs) -> Wanted:
     return Wanted(
         shapes,
         ties={name: slot.name for slot in target.slots if len(slot.names) > 1 for name in slot.names},
-        skipped=skip.of(bare_names(target.model, shapes)) if skip.patterns else frozenset(),
+        skipped=skip.of(target.bare(shapes)) if skip.patterns else frozenset(),
         buffers=frozenset(name for name, slot in target.by_name.items() if not slot.is_parameter),
         whole=frozenset(map(last, target.own_state)),
         transient={slot.name: slot.shape for slot in target.slots if not slot.persistent},
@@ -99,34 +95,11 @@ def _chosen(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool
     if not wanted.shapes:
         return _nothing_wanted(checkpoint, choice["key"], wanted)
     choice.update(size_bytes=checkpoint.size_bytes, read=map_entry)
-    hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
-    if not hooked:
+    if not (target.pre_hooks or target.overrides):
         return select(checkpoint.root, wanted, strict=strict, **choice)
-    selection: Selection | None = None
-    with contextlib.suppress(IncompatibleCheckpointError, AmbiguousCheckpointError):
-        selection = select(checkpoint.root, wanted, strict=strict, **choice)
-    is_open = selection is None or not selection.fits
-    borrowed = Borrowed()
-    if is_open and choice["prefix"] is None:
-        found = select_through_hooks(target, checkpoint, wanted, choice["key"], choice["rename"], borrowed)
-        if found is not None:
-            borrowed.let_go(found)
-            return _left_to_own_loaders(target, found)
-    if selection is None or not selection.fits:
-        # A module that loads itself may take another shape (observers of quantization do), but not of packed weights.
-        own = tuple(item.prefix for item in target.overrides)
-        free = {name for name in target.by_name if own and name.startswith(own)}
-        wider = replace(
-            wanted,
-            shapes={name: None if name in free else shape for name, shape in wanted.shapes.items()},
-            optional=frozenset(name for name in wanted.shapes if name.startswith(hooked)),
-        )
-        selection = select(checkpoint.root, wider, strict=strict, **choice)
-    selection = hooks.run_pre_hooks(target, selection, borrowed)
-    borrowed.let_go(selection)
-    missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
-    ignored = list(dict.fromkeys([*selection.ignored, *harmless]))
-    return _left_to_own_loaders(target, replace(selection, missing=missing, ignored=ignored))
+    from torchload.plan.trial import select_with_hooks  # most models have none
+
+    return select_with_hooks(target, checkpoint, wanted, strict, **choice)
 
 
 def _nothing_wanted(checkpoint: Checkpoint, key: str | None, wanted: Wanted) -> Selection:
@@ -157,24 +130,3 @@ def _unpaired(place: Place, wanted: Wanted) -> Selection:
         unexpected=[name for name in place.leaves if not wanted.skips(name)],
         skipped=[name for name in place.leaves if wanted.skips(name)],
     )
-
-
-def _left_to_own_loaders(target: Target, selection: Selection) -> Selection:
-    """What a module that loads itself lacks, it alone knows: what it is offered beside its names may stand for them."""
-    for hooked, slots in own_loaders(target):
-        leftover = {
-            source
-            for source in selection.unexpected
-            if selection.alignment.leftover.get(source, source).startswith(hooked.prefix)
-        }
-        if leftover:
-            selection = replace(
-                selection,
-                unexpected=[source for source in selection.unexpected if source not in leftover],
-                missing=[name for name in selection.missing if not name.startswith(hooked.prefix)],
-                claimed=selection.claimed | leftover,
-            )
-        elif filled := custom_loaders.filled_by_itself(hooked, slots, selection, map_entry):
-            missing = [name for name in selection.missing if name not in filled]
-            selection = replace(selection, missing=missing)
-    return selection

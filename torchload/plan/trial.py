@@ -7,6 +7,7 @@ given to the hooks once more, with its real tensors.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torchload.core.budget import Allowance
 from torchload.core.checkpoint import Checkpoint, Container, TensorEntry
 from torchload.core.in_memory import entry_of
-from torchload.errors import AmbiguousCheckpointError, TorchLoadError
+from torchload.errors import AmbiguousCheckpointError, IncompatibleCheckpointError, TorchLoadError
 from torchload.match import Leaf, Place, Selection, Wanted, find_places, select
 from torchload.match.names import Alignment
 from torchload.match.paths import unwrapped
@@ -25,9 +26,11 @@ from torchload.match.tables import Standing, container_standing
 from torchload.model.target import HookedModule, Target, own_loaders
 from torchload.model.unwrapping import wrapped_child
 from torchload.plan import custom_loaders, hooks
+from torchload.plan.borrowed import Borrowed
 from torchload.plan.plain import ReadTensor
+from torchload.transfer import map_entry
 
-__all__ = ["select_through_hooks"]
+__all__ = ["select_with_hooks"]
 
 _MOST_CONTAINERS = 50
 Respell = Callable[[str], str]
@@ -41,7 +44,65 @@ class _Reading(NamedTuple):
     original: Mapping[str, str]
 
 
-def select_through_hooks(
+def select_with_hooks(target: Target, checkpoint: Checkpoint, wanted: Wanted, strict: bool, **choice: Any) -> Selection:
+    """Choose for a model with pre-hooks, or with modules that load themselves: without them, else with their help.
+
+    Args:
+        target: The model.
+        checkpoint: The checkpoint.
+        wanted: What the model wants, hooks aside.
+        strict: Whether only a whole fit will do.
+        choice: What else `select` takes.
+    """
+    selection: Selection | None = None
+    with contextlib.suppress(IncompatibleCheckpointError, AmbiguousCheckpointError):
+        selection = select(checkpoint.root, wanted, strict=strict, **choice)
+    is_open = selection is None or not selection.fits
+    borrowed = Borrowed()
+    if is_open and choice["prefix"] is None:
+        found = _through_hooks(target, checkpoint, wanted, choice["key"], choice["rename"], borrowed)
+        if found is not None:
+            borrowed.let_go(found)
+            return _left_to_own_loaders(target, found)
+    if selection is None or not selection.fits:
+        # A module that loads itself may take another shape (observers of quantization do), but not of packed weights.
+        hooked = tuple(item.prefix for item in (*target.pre_hooks, *target.overrides))
+        own = tuple(item.prefix for item in target.overrides)
+        free = {name for name in target.by_name if own and name.startswith(own)}
+        wider = wanted._replace(
+            shapes={name: None if name in free else shape for name, shape in wanted.shapes.items()},
+            optional=frozenset(name for name in wanted.shapes if name.startswith(hooked)),
+        )
+        selection = select(checkpoint.root, wider, strict=strict, **choice)
+    selection = hooks.run_pre_hooks(target, selection, borrowed)
+    borrowed.let_go(selection)
+    missing, harmless = wanted.lacks(selection.pairs, selection.alignment.spare)
+    ignored = list(dict.fromkeys([*selection.ignored, *harmless]))
+    return _left_to_own_loaders(target, replace(selection, missing=missing, ignored=ignored))
+
+
+def _left_to_own_loaders(target: Target, selection: Selection) -> Selection:
+    """What a module that loads itself lacks, it alone knows: what it is offered beside its names may stand for them."""
+    for hooked, slots in own_loaders(target):
+        leftover = {
+            source
+            for source in selection.unexpected
+            if selection.alignment.leftover.get(source, source).startswith(hooked.prefix)
+        }
+        if leftover:
+            selection = replace(
+                selection,
+                unexpected=[source for source in selection.unexpected if source not in leftover],
+                missing=[name for name in selection.missing if not name.startswith(hooked.prefix)],
+                claimed=selection.claimed | leftover,
+            )
+        elif filled := custom_loaders.filled_by_itself(hooked, slots, selection, map_entry):
+            missing = [name for name in selection.missing if name not in filled]
+            selection = replace(selection, missing=missing)
+    return selection
+
+
+def _through_hooks(
     target: Target,
     checkpoint: Checkpoint,
     wanted: Wanted,
@@ -49,7 +110,7 @@ def select_through_hooks(
     rename: Rename | None,
     read: ReadTensor,
 ) -> Selection | None:
-    """Find the container that fits once the model's hooks have seen its names.
+    """The container that fits once the model's hooks have seen its names.
 
     Returns:
         What fits, after the pre-hooks have run; ``None`` if nothing does.
@@ -109,7 +170,7 @@ def _readings(
         original: dict[str, str] = {}
         if rename is not None:
             original = renamed_from(rename, place.leaves)
-            place = replace(place, leaves={new: place.leaves[old] for new, old in original.items()})
+            place = place._replace(leaves={new: place.leaves[old] for new, old in original.items()})
         yield _Reading(place, str, original)
         respelled = {rewrapped(name) for name in place.leaves}
         if len(respelled) == len(place.leaves) and respelled != place.leaves.keys():
@@ -121,14 +182,16 @@ def _claimed(target: Target, reading: _Reading) -> Selection:
     place = reading.place
     spelled = {name: reading.respell(name) for name in place.leaves}
     known = set(target.names)
+    alignment = Alignment()
+    alignment.leftover.update((source, name) for source, name in spelled.items() if name not in known)
     return Selection(
         key=place.path,
         segments=place.segments,
         container=Container(place.container, _metadata(reading)),
         leaves=place.leaves,
         pairs={name: source for source, name in spelled.items() if name in known},
-        alignment=Alignment(leftover={source: name for source, name in spelled.items() if name not in known}),
-        claimed=frozenset(source for source, name in spelled.items() if name not in known),
+        alignment=alignment,
+        claimed=frozenset(alignment.leftover),
         original=reading.original,
     )
 

@@ -44,7 +44,8 @@ from torchload.training.restoring import like, receive, replace_attributes, rest
 from torchload.training.run_folder import lies_beside
 from torchload.training.several import NotPairedError, as_list, pairs_of
 from torchload.training.state import Found, average_of, find_training_state, plain_values, weights_of
-from torchload.transfer import map_entry, verify_extents
+from torchload.transfer import map_entry
+from torchload.transfer.checks import verify_extents
 
 __all__ = ["Resumption"]
 

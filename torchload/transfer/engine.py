@@ -11,7 +11,6 @@ import torch
 from torchload.core.copies import Copy
 from torchload.core.source import Source
 from torchload.errors import CastOverflowError, CorruptCheckpointError
-from torchload.transfer.checksums import Arrivals
 from torchload.transfer.crew import Crew, available_cores, can_limit_intra_op
 from torchload.transfer.direct import REQUESTS_IN_FLIGHT
 from torchload.transfer.host import HostWorker, decode
@@ -22,6 +21,7 @@ from torchload.transfer.reader import Reader
 from torchload.transfer.settings import thread_count
 
 if TYPE_CHECKING:
+    from torchload.transfer.checksums import Arrivals
     from torchload.transfer.ring import Ring
 
 __all__ = ["Progress", "check_unchanged", "default_threads", "note_writes", "run"]
@@ -74,7 +74,13 @@ def run(
     with Reader() as reader:
         with torch.inference_mode():
             jobs = schedule(copies, reader.look_at)
-        return _do(copies, jobs, reader, Arrivals(copies) if check else None, threads, progress, notes)
+        return _do(copies, jobs, reader, _arrivals(copies) if check else None, threads, progress, notes)
+
+
+def _arrivals(copies: Sequence[Copy]) -> Arrivals:
+    from torchload.transfer.checksums import Arrivals  # for `verify=True` only
+
+    return Arrivals(copies)
 
 
 def _do(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from torchload.transfer.arena import allocate
-from torchload.transfer.checksums import Arrivals
 from torchload.transfer.lease import LeasedFile
 from torchload.transfer.memory import cached_bytes, memory_at, move, move_much
 from torchload.transfer.overflow import SQUARABLE, OverflowFoundError, limit_of, overflows, surely_fit
 from torchload.transfer.pieces import CAST, GAP_BYTES, RAW, STAGED_BYTES, Job, Piece, needs_swap
 from torchload.transfer.reader import Reader
+
+if TYPE_CHECKING:
+    from torchload.transfer.checksums import Arrivals
 
 __all__ = ["HostWorker", "decode"]
 

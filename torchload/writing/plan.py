@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -231,4 +231,4 @@ def _layout(tensor: torch.Tensor, kind: FileFormat) -> Layout:
         return Layout(("sharded", id(tensor)), 0, tensor.dtype, shape, contiguous_strides(shape))
     layout = layout_of(tensor)
     # Without views only what is the very same tensor stays together.
-    return layout if kind.keeps_views else replace(layout, memory=layout)
+    return layout if kind.keeps_views else layout._replace(memory=layout)
