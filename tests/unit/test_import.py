@@ -113,3 +113,29 @@ def test_every_module_imports_alone() -> None:
         "        del sys.modules[known]\n"
         "    importlib.import_module(name)"
     )
+
+
+def test_what_post_hooks_need_is_imported_while_the_model_is_as_it_was(tmp_path: Path) -> None:
+    """An import that fails (memory, an interrupt) must not come between the bytes and the hooks."""
+    code = """
+import sys
+import torch
+from torchload import smart_load
+
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchload.plan.hooks":
+            raise MemoryError
+
+model = torch.nn.Linear(20, 20)
+model.register_load_state_dict_post_hook(lambda module, keys: None)
+before = model.weight.detach().clone()
+torch.save(torch.nn.Linear(20, 20).state_dict(), sys.argv[1])
+sys.meta_path.insert(0, Refusing())
+try:
+    smart_load(model, sys.argv[1])
+except MemoryError:
+    print(torch.equal(model.weight, before))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "x.pth")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["True"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +71,35 @@ def test_a_helper_is_over_once_it_was_waited_for() -> None:
 
 def test_what_must_not_stop_half_way_is_done_or_not_begun() -> None:
     in_child(STORM + SWAPS)
+
+
+FORKED = """
+import os, signal, sys, time
+import torch
+from torchload import smart_load
+
+path, options = sys.argv[1], eval(sys.argv[2])
+torch.save({"weight": torch.randn(1024, 1024)}, path)
+torch.ones(4_000_000).sum()  # starts OpenMP's threads, which a child has not
+child = os.fork()
+if not child:
+    model = torch.nn.Linear(1024, 1024, bias=False)
+    smart_load(model, path, **options)
+    os._exit(7)
+for _ in range(600):
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        sys.exit(os.waitstatus_to_exitcode(status))
+    time.sleep(0.05)
+os.kill(child, signal.SIGKILL)
+sys.exit("the child waits for ever")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("options", ["{}", "{'verify': True}", "{'dtype': torch.float16}"])
+def test_a_forked_child_does_not_wait_for_threads_that_it_lacks(tmp_path: Path, options: str) -> None:
+    """A single worker's operators must not want several threads either."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path / "x.pth"), options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 7, done.stderr

@@ -21,6 +21,7 @@ from torchload.core.public import public
 
 if TYPE_CHECKING:
     from torchload.core.source import Source
+    from torchload.core.word_sums import WordSums
 
 __all__ = [
     "Box",
@@ -61,7 +62,7 @@ class Extent:
         nbytes: Length in bytes; formats guarantee that ``0 <= offset`` and ``offset + nbytes <= source.size``.
         crc32: The checksum that the file records for exactly these bytes, or ``None`` where it records none.
         big_endian: Whether multi-byte elements are stored most significant byte first.
-        word_sum: The sum of its words when it was last read and matched its checksum: quicker to compute again.
+        word_sums: Those of its words when it was last read and matched its checksum: quicker to compute again.
     """
 
     source: Source
@@ -69,7 +70,7 @@ class Extent:
     nbytes: int
     crc32: int | None = None
     big_endian: bool = False
-    word_sum: int | None = None
+    word_sums: WordSums | None = None
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -28,6 +28,8 @@ class Acceptance:
     ) -> None:
         self.selection = selection
         self._target, self._plan, self._options, self._replicas = target, plan, options, replicas
+        if target.post_hooks:
+            from torchload.plan import hooks  # noqa: F401 - later, an import that fails would find the model changed
 
     def ask(self) -> None:
         """Compare, call the hooks, and hear that no other rank has failed.

@@ -15,8 +15,9 @@ import torch
 
 from torchload.core.checkpoint import Extent, TensorEntry
 from torchload.core.copies import Copy
+from torchload.core.word_sums import WordSums
 from torchload.transfer.arena import allocate
-from torchload.transfer.checksums import add_up, crc_differs, has_word_sum, report_damage, word_sum
+from torchload.transfer.checksums import crc_differs, new_word_sums, report_damage
 from torchload.transfer.crew import Crew
 from torchload.transfer.direct import is_cold
 from torchload.transfer.engine import Progress, check_unchanged, default_threads
@@ -45,7 +46,7 @@ def verify_extents(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Compare data with the checksums that its file records, and note what its words add up to.
+    """Compare data with the checksums that its file records, and note sums of its words.
 
     Args:
         extents: What to check; those without a recorded checksum are passed over.
@@ -63,9 +64,9 @@ def verify_extents(
     """
     checked = [extent for extent in dict.fromkeys(extents) if extent.crc32 is not None]
     crcs: dict[Extent, dict[int, tuple[int, int]]] = {extent: {} for extent in checked}
-    words: dict[Extent, list[int]] = {extent: [] for extent in checked}
+    sums = {extent: new_word_sums(extent) for extent in checked}
     jobs = [
-        _Part(extent, skip, min(_CHUNK_BYTES, extent.nbytes - skip), crcs[extent], words[extent])
+        _Part(extent, skip, min(_CHUNK_BYTES, extent.nbytes - skip), crcs[extent], sums[extent])
         for extent in sorted(checked, key=_position)
         for skip in range(0, extent.nbytes, _CHUNK_BYTES)
     ]
@@ -76,19 +77,19 @@ def verify_extents(
     threads = threads or default_threads(total_bytes, computes=False, least=_READERS_OF_COLD_FILES if turns else 1)
     Crew(jobs, lambda: contextlib.nullcontext(_Summer(turns)), threads, on_progress).run()
     report_damage([found for extent, parts in crcs.items() for found in crc_differs(extent, parts)], names or {})
-    for extent in filter(has_word_sum, checked):
-        extent.word_sum = add_up(words[extent])
+    for extent in checked:
+        extent.word_sums = sums[extent]
     return total_bytes
 
 
 class _Part(NamedTuple):
-    """A stretch of an extent, and where to leave its CRC-32 and length (by its position in the extent) and word sum."""
+    """A stretch of an extent, and where to leave its CRC-32 and length (by its position in the extent) and sums."""
 
     extent: Extent
     skip: int
     nbytes: int
     crcs: dict[int, tuple[int, int]]
-    words: list[int]
+    sums: WordSums | None
 
 
 class _Turns(NamedTuple):
@@ -150,8 +151,8 @@ class _Summer:
                 part = turns.next()
                 chunk = self._read(part)
         part.crcs[part.skip] = (zlib.crc32(chunk), part.nbytes)
-        if has_word_sum(part.extent):
-            part.words.append(word_sum(chunk, part.skip))
+        if part.sums is not None:
+            part.sums.add(chunk, part.skip)
         return part.nbytes
 
     def _read(self, part: _Part) -> memoryview:

@@ -1,13 +1,12 @@
 """Checksums: of data in files before it is used, and of data on its way to where it is used.
 
-A file records CRC-32s. What was read and matched its own is known by the sum of its words as well, which takes a fifth
+A file records CRC-32s. What was read and matched its own is known by sums of its words as well, which take a fraction
 of the time where the data is read again and lands.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,23 +15,14 @@ import torch
 from torchload.core.checkpoint import Box, Extent
 from torchload.core.copies import Copy
 from torchload.core.crc32 import combine_crc32
+from torchload.core.word_sums import WordSums
 from torchload.errors import GET_IT_AGAIN, CorruptCheckpointError
 from torchload.transfer.pieces import Piece, is_plain
 
-__all__ = [
-    "Arrivals",
-    "add_up",
-    "crc_differs",
-    "has_checksum",
-    "has_word_sum",
-    "is_summed_in_place",
-    "report_damage",
-    "word_sum",
-]
+__all__ = ["Arrivals", "crc_differs", "has_checksum", "is_summed_in_place", "new_word_sums", "report_damage"]
 
-_WORD_BYTES = 8
 _LEAST_SUMMED_BYTES = 64 << 10
-"""Of less a CRC-32 takes less time than an operator does."""
+"""Of less a CRC-32 takes less time than operators do."""
 
 
 def has_checksum(box: Box, dtype: torch.dtype) -> bool:
@@ -48,34 +38,9 @@ def is_summed_in_place(copy: Copy, device: torch.device) -> bool:
     return device.type == "cpu" and is_plain(copy) and has_checksum(copy.box, copy.dtype)
 
 
-def has_word_sum(extent: Extent) -> bool:
-    """Whether an extent is worth a sum of its words."""
-    return extent.nbytes >= _LEAST_SUMMED_BYTES
-
-
-def word_sum(memory: memoryview, position: int) -> int:
-    """The sum of 64-bit words, modulo 2**64, of bytes that begin at a position in what is cut into such words.
-
-    A byte counts by its place in its word, so that the sums of parts add up to that of the whole, wherever it is cut.
-
-    Example:
-        >>> data = memoryview(bytearray(range(100)))
-        >>> add_up([word_sum(data[:37], 0), word_sum(data[37:], 37)]) == word_sum(data, 0)
-        True
-    """
-    lead = min(-position % _WORD_BYTES, len(memory))
-    end = lead + (len(memory) - lead) // _WORD_BYTES * _WORD_BYTES
-    first = (bytes(position % _WORD_BYTES) + memory[:lead]).ljust(_WORD_BYTES, b"\0") if lead else b""
-    last = bytes(memory[end:]).ljust(_WORD_BYTES, b"\0")
-    sums = [int.from_bytes(word, sys.byteorder) for word in (first, last)]
-    if end > lead:
-        sums.append(int(torch.frombuffer(memory[lead:end], dtype=torch.int64).sum()))
-    return add_up(sums)
-
-
-def add_up(sums: Iterable[int]) -> int:
-    """The sum of words that are sums themselves, modulo 2**64."""
-    return sum(sums) % (1 << 8 * _WORD_BYTES)
+def new_word_sums(extent: Extent) -> WordSums | None:
+    """Room for sums of an extent's words, if it is worth that."""
+    return WordSums(extent.nbytes) if extent.nbytes >= _LEAST_SUMMED_BYTES else None
 
 
 class Arrivals:
@@ -88,26 +53,31 @@ class Arrivals:
 
     def __init__(self, copies: Iterable[Copy]) -> None:
         self._copies = [copy for copy in copies if copy.target.is_cpu and has_checksum(copy.box, copy.dtype)]
-        self._parts: dict[int, dict[int, tuple[int, int]]] = {id(copy): {} for copy in self._copies}
+        self._crcs: dict[int, dict[int, tuple[int, int]]] = {}
+        self._sums: dict[int, WordSums] = {}
+        for copy in self._copies:
+            if copy.box.extent.word_sums is None:
+                self._crcs[id(copy)] = {}
+            else:
+                self._sums[id(copy)] = WordSums(copy.box.extent.nbytes)
 
     def add(self, piece: Piece, memory: memoryview, skip_bytes: int = 0) -> None:
         """Sum a piece's bytes, or those of them that `skip_bytes` lie before; may be called from several threads."""
-        parts = self._parts.get(id(piece.copy))
-        if parts is not None:
-            extent = piece.copy.box.extent
-            position = piece.offset + skip_bytes - extent.offset
-            summed = zlib.crc32(memory) if extent.word_sum is None else word_sum(memory, position)
-            parts[position] = (summed, len(memory))
+        position = piece.offset + skip_bytes - piece.copy.box.extent.offset
+        if (crcs := self._crcs.get(id(piece.copy))) is not None:
+            crcs[position] = (zlib.crc32(memory), len(memory))
+        elif (sums := self._sums.get(id(piece.copy))) is not None:
+            sums.add(memory, position)
 
     def check(self) -> None:
         """Compare; raises CorruptCheckpointError, which names all that differs."""
         damaged: list[tuple[Extent, str]] = []
         for copy in self._copies:
-            extent, parts = copy.box.extent, self._parts[id(copy)]
-            if extent.word_sum is None:
-                damaged += crc_differs(extent, parts)
-            elif (total := add_up(part for part, _ in parts.values())) != extent.word_sum:
-                damaged.append((extent, f"its words add up to {total:016x}, and did to {extent.word_sum:016x} before"))
+            extent, sums = copy.box.extent, self._sums.get(id(copy))
+            if sums is None:
+                damaged += crc_differs(extent, self._crcs[id(copy)])
+            elif extent.word_sums is None or not sums.same_as(extent.word_sums):
+                damaged.append((extent, "it isn't what it was when its CRC-32 was right, a moment before"))
         report_damage(damaged, {copy.box.extent: copy.name for copy in self._copies})
 
 

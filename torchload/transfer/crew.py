@@ -64,7 +64,7 @@ class Crew(Generic[JobT]):
         """
         failure: BaseException | None = None
         is_over = False
-        set_threads = _omp_set_num_threads() if self._helpers else None
+        set_threads = _omp_set_num_threads()
         intra_op_threads = torch.get_num_threads()
         try:
             for helper in self._helpers:
@@ -108,8 +108,9 @@ class Crew(Generic[JobT]):
 
     def _work(self, slot: int) -> None:
         # Operators run in this thread alone. `torch.set_num_threads` would also set what every later thread of the
-        # process starts with; OpenMP's own function sets the calling thread's number only, which `run` sets back.
-        if self._helpers and (set_threads := _omp_set_num_threads()) is not None:
+        # process starts with; OpenMP's own function sets the calling thread's number only, which `run` sets back. (In
+        # the child of a process that has used OpenMP's threads, an operator that wants several waits for ever.)
+        if (set_threads := _omp_set_num_threads()) is not None:
             set_threads(1)
         # Inference mode, since it is the one mode in which both ordinary and inference tensors can be written to.
         with torch.inference_mode(), self._new_worker() as worker:
