@@ -1,4 +1,4 @@
-"""Helpers under a storm of interrupts: each runs to its end, or never begins."""
+"""Threads: helpers under a storm of interrupts, each of which runs to its end or never begins; and forked children."""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -82,6 +85,33 @@ def test_damage_that_cancels_in_a_single_sum_shows(dtype: torch.dtype, damage: C
 def test_zeroed_pages_of_one_value_show(value: float) -> None:
     """Nothing but high bits: a row of them adds up to a multiple of 2**64, which is 0."""
     assert is_noticed(torch.full((30 * PAGE,), value, dtype=torch.float64), zeroed_pages)
+
+
+FORKED = """
+import os, signal, sys, time
+import torch
+from torchload.core.word_sums import WordSums
+
+torch.ones(4_000_000).sum()  # starts OpenMP's threads, which a child has not
+child = os.fork()
+if not child:
+    os._exit(7 if WordSums(1 << 30).same_as(WordSums(1 << 30)) else 8)
+for _ in range(600):
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        sys.exit(os.waitstatus_to_exitcode(status))
+    time.sleep(0.05)
+os.kill(child, signal.SIGKILL)
+sys.exit("the child waits for ever")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_sums_of_much_need_no_threads() -> None:
+    """They are made and compared in the thread that called, not by a worker that keeps to one thread."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 7, done.stderr
 
 
 def is_noticed(values: torch.Tensor, damage: Callable[[torch.Tensor], None]) -> bool:

@@ -33,12 +33,15 @@ class WordSums:
         True
     """
 
-    __slots__ = ("_columns", "_lock", "_rows")
+    __slots__ = ("_columns", "_lock", "_memory", "_rows")
 
     def __init__(self, nbytes: int) -> None:
         """Nothing was added yet, of so many bytes."""
-        self._rows = torch.zeros(-(-nbytes // _ROW_BYTES), dtype=torch.int64, device="cpu")
-        self._columns = torch.zeros(_WORDS - 1, dtype=torch.int64, device="cpu")
+        # Made and compared by Python: this runs outside of the threads that work, where an operator on so many numbers
+        # may want OpenMP's threads, for which the child of a process that has used them waits for ever.
+        self._memory = bytearray(8 * (_WORDS - 1 - (-nbytes // _ROW_BYTES)))
+        sums = torch.frombuffer(self._memory, dtype=torch.int64)
+        self._columns, self._rows = sums[: _WORDS - 1], sums[_WORDS - 1 :]
         self._lock = threading.Lock()
 
     def add(self, memory: memoryview, position: int) -> None:
@@ -57,7 +60,7 @@ class WordSums:
 
     def same_as(self, other: WordSums) -> bool:
         """Whether the same was added to both."""
-        return torch.equal(self._rows, other._rows) and torch.equal(self._columns, other._columns)
+        return self._memory == other._memory
 
     def _add_rows(self, row: int, memory: memoryview) -> None:
         count = len(memory) // _ROW_BYTES
