@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import math
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from torchload.transfer.arena import map_memory
 from torchload.transfer.host import decode
 from torchload.transfer.memory import advise
-from torchload.transfer.overflow import largest_of, limit_of, out_of_range
+from torchload.transfer.overflow import limit_of, out_of_range
 from torchload.transfer.pieces import DEVICE_BYTES, RAW, Job, Piece, needs_swap
-from torchload.transfer.ring import ALIGNMENT_BYTES, Lane, Load, Ring, Staging, Suspicion
+from torchload.transfer.ring import ALIGNMENT_BYTES, Lane, Load, Ring, Staging
 
 __all__ = ["LANE_BYTES", "MAX_LANES", "CudaDevice", "cuda_ring", "send_pieces"]
 
@@ -25,8 +27,6 @@ LANE_BYTES = DEVICE_BYTES + 2 * ALIGNMENT_BYTES
 """4 MiB: with half of it, what Python does for each costs more than the copy."""
 MAX_LANES = 16
 """Bounds what is pinned on the host, and what is staged on the device, to 64 MiB each."""
-STRAIGHT_BYTES = 1 << 20
-"""From this size on a copy of its own costs less than another pass over the device's memory."""
 
 _COPIED_EXACTLY = frozenset(
     {torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bool}
@@ -37,6 +37,8 @@ which changes the payload of a NaN."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CAST_TOGETHER = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 """Dtypes that the same kernel casts into one another, in all versions of torch."""
+_TO_DEVICE = 1  # cudaMemcpyHostToDevice
+_MOST_APART = 1000  # of 512 bytes each
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 _UNAVAILABLE = (2, 801)  # cudaErrorMemoryAllocation; cudaErrorNotSupported, as on small boards
 _FORK_ADVICE = (18, 10)  # MADV_WIPEONFORK; MADV_DONTFORK, before Linux 4.14
@@ -56,10 +58,9 @@ class CudaDevice:
         self._device = device
         self._nbytes = nbytes
         self._staging = deque(staging)
-        self._streams = _streams(device)
-        self._turn = itertools.cycle(self._streams if staging[0].numel() else self._streams[:1])
-        for stream in self._streams:  # what the caller's stream has been told so far happens first
-            stream.wait_stream(torch.cuda.current_stream(device))
+        self._stream = torch.cuda.current_stream(device)  # so what it was told before happens first
+        self._handle = self._stream.cuda_stream if device.type == "cuda" else 0
+        self._doubts = Doubts()
 
     def new_lane(self) -> Lane:
         staging = Staging(self._staging.popleft())
@@ -71,28 +72,24 @@ class CudaDevice:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         # The device first: leaving it goes back only to one that this process has set up, which a stream does not heed.
-        with torch.cuda.device(self._device), torch.cuda.stream(self._streams[0]):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
 
-    def send(self, loads: Sequence[Load]) -> Callable[[], list[Suspicion]]:
-        stream = next(self._turn)
-        with torch.cuda.stream(stream) if stream is not self._streams[0] else contextlib.nullcontext():
-            try:
-                for load in loads:
-                    if load.lane.is_pinned is None:
-                        load.lane.is_pinned = self._device.type == "cuda" and _pin(load.lane.memory)
-                found = send_pieces(loads)
-                event = torch.cuda.Event()
-                event.record()
-            except BaseException:
-                stream.synchronize()  # part of it may be under way
-                raise
+    def send(self, loads: Sequence[Load]) -> torch.cuda.Event:
+        try:
+            for load in loads:
+                if load.lane.is_pinned is None:
+                    load.lane.is_pinned = self._device.type == "cuda" and _pin(load.lane.memory)
+            send_pieces(loads, self._doubts, self._handle)
+            event = torch.cuda.Event()
+            event.record()
+        except BaseException:
+            self._stream.synchronize()  # part of it may be under way
+            raise
+        return event
 
-        def wait() -> list[Suspicion]:
-            event.synchronize()
-            return found
-
-        return wait
+    def suspicious(self) -> list[Job]:
+        return self._doubts.suspicious()
 
     def close(self, lanes: Sequence[Lane]) -> None:
         for lane in lanes:
@@ -107,15 +104,6 @@ _kept: deque[torch.Tensor] = deque()
 _pinned: dict[int, torch.Tensor] = {}
 """All of it, by address, so that an interrupt can't free it: the driver would go on taking the address for pinned, and
 read the old pages when something else lies there."""
-
-
-@lru_cache(maxsize=64)
-def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """Two, so that some bytes are cast while the next ones are copied.
-
-    They are kept, for torch keeps the memory that was allocated on a stream for that stream.
-    """
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def _host_memory(nbytes: int) -> torch.Tensor:
@@ -160,81 +148,149 @@ def cuda_ring(device: torch.device, jobs: Sequence[Job], threads: int) -> Ring:
     count = min(max(MAX_LANES, threads + 1), len(jobs))
     nbytes = max(LANE_BYTES, max(job.nbytes for job in jobs) + 2 * ALIGNMENT_BYTES)
     nbytes = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    stages = any(not _goes_straight(piece) for job in jobs for piece in job.pieces)
+    stages = any(piece.kind != RAW for job in jobs for piece in job.pieces)
     # On the caller's stream: given back to it once everything has arrived, and to be had by whoever comes next.
     staging = torch.empty(count, nbytes if stages else 0, dtype=torch.uint8, device=device)
     return Ring(CudaDevice(device, nbytes, staging.unbind()), count)
 
 
-def send_pieces(loads: Iterable[Load]) -> list[Suspicion]:
-    """Start the copies of the pieces of some jobs on the current stream.
+class Doubts:
+    """Casts that may have gone wrong: numbers on the device that tell, which nobody waits for until the end."""
 
-    Returns:
-        What may have overflowed.
-    """
+    def __init__(self) -> None:
+        self._by_kind: dict[tuple[torch.dtype, float], _Numbers] = {}
+
+    def add(self, jobs: Sequence[Job], numbers: Sequence[torch.Tensor], limit: float) -> None:
+        """Note numbers (0-dim), each of which tells that a cast in its job was harmless if it is at most `limit`."""
+        kind = (numbers[0].dtype, limit)
+        members = self._by_kind.get(kind)
+        if members is None:
+            members = self._by_kind[kind] = _Numbers([], [], [])
+        members.jobs.extend(jobs)
+        members.apart.extend(numbers)
+        if len(members.apart) >= _MOST_APART:
+            members.gather()
+
+    def suspicious(self) -> list[Job]:
+        """The jobs in which a finite value may not have fitted."""
+        found: dict[int, Job] = {}
+        for (_, limit), members in self._by_kind.items():
+            members.gather()
+            # As numbers of Python: a limit that is rounded to the tensors' dtype is another one.
+            values = itertools.chain.from_iterable(numbers.tolist() for numbers in members.together)
+            for job, value in zip(members.jobs, values, strict=True):
+                if not value <= limit:  # nor is NaN
+                    found[id(job)] = job
+        return list(found.values())
+
+
+class _Numbers(NamedTuple):
+    """Numbers of one dtype on a device, and the jobs that they tell of."""
+
+    jobs: list[Job]
+    apart: list[torch.Tensor]
+    together: list[torch.Tensor]
+
+    def gather(self) -> None:
+        """Put those that lie apart, each in memory of its own, side by side.
+
+        The kernel that casts does it: to load one that stacks them, and one that finds the largest, takes 38 ms.
+        """
+        if self.apart:
+            numbers = torch.empty(len(self.apart), dtype=self.apart[0].dtype, device=self.apart[0].device)
+            torch._foreach_copy_(list(numbers.unbind()), self.apart)
+            self.together.append(numbers)
+            self.apart.clear()
+
+
+def send_pieces(loads: Iterable[Load], doubts: Doubts, stream: int = 0) -> None:
+    """Start the copies of the pieces of some jobs on the current stream, whose handle is `stream`."""
     together: dict[tuple[torch.dtype, torch.dtype, bool], _Group] = {}
     for job, lane, start in loads:
         shift = start - job.offset
         # In staging memory elements of the first piece are aligned, as those of the others are in nearly all files.
         lead = -(job.pieces[0].offset + shift) % job.pieces[0].copy.dtype.itemsize
-        for straight, group in itertools.groupby(job.pieces, _goes_straight):
-            pieces = list(group)
-            if straight:
-                for piece in pieces:
-                    first = piece.offset + shift
-                    _bytes_of(piece).copy_(lane.memory[first : first + piece.nbytes], non_blocking=True)
+        for kind, group in itertools.groupby(job.pieces, _kind):
+            if kind == RAW:
+                for piece in group:
+                    _send(lane, piece.offset + shift, piece.nbytes, piece.target, piece.skip_bytes, stream)
                 continue
+            pieces = list(group)
             first, end = pieces[0].offset + shift, max(piece.offset + piece.nbytes for piece in pieces) + shift
-            lane.staging.memory[first + lead : end + lead].copy_(lane.memory[first:end], non_blocking=True)
+            _send(lane, first, end - first, lane.staging.memory, first + lead, stream)
             for piece in pieces:
                 target, value = _sides(piece, piece.offset + shift + lead, lane.staging)
-                kind = (value.dtype, target.dtype, target.is_neg() or target.is_conj())
-                members = together.get(kind)
+                pair = (value.dtype, target.dtype, target.is_neg() or target.is_conj())
+                members = together.get(pair)
                 if members is None:
-                    members = together[kind] = _Group([], [], [])
+                    members = together[pair] = _Group([], [], [])
                 members.targets.append(target)
                 members.values.append(value)
-                if not members.jobs or members.jobs[-1] is not job:
-                    members.jobs.append(job)
-    return [suspicion for kind, members in together.items() for suspicion in _copy(*kind, members)]
+                members.jobs.append(job)
+    for (source, result, is_changed), members in together.items():
+        numbers, limit = _copy(source, result, is_changed, members)
+        if numbers:
+            doubts.add(members.jobs, numbers, limit)
 
 
 class _Group(NamedTuple):
-    """Tensors of one dtype that are copied to ones of one dtype, and where they come from."""
+    """Tensors of one dtype that are copied to ones of one dtype, and the jobs that they belong to."""
 
     targets: list[torch.Tensor]
     values: list[torch.Tensor]
     jobs: list[Job]
 
 
-def _goes_straight(piece: Piece) -> bool:
-    """Whether a piece's bytes are copied from the host to where they end up."""
-    return piece.kind == RAW and (piece.nbytes >= STRAIGHT_BYTES or piece.nbytes != piece.target.nbytes)
+_kind = operator.attrgetter("kind")
 
 
-def _bytes_of(piece: Piece) -> torch.Tensor:
-    """The memory that a `RAW` piece fills, uint8: bytes need no alignment."""
-    target = piece.target
+def _send(lane: Lane, start: int, nbytes: int, target: torch.Tensor, skip_bytes: int, stream: int) -> None:
+    """Start to copy bytes of a lane to a tensor's memory, both from some byte on."""
+    copy = _memcpy() if lane.is_pinned else None
+    if copy is not None:
+        code = copy(target.data_ptr() + skip_bytes, lane.memory.data_ptr() + start, nbytes, _TO_DEVICE, stream)
+        if code:
+            torch.cuda.check_error(code)
+        return
     memory = target.as_strided((target.numel(),), (1,)).view(torch.uint8)
-    return memory[piece.skip_bytes : piece.skip_bytes + piece.nbytes]
+    memory.narrow(0, skip_bytes, nbytes).copy_(lane.memory.narrow(0, start, nbytes), non_blocking=True)
+
+
+@lru_cache(maxsize=1)
+def _memcpy() -> Callable[[int, int, int, int, int], int] | None:
+    """``cudaMemcpyAsync`` of the library that torch has loaded, or None where it isn't to be found.
+
+    It doesn't let go of the interpreter, as every operator of torch does: with eight threads that read, the one that
+    sends would wait for each of them in turn, several times a copy, and the device for it.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        function = ctypes.PyDLL(None).cudaMemcpyAsync
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+        function.restype = ctypes.c_int
+        return cast("Callable[[int, int, int, int, int], int]", function)
+    return None
 
 
 def _sides(piece: Piece, at: int, staging: Staging) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a piece goes, and the same elements in staging memory, from byte `at` on."""
     dtype, target = piece.copy.dtype, piece.target
     if at % dtype.itemsize or needs_swap(piece.copy.box.extent, dtype):
-        data = staging.memory[at : at + piece.nbytes]
-        return (_bytes_of(piece), data) if piece.kind == RAW else (target, decode(piece, data))
+        return target, decode(piece, staging.memory[at : at + piece.nbytes])
     if dtype is target.dtype and dtype not in _COPIED_EXACTLY and not (target.is_neg() or target.is_conj()):
         dtype = _INTEGERS[dtype.itemsize]
         target = target.view(dtype)
     return target, staging.view(dtype, at, piece.shape, piece.strides)
 
 
-def _copy(source: torch.dtype, result: torch.dtype, is_changed: bool, group: _Group) -> Iterator[Suspicion]:
-    """Copy tensors of one pair of dtypes, together unless torch has to negate or conjugate them; tell what may not fit.
+def _copy(
+    source: torch.dtype, result: torch.dtype, is_changed: bool, group: _Group
+) -> tuple[Sequence[torch.Tensor], float]:
+    """Copy tensors of one pair of dtypes, together unless torch has to negate or conjugate them.
 
     One pair at a time: up to version 2.10 torch takes all targets for the first one's dtype (its issue 173383).
+
+    Returns:
+        Numbers (0-dim) that tell whether the casts were harmless, if that is in doubt, and what they mustn't exceed.
     """
     kinds = _CAST_TOGETHER if source is not result else _COPIED_EXACTLY
     together = not is_changed and source in kinds and result in kinds
@@ -245,9 +301,7 @@ def _copy(source: torch.dtype, result: torch.dtype, is_changed: bool, group: _Gr
             target.copy_(value)
     limit = limit_of(source, result)
     if limit is None:
-        return
+        return [], 0.0
     if together:
-        yield Suspicion(group.jobs, largest_of(group.values), limit)
-    else:
-        flags = torch.stack([out_of_range(value, target) for value, target in zip(group.values, group.targets)])
-        yield Suspicion(group.jobs, torch.where(flags.any(), math.inf, 0.0), limit)
+        return torch._foreach_norm(group.values, math.inf), limit  # the largest magnitude in each; NaN if there is one
+    return [out_of_range(value, target) for value, target in zip(group.values, group.targets)], 0.0

@@ -158,11 +158,9 @@ def _run(crew: Crew[Job], rings: Collection[Ring]) -> None:
             raise error
     finally:
         del error  # its traceback holds this frame
-    if rings:
-        from torchload.transfer.ring import suspicious
-
-        with torch.inference_mode():
-            for job in suspicious(rings):
+    with torch.inference_mode():
+        for ring in rings:
+            for job in ring.suspicious:
                 _look_closer(job)
 
 

@@ -22,7 +22,6 @@ __all__ = [
     "OverflowFoundError",
     "does_not_fit",
     "largest_finite",
-    "largest_of",
     "limit_of",
     "out_of_range",
     "overflow_error",
@@ -104,16 +103,6 @@ def out_of_range(source: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     if result.dtype.itemsize == 1:
         lost |= source.abs() > _largest_rounded_down(result.dtype)  # some float8 casts saturate
     return (torch.isfinite(source) & lost).any()
-
-
-def largest_of(sources: list[torch.Tensor]) -> torch.Tensor:
-    """The largest magnitude in tensors of one real floating dtype (of 16 bits or more), 0-dim; NaN if there is one.
-
-    Where it doesn't exceed `limit_of` a dtype, casting to that was harmless. It takes three kernels, whatever their
-    number, where looking at each element takes ten for each tensor.
-    """
-    found = torch._foreach_norm(sources, math.inf)
-    return found[0] if len(found) == 1 else torch.stack(found).amax()
 
 
 def largest_finite(source: torch.Tensor) -> float:

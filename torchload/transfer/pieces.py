@@ -295,48 +295,51 @@ def _fill_lanes(device: torch.device, source: Source, pieces: Iterable[Piece]) -
     """Reads of one size, whatever lies in them, since each costs the same; a tensor is cut where one ends."""
     members: list[Piece] = []
     start = end = 0
-    for whole in pieces:
-        piece: Piece | None = whole
-        while piece is not None:
-            before = piece.offset < start  # what overlaps with a tensor that was cut may begin earlier
-            if members and (before or piece.offset - end >= GAP_BYTES or len(members) == MAX_SHARING):
+    for piece in pieces:
+        done = 0
+        while done < piece.nbytes:
+            offset = piece.offset + done
+            before = offset < start  # what overlaps with a tensor that was cut may begin earlier
+            if members and (before or offset - end >= GAP_BYTES or len(members) == MAX_SHARING):
                 yield Job(device, source, start, end - start, members)
                 members = []
             if not members:
-                start = end = piece.offset
-            part, piece = _cut_off(piece, start + DEVICE_BYTES - piece.offset, bool(members))
-            if part is not None:
-                members.append(part)
-                end = max(end, part.offset + part.nbytes)
-            if piece is not None:
+                start = end = offset
+            nbytes = _fitting(piece, done, start + DEVICE_BYTES - offset, bool(members))
+            if nbytes:
+                members.append(_part(piece, done, nbytes))
+                done += nbytes
+                end = max(end, offset + nbytes)
+            if done < piece.nbytes:
                 yield Job(device, source, start, end - start, members)
                 members = []
     if members:
         yield Job(device, source, start, end - start, members)
 
 
-def _cut_off(piece: Piece, room: int, may_wait: bool) -> tuple[Piece | None, Piece | None]:
-    """What of a piece fits where there is room for so many bytes, and what is left; something, unless it may wait."""
-    if piece.nbytes <= room:
-        return piece, None
-    is_flat = piece.strides == (1,)
-    if piece.kind != RAW and not is_flat:
-        return (None, piece) if may_wait else (piece, None)
-    itemsize = piece.copy.dtype.itemsize
-    end = piece.offset + room
-    nbytes = room - (piece.copy.box.extent.source.base + end) % CUT_BYTES
-    nbytes -= nbytes % itemsize
-    if nbytes < SMALL_BYTES and may_wait:
-        return None, piece
-    left = piece.nbytes - nbytes
-    if piece.kind == RAW:
-        rest = piece._replace(offset=piece.offset + nbytes, nbytes=left, skip_bytes=piece.skip_bytes + nbytes)
-        return piece._replace(nbytes=nbytes), rest
-    count = nbytes // itemsize
-    rest = piece._replace(
-        offset=piece.offset + nbytes, nbytes=left, target=piece.target[count:], shape=(left // itemsize,)
-    )
-    return piece._replace(nbytes=nbytes, target=piece.target[:count], shape=(count,)), rest
+def _fitting(piece: Piece, done: int, room: int, may_wait: bool) -> int:
+    """How many bytes of a piece, from byte `done` on, go where there is room for so many; some, unless it may wait."""
+    left = piece.nbytes - done
+    if left <= room:
+        return left
+    if piece.kind != RAW and piece.strides != (1,):
+        return 0 if may_wait else left
+    nbytes = room - (piece.copy.box.extent.source.base + piece.offset + done + room) % CUT_BYTES
+    nbytes -= nbytes % piece.copy.dtype.itemsize
+    return 0 if nbytes < SMALL_BYTES and may_wait else nbytes
+
+
+def _part(piece: Piece, start: int, nbytes: int) -> Piece:
+    """`nbytes` bytes of a piece, from byte `start` on."""
+    copy, kind, offset, whole, target, skip_bytes, shape, strides = piece
+    if nbytes == whole:
+        return piece
+    if kind == RAW:
+        skip_bytes += start
+    else:
+        count = nbytes // copy.dtype.itemsize
+        target, shape = target.narrow(0, start // copy.dtype.itemsize, count), (count,)
+    return _new_tuple(Piece, (copy, kind, offset + start, nbytes, target, skip_bytes, shape, strides))
 
 
 _offset = operator.attrgetter("offset")

@@ -8,9 +8,8 @@ where one that sends for eight makes 47), and a thread that never does can't set
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol
 
@@ -21,24 +20,10 @@ from torchload.transfer.memory import memory_at
 from torchload.transfer.pieces import Job
 from torchload.transfer.reader import Reader
 
-__all__ = ["ALIGNMENT_BYTES", "Device", "Lane", "Load", "Ring", "RingWorker", "Staging", "Suspicion", "suspicious"]
+__all__ = ["ALIGNMENT_BYTES", "Arrival", "Device", "Lane", "Load", "Ring", "RingWorker", "Staging"]
 
 ALIGNMENT_BYTES = 4096
 """Bytes lie in a lane as they lie in the file's blocks: elements stay aligned, and blocks can be read directly."""
-
-
-class Suspicion(NamedTuple):
-    """Jobs of which a cast may have gone wrong, unless `largest` turns out to be no more than `limit`.
-
-    Attributes:
-        jobs: Which.
-        largest: A 0-dim tensor on the device.
-        limit: What a cast in these jobs surely holds.
-    """
-
-    jobs: list[Job]
-    largest: torch.Tensor
-    limit: float
 
 
 class Staging:
@@ -82,6 +67,13 @@ class Load(NamedTuple):
     start: int
 
 
+class Arrival(Protocol):
+    """What a device has been told to do; `torch.cuda.Event` is one."""
+
+    def synchronize(self) -> None:
+        """Wait until it is done."""
+
+
 class Device(Protocol):
     """What a ring needs of a device."""
 
@@ -91,12 +83,11 @@ class Device(Protocol):
     def attached(self) -> contextlib.AbstractContextManager[object]:
         """What the thread that sends has to be in."""
 
-    def send(self, loads: Sequence[Load]) -> Callable[[], list[Suspicion]]:
-        """Start copies out of lanes; if that fails, none of them is under way.
+    def send(self, loads: Sequence[Load]) -> Arrival:
+        """Start copies out of lanes; if that fails, none of them is under way."""
 
-        Returns:
-            What waits for them, and then tells what may have overflowed.
-        """
+    def suspicious(self) -> list[Job]:
+        """The jobs in which a finite value may not have fitted. Asked once all have arrived."""
 
     def close(self, lanes: Sequence[Lane]) -> None:
         """Take back the lanes that were made, after an error as well: nothing is under way from them any more."""
@@ -109,7 +100,7 @@ class Ring:
     left by steps of Python's own, in which an interrupt would leave a thread that sends.
 
     Attributes:
-        suspicions: What may have overflowed, once it has finished.
+        suspicious: Jobs in which a finite value may not have fitted, once it has finished; each to be looked at.
         lacks_pinned_memory: Whether the system gave less of it than was asked for.
     """
 
@@ -120,7 +111,7 @@ class Ring:
             device: Where the data goes.
             count: How many lanes there may be; they are made when they are needed.
         """
-        self.suspicions: list[Suspicion] = []
+        self.suspicious: list[Job] = []
         self.lacks_pinned_memory = False
         self._device = device
         self._count = count
@@ -181,22 +172,25 @@ class Ring:
             del failure  # its traceback holds this frame
 
     def _work(self) -> None:
-        under_way: deque[tuple[Callable[[], list[Suspicion]] | None, list[Load]]] = deque()
+        under_way: deque[tuple[Arrival | None, list[Load]]] = deque()
         with torch.inference_mode(), contextlib.ExitStack() as stack:
             with self._failing():
                 stack.enter_context(self._device.attached())
             while loads := self._next_loads():
-                wait = None
+                arrival = None
                 with self._failing():
                     if self._failure is None:
-                        wait = self._device.send(loads)
-                under_way.append((wait, loads))
+                        arrival = self._device.send(loads)
+                under_way.append((arrival, loads))
                 # Those who read need most of the lanes; of the others the longest under way are waited for.
                 while sum(len(loads) for _, loads in under_way) > self._count // 3:
                     self._finish(*under_way.popleft())
             while under_way:
                 self._finish(*under_way.popleft())
             self.lacks_pinned_memory = any(lane.is_pinned is False for lane in self._lanes)
+            with self._failing():
+                if self._failure is None:
+                    self.suspicious = self._device.suspicious()
             with self._failing():
                 self._device.close(self._lanes)
 
@@ -223,10 +217,10 @@ class Ring:
                 self._loads.put(None)  # the end, to be seen once more
         return loads
 
-    def _finish(self, wait: Callable[[], list[Suspicion]] | None, loads: Sequence[Load]) -> None:
+    def _finish(self, arrival: Arrival | None, loads: Sequence[Load]) -> None:
         with self._failing():
-            if wait is not None:
-                self.suspicions += wait()
+            if arrival is not None:
+                arrival.synchronize()
         for load in loads:
             self._free.put(load.lane)
 
@@ -248,16 +242,3 @@ class RingWorker:
             raise
         self._ring.send(Load(job, lane, start))
         return job.nbytes
-
-
-def suspicious(rings: Iterable[Ring]) -> list[Job]:
-    """Jobs in which a finite value may not have fitted, each to be looked at."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Suspicion]] = {}
-    for suspicion in itertools.chain.from_iterable(ring.suspicions for ring in rings):
-        by_kind.setdefault((suspicion.largest.device, suspicion.largest.dtype), []).append(suspicion)
-    found: list[Job] = []
-    for members in by_kind.values():
-        largest = torch.stack([suspicion.largest for suspicion in members]).tolist()
-        for suspicion, value in zip(members, largest):
-            found += [] if value <= suspicion.limit else suspicion.jobs  # nor is NaN
-    return found
