@@ -77,15 +77,23 @@ FORKED = """
 import os, signal, sys, time
 import torch
 from torchload import smart_load
+from torchload.errors import CastOverflowError
 
-path, options = sys.argv[1], eval(sys.argv[2])
-torch.save({"weight": torch.randn(1024, 1024)}, path)
+path, options = sys.argv[1], sys.argv[2]
+weight = torch.randn(1024, 1024)
+weight[-1, -1] = 1e9 if "overflows" in options else 0
+torch.save({"weight": weight}, path)
+if "several" in options:
+    torch.set_num_threads(2)  # from then on MKL has a number of its own
 torch.ones(4_000_000).sum()  # starts OpenMP's threads, which a child has not
 child = os.fork()
 if not child:
     model = torch.nn.Linear(1024, 1024, bias=False)
-    smart_load(model, path, **options)
-    os._exit(7)
+    try:
+        smart_load(model, path, **eval(options))
+    except CastOverflowError:
+        os._exit(7 if "overflows" in options else 1)
+    os._exit(1 if "overflows" in options else 7)
 for _ in range(600):
     done, status = os.waitpid(child, os.WNOHANG)
     if done:
@@ -97,7 +105,17 @@ sys.exit("the child waits for ever")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("options", ["{}", "{'verify': True}", "{'dtype': torch.float16}"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "{}",
+        "{'verify': True}",
+        "{'dtype': torch.float16}",
+        "{'dtype': torch.float16}  # several",
+        "{'dtype': torch.float16}  # overflows",
+        "{'dtype': torch.float16}  # several, overflows",
+    ],
+)
 def test_a_forked_child_does_not_wait_for_threads_that_it_lacks(tmp_path: Path, options: str) -> None:
     """A single worker's operators must not want several threads either."""
     command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path / "x.pth"), options]

@@ -502,6 +502,25 @@ def test_an_interrupt_leaves_torch_its_threads(monkeypatch: pytest.MonkeyPatch) 
         set_threads(before)
 
 
+@pytest.mark.skipif(crew._mkl_set_num_threads() is None, reason="torch was built without MKL")
+def test_mkl_is_asked_as_well_and_has_its_threads_back(tmp_path: Path) -> None:
+    """`torch.set_num_threads` gives MKL a number of its own, which OpenMP's doesn't change."""
+    set_threads = crew._mkl_set_num_threads()
+    inside: list[int] = []
+
+    def note(job: int) -> int:
+        inside.append(set_threads(1))
+        return job
+
+    set_threads(3)
+    try:
+        Crew([0, 1, 2], lambda: contextlib.nullcontext(note), threads=2).run()
+        assert inside == [1, 1, 1]
+        assert set_threads(3) == 3
+    finally:
+        set_threads(0)  # what it is to begin with: no number for this thread
+
+
 def test_an_interrupt_before_a_thread_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(helper: Helper) -> None:
         raise KeyboardInterrupt

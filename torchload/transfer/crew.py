@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from typing import Any, Generic, TypeVar
@@ -18,7 +18,7 @@ import torch
 
 from torchload.core.threads import Helper
 
-__all__ = ["Crew", "available_cores", "can_limit_intra_op"]
+__all__ = ["Crew", "available_cores", "can_limit_intra_op", "intra_op_alone"]
 
 JobT = TypeVar("JobT")
 
@@ -64,9 +64,9 @@ class Crew(Generic[JobT]):
         """
         failure: BaseException | None = None
         is_over = False
-        set_threads = _omp_set_num_threads()
-        intra_op_threads = torch.get_num_threads()
+        intra_op = _IntraOp()
         try:
+            intra_op.limit()
             for helper in self._helpers:
                 try:
                     helper.start()
@@ -82,8 +82,7 @@ class Crew(Generic[JobT]):
                     self._fail(failure)
                 for helper in self._helpers:
                     helper.join()
-                if set_threads is not None:
-                    set_threads(intra_op_threads)
+                intra_op.restore()
                 is_over = True
             except BaseException as error:  # noqa: BLE001 - interrupted while waiting
                 failure = error
@@ -98,6 +97,7 @@ class Crew(Generic[JobT]):
 
     def _help(self, slot: int) -> None:
         try:
+            _IntraOp().limit()
             self._work(slot)
         except BaseException as error:  # noqa: BLE001 - raised again once all have stopped
             self._fail(error)
@@ -107,11 +107,6 @@ class Crew(Generic[JobT]):
         self._queue.clear()
 
     def _work(self, slot: int) -> None:
-        # Operators run in this thread alone. `torch.set_num_threads` would also set what every later thread of the
-        # process starts with; OpenMP's own function sets the calling thread's number only, which `run` sets back. (In
-        # the child of a process that has used OpenMP's threads, an operator that wants several waits for ever.)
-        if (set_threads := _omp_set_num_threads()) is not None:
-            set_threads(1)
         # Inference mode, since it is the one mode in which both ordinary and inference tensors can be written to.
         with torch.inference_mode(), self._new_worker() as worker:
             while not self._errors:
@@ -130,6 +125,46 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class _IntraOp:
+    """Has the operators of the calling thread run in this thread alone.
+
+    They would share cores that have work, and in the child of a process that has used OpenMP's threads an operator that
+    wants several waits for ever. `torch.set_num_threads` would also set what every later thread of the process starts
+    with; here the calling thread's number is set, by OpenMP's own function. MKL's is asked too: once somebody has
+    called `torch.set_num_threads`, it no longer heeds OpenMP's.
+    """
+
+    def __init__(self) -> None:
+        self._omp: int | None = None
+        self._mkl: list[int] = []
+
+    def limit(self) -> None:
+        """Begin."""
+        if (set_threads := _omp_set_num_threads()) is not None:
+            self._omp = torch.get_num_threads()
+            set_threads(1)
+        if (set_threads := _mkl_set_num_threads()) is not None:
+            self._mkl.extend(map(set_threads, (1,)))  # noted before an interrupt can come
+
+    def restore(self) -> None:
+        """Set back what was; to be called again after an interrupt."""
+        if self._mkl:
+            _mkl_set_num_threads()(self._mkl[0])
+        if self._omp is not None:
+            _omp_set_num_threads()(self._omp)
+
+
+@contextlib.contextmanager
+def intra_op_alone() -> Iterator[None]:
+    """Operators run in the calling thread alone while the block runs; in workers they always do."""
+    intra_op = _IntraOp()
+    try:
+        intra_op.limit()
+        yield
+    finally:
+        intra_op.restore()
 
 
 def can_limit_intra_op() -> bool:
@@ -152,4 +187,16 @@ def _omp_set_num_threads() -> Any:
             set_threads(before)
         if obeyed:
             return set_threads
+    return None
+
+
+@lru_cache(maxsize=1)
+def _mkl_set_num_threads() -> Any:
+    """MKL's function for the calling thread, which returns what was, if torch was built with it."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so"))
+        set_threads = library.MKL_Set_Num_Threads_Local
+        set_threads.argtypes = (ctypes.c_int,)
+        set_threads.restype = ctypes.c_int
+        return set_threads
     return None

@@ -11,7 +11,7 @@ import torch
 from torchload.core.copies import Copy
 from torchload.core.source import Source
 from torchload.errors import CastOverflowError, CorruptCheckpointError
-from torchload.transfer.crew import Crew, available_cores, can_limit_intra_op
+from torchload.transfer.crew import Crew, available_cores, can_limit_intra_op, intra_op_alone
 from torchload.transfer.direct import REQUESTS_IN_FLIGHT
 from torchload.transfer.host import HostWorker, decode
 from torchload.transfer.memory import memory_at
@@ -158,7 +158,7 @@ def _run(crew: Crew[Job], rings: Collection[Ring]) -> None:
             raise error
     finally:
         del error  # its traceback holds this frame
-    with torch.inference_mode():
+    with torch.inference_mode(), intra_op_alone():
         for ring in rings:
             for job in ring.suspicious:
                 _look_closer(job)
@@ -256,7 +256,7 @@ def note_writes(copies: Iterable[Copy]) -> None:
 
 def _explain(copy: Copy, copies: Iterable[Copy], written: Iterable[Copy]) -> CastOverflowError:
     """The error for a copy that overflowed, with the largest value of its tensor, and the others that would."""
-    with torch.inference_mode():
+    with torch.inference_mode(), intra_op_alone():
         overflowing = {copy.name: max(largest_finite(_read(piece)) for job in schedule([copy]) for piece in job.pieces)}
         budget = _MOST_LOOKED_AT
         for job in schedule([item for item in copies if limit_of(item.dtype, item.target.dtype) is not None]):
