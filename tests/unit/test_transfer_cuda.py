@@ -33,9 +33,10 @@ from torchload.transfer.cuda import (
     LANE_BYTES,
     MAX_LANES,
     CudaDevice,
-    Doubts,
+    Verdicts,
     _kept,
     _memcpy,
+    _Numbers,
     _pin,
     cuda_ring,
     send_pieces,
@@ -46,6 +47,13 @@ from torchload.transfer.reader import Reader
 from torchload.transfer.ring import Arrival, Lane, Load, Ring, RingWorker, Staging
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of torch for CUDA has a copy that doesn't know the CPU's addresses."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr("torchload.transfer.cuda._memcpy", lambda: None)
 
 
 class FakeArrival(threading.Event):
@@ -63,7 +71,7 @@ class FakeEngine:
         self.pending: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
-        self.doubts = Doubts()
+        self.verdicts = Verdicts()
         self.lanes: list[Lane] = []
         self.in_use: set[int] = set()
         self.sent: list[int] = []
@@ -97,7 +105,7 @@ class FakeEngine:
 
         def copy() -> None:
             try:
-                send_pieces(loads, self.doubts)
+                send_pieces(loads, self.verdicts)
             finally:
                 for load in loads:
                     load.lane.memory.fill_(0xEE)  # what is read from it now is wrong
@@ -109,7 +117,7 @@ class FakeEngine:
 
     def suspicious(self) -> list[Job]:
         assert self.is_idle
-        return self.doubts.suspicious()
+        return self.verdicts.suspicious()
 
     def close(self, lanes: Sequence[Lane]) -> None:
         assert self.is_idle
@@ -138,7 +146,9 @@ def memcpy(target: int, source: int, nbytes: int, kind: int, stream: int) -> int
 
 
 @pytest.fixture(params=[True, False], ids=["memcpy", "operators"])
-def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lanes_for_all: None) -> FakeEngine:
+def fake(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, no_runtime: None, lanes_for_all: None
+) -> FakeEngine:
     """Jobs for the CPU go through a ring over a fake engine, with CUDA's own copy and without it."""
     monkeypatch.setattr("torchload.transfer.cuda._memcpy", lambda: memcpy if request.param else None)
     fake = FakeEngine()
@@ -225,8 +235,11 @@ def test_a_short_read_waits_for_what_was_sent(fake: FakeEngine) -> None:
 def test_a_device_that_fails_half_way(tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     copies, _ = model(tmp_path, [torch.float32])
     monkeypatch.setattr(FakeEngine, "fail_at", 2)
+    asked: list[FakeEngine] = []
+    monkeypatch.setattr(FakeEngine, "suspicious", lambda self: asked.append(self))
     with pytest.raises(RuntimeError, match="the device is gone"):
         run(copies, threads=2)
+    assert not asked
     assert fake.lanes
     assert fake.closed == fake.lanes, "else memory goes back to the system that the driver takes for pinned"
     assert fake.is_idle
@@ -289,6 +302,10 @@ def test_a_limit_that_the_dtype_of_the_file_would_round(fake: FakeEngine, value:
 
 def test_one_of_very_many_overflows(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the device says of each is put together now and then, and belongs to the right job."""
+    monkeypatch.setattr("torchload.transfer.cuda._MOST_APART", 100)
+    apart: list[int] = []
+    gather = _Numbers.gather
+    monkeypatch.setattr(_Numbers, "gather", lambda self: (apart.append(len(self.apart)), gather(self)))
     looked: list[Job] = []
     real = engine._look_closer
     monkeypatch.setattr(engine, "_look_closer", lambda job: (looked.append(job), real(job)))
@@ -301,6 +318,8 @@ def test_one_of_very_many_overflows(fake: FakeEngine, monkeypatch: pytest.Monkey
         run(copies)
     assert caught.value.tensor == "t1700"
     assert [sum(piece.copy.name in ("t300", "t1700") for piece in job.pieces) for job in looked] == [1, 1]
+    assert len(apart) > 4
+    assert max(apart) <= 100 + 16 * pieces.MAX_SHARING, "each takes 512 bytes of the device"
     fake.stop()
 
 
@@ -311,11 +330,9 @@ def test_a_copy_that_the_driver_refuses(tmp_path: Path, fake: FakeEngine, monkey
     monkeypatch.setattr("torchload.transfer.cuda._memcpy", lambda: lambda *_: 700)
     monkeypatch.setattr(torch.cuda, "check_error", fail)
     copies, _ = model(tmp_path, [torch.float32])
-    source, targets = copies[0].box.extent.source, [copy.target for copy in copies]
-    lane = fake.new_lane()
     with pytest.raises(RuntimeError, match="error 700"):
-        send_pieces([Load(schedule(copies)[0], lane, 0)], fake.doubts)
-    assert not any(target.any() for target in targets), source
+        send_pieces([Load(schedule(copies)[0], fake.new_lane(), 0)], fake.verdicts)
+    assert not any(copy.target.any() for copy in copies)
     fake.stop()
 
 
@@ -655,6 +672,11 @@ def test_targets_that_show_another_sign(fake: FakeEngine) -> None:
     assert torch.equal(memory[0], values.conj().resolve_conj())
     assert torch.equal(memory[1], values.conj().resolve_conj().to(torch.complex64))
     assert torch.equal(negative, -torch.view_as_real(values).reshape(-1).float())
+    # Of the same dtype, for which torch has no kernel that copies several: not as integers either.
+    halves = values.real.bfloat16()
+    source = MemorySource(bytes(halves.view(torch.uint8).tolist()))
+    run([copy_of(source, torch._neg_view(negative := torch.zeros(20).bfloat16()), 0, "half", torch.bfloat16)])
+    assert torch.equal(negative, -halves)
     fake.stop()
 
 
@@ -725,6 +747,78 @@ def test_what_overlaps_with_a_tensor_that_is_cut(fake: FakeEngine) -> None:
     for copy, (offset, count) in zip(copies, places):
         assert torch.equal(copy.target, values[offset // 4 :][:count])
     fake.stop()
+
+
+def test_a_cast_that_lies_inside_another(fake: FakeEngine) -> None:
+    """What is staged together reaches to the end of the widest, whichever begins last."""
+    values = torch.randn(5000)
+    source = MemorySource(values.numpy().tobytes())
+    places = [(0, 5000), (400, 10), (404, 7)]
+    copies = [copy_of(source, torch.zeros(count).half(), offset, f"{offset}") for offset, count in places]
+    run(copies, threads=1)
+    for copy, (offset, count) in zip(copies, places):
+        assert torch.equal(copy.target, values[offset // 4 :][:count].half())
+    fake.stop()
+
+
+def test_casts_behind_bytes_that_lie_otherwise_need_no_copy_of_their_own(
+    fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchload.transfer.cuda.decode", None)
+    values = torch.randn(400)
+    source = MemorySource(bytes(3) + bytes(16) + values.numpy().tobytes())
+    flags = copy_of(source, torch.ones(16, dtype=torch.uint8), 3, "flags", torch.uint8)
+    copies = [copy_of(source, torch.zeros(100).half(), 19 + 400 * index, f"{index}") for index in range(4)]
+    run([flags, *copies], threads=1)
+    assert not flags.target.any()
+    assert torch.equal(torch.cat([copy.target for copy in copies]), values.half())
+    fake.stop()
+
+
+@pytest.mark.parametrize("result", [torch.float32, torch.float16])
+def test_a_job_fits_into_a_lane(result: torch.dtype) -> None:
+    """As they are cut for a device, which the fake ones are not."""
+    target = torch.empty(9 << 20, dtype=result, device="meta")
+    jobs = schedule([copy_of(MemorySource(b""), target, 132, "weight"), copy_of(MemorySource(b""), target, 4, "w")])
+    assert sum(piece.nbytes for job in jobs for piece in job.pieces) == 2 * 36 << 20
+    turned = torch.empty(3000, 3000, dtype=result, device="meta").t()
+    small = copy_of(MemorySource(b""), torch.empty(100, dtype=result, device="meta"), 0, "small")
+    jobs += schedule([small, copy_of(small.box.extent.source, turned, 400, "turned")])
+    assert all(0 < job.nbytes <= pieces.DEVICE_BYTES for job in jobs)
+
+
+def test_copies_go_to_the_stream_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+
+    class Stream(FakeStream):
+        cuda_stream = 77
+
+    monkeypatch.setattr("torchload.transfer.cuda._memcpy", lambda: lambda *call: told.append(call[-1]))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    lane = Lane(torch.zeros(LANE_BYTES, dtype=torch.uint8), Staging(torch.empty(0, dtype=torch.uint8)), is_pinned=True)
+    job = schedule([copy_of(MemorySource(bytes(40)), torch.zeros(10), 0, "weight")])[0]
+    CudaDevice(torch.device("cuda"), LANE_BYTES, []).send([Load(job, lane, 0)])
+    assert told == [77]
+
+
+def test_an_error_that_is_kept_holds_no_memory_of_the_device(tmp_path: Path, fake_cuda: FakeCuda) -> None:
+    """An `except CastOverflowError:` that loads again, in a wider dtype, needs it."""
+    made: list[weakref.ref[Ring]] = []
+    real = engine._new_rings
+
+    def new_rings(jobs: Sequence[Job], threads: int) -> dict[torch.device, Ring]:
+        rings = real(jobs, threads)
+        made.extend(weakref.ref(ring) for ring in rings.values())
+        return rings
+
+    copies = [copy_of(MemorySource(torch.full((10,), 1e9).numpy().tobytes()), torch.zeros(10).half(), 0, "weight")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_new_rings", new_rings)
+        with pytest.raises(CastOverflowError) as caught:
+            run(copies)
+    assert caught.value.__traceback__ is not None
+    assert [ring() for ring in made] == [None]
 
 
 def test_memory_that_can_not_be_pinned(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

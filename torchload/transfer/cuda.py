@@ -26,7 +26,8 @@ __all__ = ["LANE_BYTES", "MAX_LANES", "CudaDevice", "cuda_ring", "send_pieces"]
 LANE_BYTES = DEVICE_BYTES + 2 * ALIGNMENT_BYTES
 """4 MiB: with half of it, what Python does for each costs more than the copy."""
 MAX_LANES = 16
-"""Bounds what is pinned on the host, and what is staged on the device, to 64 MiB each."""
+"""Bounds what is pinned on the host, and what casts are staged in on the device, to 64 MiB each, unless more threads
+are asked for than there are by default, or something that can't be cut is longer than a lane."""
 
 _COPIED_EXACTLY = frozenset(
     {torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bool}
@@ -38,14 +39,14 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CAST_TOGETHER = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 """Dtypes that the same kernel casts into one another, in all versions of torch."""
 _TO_DEVICE = 1  # cudaMemcpyHostToDevice
-_MOST_APART = 1000  # of 512 bytes each
+_MOST_APART = 1000  # each takes 512 bytes of the device, as the smallest tensor there does
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 _UNAVAILABLE = (2, 801)  # cudaErrorMemoryAllocation; cudaErrorNotSupported, as on small boards
 _FORK_ADVICE = (18, 10)  # MADV_WIPEONFORK; MADV_DONTFORK, before Linux 4.14
 
 
 class CudaDevice:
-    """Copies and casts in order on a device's streams."""
+    """Copies and casts on the stream of whoever wants them, after what that was told before."""
 
     def __init__(self, device: torch.device, nbytes: int, staging: Sequence[torch.Tensor]) -> None:
         """Ready to send. To be made where the targets were, in that thread and on that stream.
@@ -58,9 +59,9 @@ class CudaDevice:
         self._device = device
         self._nbytes = nbytes
         self._staging = deque(staging)
-        self._stream = torch.cuda.current_stream(device)  # so what it was told before happens first
+        self._stream = torch.cuda.current_stream(device)
         self._handle = self._stream.cuda_stream if device.type == "cuda" else 0
-        self._doubts = Doubts()
+        self._verdicts = Verdicts()
 
     def new_lane(self) -> Lane:
         staging = Staging(self._staging.popleft())
@@ -80,7 +81,7 @@ class CudaDevice:
             for load in loads:
                 if load.lane.is_pinned is None:
                     load.lane.is_pinned = self._device.type == "cuda" and _pin(load.lane.memory)
-            send_pieces(loads, self._doubts, self._handle)
+            send_pieces(loads, self._verdicts, self._handle)
             event = torch.cuda.Event()
             event.record()
         except BaseException:
@@ -89,7 +90,7 @@ class CudaDevice:
         return event
 
     def suspicious(self) -> list[Job]:
-        return self._doubts.suspicious()
+        return self._verdicts.suspicious()
 
     def close(self, lanes: Sequence[Lane]) -> None:
         for lane in lanes:
@@ -154,8 +155,8 @@ def cuda_ring(device: torch.device, jobs: Sequence[Job], threads: int) -> Ring:
     return Ring(CudaDevice(device, nbytes, staging.unbind()), count)
 
 
-class Doubts:
-    """Casts that may have gone wrong: numbers on the device that tell, which nobody waits for until the end."""
+class Verdicts:
+    """Whether casts were harmless: numbers on the device that tell, which nobody waits for until the end."""
 
     def __init__(self) -> None:
         self._by_kind: dict[tuple[torch.dtype, float], _Numbers] = {}
@@ -177,7 +178,7 @@ class Doubts:
         for (_, limit), members in self._by_kind.items():
             members.gather()
             # As numbers of Python: a limit that is rounded to the tensors' dtype is another one.
-            values = itertools.chain.from_iterable(numbers.tolist() for numbers in members.together)
+            values = itertools.chain.from_iterable(numbers.tolist() for numbers in members.gathered)
             for job, value in zip(members.jobs, values, strict=True):
                 if not value <= limit:  # nor is NaN
                     found[id(job)] = job
@@ -189,7 +190,7 @@ class _Numbers(NamedTuple):
 
     jobs: list[Job]
     apart: list[torch.Tensor]
-    together: list[torch.Tensor]
+    gathered: list[torch.Tensor]
 
     def gather(self) -> None:
         """Put those that lie apart, each in memory of its own, side by side.
@@ -199,17 +200,18 @@ class _Numbers(NamedTuple):
         if self.apart:
             numbers = torch.empty(len(self.apart), dtype=self.apart[0].dtype, device=self.apart[0].device)
             torch._foreach_copy_(list(numbers.unbind()), self.apart)
-            self.together.append(numbers)
+            self.gathered.append(numbers)
             self.apart.clear()
 
 
-def send_pieces(loads: Iterable[Load], doubts: Doubts, stream: int = 0) -> None:
+def send_pieces(loads: Iterable[Load], verdicts: Verdicts, stream: int = 0) -> None:
     """Start the copies of the pieces of some jobs on the current stream, whose handle is `stream`."""
-    together: dict[tuple[torch.dtype, torch.dtype, bool], _Group] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype, bool], _Group] = {}
     for job, lane, start in loads:
         shift = start - job.offset
         # In staging memory elements of the first piece are aligned, as those of the others are in nearly all files.
-        lead = -(job.pieces[0].offset + shift) % job.pieces[0].copy.dtype.itemsize
+        staged = next((piece for piece in job.pieces if piece.kind != RAW), None)
+        lead = -(staged.offset + shift) % staged.copy.dtype.itemsize if staged is not None else 0
         for kind, group in itertools.groupby(job.pieces, _kind):
             if kind == RAW:
                 for piece in group:
@@ -221,16 +223,16 @@ def send_pieces(loads: Iterable[Load], doubts: Doubts, stream: int = 0) -> None:
             for piece in pieces:
                 target, value = _sides(piece, piece.offset + shift + lead, lane.staging)
                 pair = (value.dtype, target.dtype, target.is_neg() or target.is_conj())
-                members = together.get(pair)
+                members = groups.get(pair)
                 if members is None:
-                    members = together[pair] = _Group([], [], [])
+                    members = groups[pair] = _Group([], [], [])
                 members.targets.append(target)
                 members.values.append(value)
                 members.jobs.append(job)
-    for (source, result, is_changed), members in together.items():
+    for (source, result, is_changed), members in groups.items():
         numbers, limit = _copy(source, result, is_changed, members)
         if numbers:
-            doubts.add(members.jobs, numbers, limit)
+            verdicts.add(members.jobs, numbers, limit)
 
 
 class _Group(NamedTuple):
@@ -258,13 +260,15 @@ def _send(lane: Lane, start: int, nbytes: int, target: torch.Tensor, skip_bytes:
 
 @lru_cache(maxsize=1)
 def _memcpy() -> Callable[[int, int, int, int, int], int] | None:
-    """``cudaMemcpyAsync`` of the library that torch has loaded, or None where it isn't to be found.
+    """``cudaMemcpyAsync`` of the runtime that this process has loaded, or None where there is none to be found.
 
-    It doesn't let go of the interpreter, as every operator of torch does: with eight threads that read, the one that
-    sends would wait for each of them in turn, several times a copy, and the device for it.
+    Torch takes four operators for a copy of bytes. Each lets go of the interpreter, as this does, and gets it back from
+    eight threads that read only after a while: the device would wait for the one that sends.
     """
+    if torch.version.cuda is None:
+        return None
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        function = ctypes.PyDLL(None).cudaMemcpyAsync
+        function = ctypes.CDLL(None)["cudaMemcpyAsync"]  # an object of its own, whoever else has such
         function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
         function.restype = ctypes.c_int
         return cast("Callable[[int, int, int, int, int], int]", function)

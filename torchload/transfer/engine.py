@@ -124,9 +124,12 @@ def _do(
             raise _explain(error.copy, copies, written) from None
         error.written = tuple(copy.name for copy in written)  # type: ignore[attr-defined]
         raise
-    note_writes(copies)
-    if notes is not None and _UNPINNED not in notes and any(ring.lacks_pinned_memory for ring in rings.values()):
-        notes.append(_UNPINNED)
+    else:
+        note_writes(copies)
+        if notes is not None and _UNPINNED not in notes and any(ring.lacks_pinned_memory for ring in rings.values()):
+            notes.append(_UNPINNED)
+    finally:
+        rings.clear()  # memory on devices, which an error's traceback would hold
     return crew.done_bytes
 
 

@@ -41,7 +41,7 @@ RAW = 0
 CAST = 1
 """Elements lie in the same order on both sides, but differ in dtype."""
 VIEW = 2
-"""Anything else: other strides, other byte order, another device."""
+"""Anything else: other strides, other byte order, or another dtype on another device."""
 
 DIRECT_BYTES = 8 << 20
 """Read straight into place at most this much at once."""
