@@ -318,7 +318,7 @@ def test_one_of_very_many_overflows(fake: FakeEngine, monkeypatch: pytest.Monkey
         run(copies)
     assert caught.value.tensor == "t1700"
     assert [sum(piece.copy.name in ("t300", "t1700") for piece in job.pieces) for job in looked] == [1, 1]
-    assert len(apart) > 4
+    assert len(apart) >= 2, "once at least before the end"
     assert max(apart) <= 100 + 16 * pieces.MAX_SHARING, "each takes 512 bytes of the device"
     fake.stop()
 
