@@ -161,9 +161,9 @@ def _run(crew: Crew[Job], rings: Collection[Ring]) -> None:
             raise error
     finally:
         del error  # its traceback holds this frame
-    with torch.inference_mode(), intra_op_alone():
-        for ring in rings:
-            for job in ring.suspicious:
+    if suspicious := [job for ring in rings for job in ring.suspicious]:
+        with torch.inference_mode(), intra_op_alone():
+            for job in suspicious:
                 _look_closer(job)
 
 
