@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.security._machine import in_child
+from tests.threads import CHILD_IS_WAITED_FOR
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX signals")
 
@@ -74,7 +75,7 @@ def test_what_must_not_stop_half_way_is_done_or_not_begun() -> None:
 
 
 FORKED = """
-import os, signal, sys, time
+import os, sys
 import torch
 from torchload import smart_load
 from torchload.errors import CastOverflowError
@@ -94,13 +95,6 @@ if not child:
     except CastOverflowError:
         os._exit(7 if "overflows" in options else 1)
     os._exit(1 if "overflows" in options else 7)
-for _ in range(600):
-    done, status = os.waitpid(child, os.WNOHANG)
-    if done:
-        sys.exit(os.waitstatus_to_exitcode(status))
-    time.sleep(0.05)
-os.kill(child, signal.SIGKILL)
-sys.exit("the child waits for ever")
 """
 
 
@@ -118,6 +112,6 @@ sys.exit("the child waits for ever")
 )
 def test_a_forked_child_does_not_wait_for_threads_that_it_lacks(tmp_path: Path, options: str) -> None:
     """A single worker's operators must not want several threads either."""
-    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path / "x.pth"), options]
+    command = [sys.executable, "-W", "ignore", "-c", FORKED + CHILD_IS_WAITED_FOR, str(tmp_path / "x.pth"), options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 7, done.stderr

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.threads import CHILD_IS_WAITED_FOR
 from torchload.core.word_sums import WordSums
 
 PAGE = 4096
@@ -88,7 +89,7 @@ def test_zeroed_pages_of_one_value_show(value: float) -> None:
 
 
 FORKED = """
-import os, signal, sys, time
+import os, sys
 import torch
 from torchload.core.word_sums import WordSums
 
@@ -96,20 +97,13 @@ torch.ones(4_000_000).sum()  # starts OpenMP's threads, which a child has not
 child = os.fork()
 if not child:
     os._exit(7 if WordSums(1 << 30).same_as(WordSums(1 << 30)) else 8)
-for _ in range(600):
-    done, status = os.waitpid(child, os.WNOHANG)
-    if done:
-        sys.exit(os.waitstatus_to_exitcode(status))
-    time.sleep(0.05)
-os.kill(child, signal.SIGKILL)
-sys.exit("the child waits for ever")
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_sums_of_much_need_no_threads() -> None:
     """They are made and compared in the thread that called, not by a worker that keeps to one thread."""
-    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    command = [sys.executable, "-W", "ignore", "-c", FORKED + CHILD_IS_WAITED_FOR]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 7, done.stderr
 
